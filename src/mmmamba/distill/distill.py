@@ -1,0 +1,182 @@
+"""One command from teacher to student: seed, the three stages, the finished model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mmmamba.checkpoints import fingerprint, load, resolve, save_student
+from mmmamba.checkpoints.io import read_json, write_atomically
+from mmmamba.data.processor import Processor
+from mmmamba.distill.feed import Feed
+from mmmamba.distill.objectives import AlignHeads, MatchLogits
+from mmmamba.distill.recipe import MIXER_PARAMETERS, DistillRecipe, SourceConfig, StageConfig, load_recipe
+from mmmamba.distill.run import RunFolder, digest
+from mmmamba.distill.seeding import seed
+from mmmamba.distill.trainer import pick_device, pick_precision, train
+from mmmamba.errors import UserError
+from mmmamba.model.mamba2 import Mamba2
+from mmmamba.model.model import Model
+from mmmamba.progress import table
+
+STAGES = ("stage1", "stage2", "stage3")
+
+
+def distill(
+    recipe: str,
+    *,
+    teacher: str | None = None,
+    data: tuple[Path, ...] = (),
+    out: Path | None = None,
+    resume: bool = False,
+    set: tuple[str, ...] = (),
+    on_bad_sample: Literal["stop", "skip"] | None = None,
+    device: str = "auto",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+) -> Path:
+    """Turn a teacher into a linear or hybrid student: seed its mixers, then distil in three stages.
+
+    Example: mmmamba distill pico-linear --out runs/pico-linear
+
+    Stage 1 aligns the new state space parameters with the attention they replace, stage 2 the whole mixer, both layer by
+    layer; stage 3 matches the teacher's output distribution. A run that lies beside this one and aligned the same teacher
+    in the same way (stages 1 and 2 of linear and hybrid are the same) lends its stages 1 and 2.
+
+    Args:
+        recipe: a recipe file, or the name of a built-in one.
+        teacher: a teacher folder or built-in name, in place of the recipe's.
+        data: JSONL files of conversations, in place of the recipe's sources.
+        out: the run folder (default: runs/NAME).
+        resume: go on with a run that was interrupted.
+        set: recipe keys to change, e.g. --set stage3.steps=100 seed=1.
+        on_bad_sample: stop at the first bad sample, or skip and list them.
+        device: auto, cpu, cuda, cuda:1, ….
+        precision: fp32, or bf16 passes over fp32 weights; auto picks bf16 on a GPU.
+
+    Returns:
+        the folder of the finished student, RUN/model.
+    """
+    plan = load_recipe(DistillRecipe, recipe, set)
+    if teacher is not None:
+        plan = replace(plan, teacher=teacher)
+    if data:
+        sources = tuple(SourceConfig(path=str(path.resolve())) for path in data)
+        plan = replace(plan, data=replace(plan.data, sources=sources))
+    if on_bad_sample is not None:
+        plan = replace(plan, data=replace(plan.data, on_bad_sample=on_bad_sample))
+    where, dtype = pick_device(device), pick_precision(precision, pick_device(device))
+    folder = resolve(plan.teacher)
+    source_hash = fingerprint(folder)
+    model = load(folder, device=where)
+    layer_map = plan.layer_map(model.config.num_layers)
+    processor = Processor.from_folder(folder)
+    feed = Feed(plan.data, processor, plan.seed)
+    alignment = digest({"teacher": source_hash, "mixer": plan.mixer, "seed": plan.seed, "data": feed.identity,
+                        "stage1": plan.stage1, "stage2": plan.stage2, "max_length": plan.data.max_length,
+                        "device": where.type, "precision": str(dtype)})
+    run = RunFolder(out or Path("runs") / plan.name, plan,
+                    {"kind": "distill", "teacher": source_hash, "data": feed.identity}, resume=resume)
+    run.note(alignment=alignment, teacher={"path": str(plan.teacher), "sha256": source_hash})
+    _borrow_alignment(run, alignment)
+
+    aligned = seed(model, mixer=plan.mixer, seed=plan.seed)
+    for number, stage in enumerate(STAGES[:2]):
+        config: StageConfig = getattr(plan, stage)
+        _run_stage(run, stage, AlignHeads(model, aligned, config), config, aligned, feed, number, where, dtype)
+    student = seed(model, layer_map, plan.mixer, aligned=aligned)
+    _run_stage(run, "stage3", MatchLogits(model, student, plan.stage3), plan.stage3, student, feed, 2, where, dtype)
+
+    if fingerprint(folder) != source_hash:
+        raise UserError(f"{folder}: the teacher's files changed while the run was under way; the student is not saved")
+    target = run.path / "model"
+    save_student(student, target, teacher=plan.teacher, delta=False, processor=processor)
+    print(target)
+    return target
+
+
+def _run_stage(
+    run: RunFolder, stage: str, objective: AlignHeads | MatchLogits, config: StageConfig, student: Model, feed: Feed,
+    number: int, device: torch.device, precision: torch.dtype,
+) -> None:
+    """One stage, unless the run (or the one it borrowed from) has finished it."""
+    done = run.result(stage)
+    if done is None:
+        describe(stage, student, objective.trained)
+        rows = feed.rows(config, number)
+        train(objective, config, rows, run, stage, device=device, precision=precision)
+        run.finish(stage, mixers(student), steps=config.steps, bad_samples=rows.bad_samples)
+    else:
+        restore(student, done)
+
+
+def mixers(student: Model) -> dict[str, Tensor]:
+    """Every mixer tensor that the student does not share with its teacher, by full name."""
+    return {f"layers.{layer.index}.mixer.{name}": tensor for layer in student.layers
+            if isinstance(layer.mixer, Mamba2) for name, tensor in layer.mixer.named_parameters()
+            if not name.startswith("o_proj")}
+
+
+@torch.no_grad()
+def restore(student: Model, tensors: dict[str, Tensor]) -> None:
+    """Lay a finished stage's mixers over the student's."""
+    for name, parameter in mixers(student).items():
+        parameter.copy_(tensors[name])
+
+
+def _borrow_alignment(run: RunFolder, alignment: str) -> None:
+    """Take stages 1 and 2 from a sibling run that aligned the same teacher in the same way."""
+    if run.result("stage2") is not None or run.last_step("stage1") or run.last_step("stage2"):
+        return
+    for manifest in sorted(run.path.resolve().parent.glob("*/manifest.json")):
+        sibling = manifest.parent
+        if sibling == run.path.resolve():
+            continue
+        found = read_json(manifest)
+        if found.get("alignment") != alignment or not {"stage1", "stage2"} <= set(found.get("stages", {})):
+            continue
+        for stage in STAGES[:2]:
+            write_atomically(run.checkpoints / stage, lambda p, s=stage: shutil.copytree(sibling / "checkpoints" / s, p))
+            run.manifest["stages"][stage] = {**found["stages"][stage], "from": str(sibling)}
+        run.note()
+        return
+
+
+def describe(stage: str, student: Model, trained: dict[str, torch.nn.Parameter]) -> None:
+    """Print what the stage trains and what it leaves frozen, with counts and shares."""
+    everything = dict(student.named_parameters())
+    total = sum(p.numel() for p in everything.values())
+    counts: dict[str, int] = {}
+    for name, parameter in everything.items():
+        parts = name.split(".")
+        if name in trained:
+            kind = f"mixer {parts[3]}" if parts[3] in MIXER_PARAMETERS else name
+            counts[kind] = counts.get(kind, 0) + parameter.numel()
+    rows = [["trained", kind, count, f"{100 * count / total:.2f} %"] for kind, count in counts.items()]
+    moved = sum(counts.values())
+    rows.append(["trained", "all", moved, f"{100 * moved / total:.2f} %"])
+    rows.append(["frozen", "the teacher's and untouched", total - moved, f"{100 * (1 - moved / total):.2f} %"])
+    table(f"{stage}: {len(student.config.mamba2_layers)} Mamba-2 layers, "
+          f"{len(student.config.attention_layers)} softmax layers", ("", "parameters", "count", "share"), rows)
+
+
+def seed_command(recipe: str, *, teacher: str | None = None, out: Path, set: Sequence[str] = ()) -> Path:
+    """Make the seeded student of a recipe without distilling it (the control of the demo).
+
+    Args:
+        recipe: a recipe file, or the name of a built-in one.
+        teacher: a teacher folder or built-in name, in place of the recipe's.
+        out: folder of the student.
+        set: recipe keys to change.
+    """
+    plan = load_recipe(DistillRecipe, recipe, tuple(set))
+    name = teacher or plan.teacher
+    model = load(resolve(name))
+    student = seed(model, plan.layer_map(model.config.num_layers), plan.mixer, seed=plan.seed)
+    save_student(student, out, teacher=name, delta=False, processor=Processor.from_folder(resolve(name)))
+    return out

@@ -1,0 +1,101 @@
+"""From a recipe's ``data`` section to the rows of each training step."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmmamba.data.batching import Batch, Concatenated, Loader, Order, Skipped, Source
+from mmmamba.data.cache import EncodedCache, EncodedSource
+from mmmamba.data.jsonl import JsonlDataset
+from mmmamba.data.processor import Processor
+from mmmamba.distill.recipe import DataConfig, TrainConfig
+from mmmamba.errors import UserError
+
+
+class Feed:
+    """The encoded samples of a run, mixed by weight in an order that depends on the seed and the step alone.
+
+    Args:
+        config: the recipe's ``data`` section.
+        processor: how samples become tokens and tiles.
+        seed: of the order.
+    """
+
+    def __init__(self, config: DataConfig, processor: Processor, seed: int) -> None:
+        self.config, self.seed = config, seed
+        root = prepare_root(config)
+        limits: dict[str, Any] = {"max_length": config.max_length, "max_tiles": config.max_tiles}
+        self.paths = [Path(source.path) if Path(source.path).is_absolute() else root / source.path
+                      for source in config.sources]
+        self.sources: list[Source] = []
+        for path in self.paths:
+            dataset = JsonlDataset(path)
+            if len(dataset) == 0:
+                raise UserError(f"{path}: holds no sample")
+            if config.cache:
+                self.sources.append(EncodedCache(dataset, processor, path.parent / ".cache", workers=_cores(),
+                                                 on_bad_sample=config.on_bad_sample, **limits))
+            else:
+                self.sources.append(EncodedSource(dataset, processor, **limits))
+        workers = config.workers
+        self.workers = workers if workers is not None else 0 if _cores() <= 2 else min(8, _cores() - 1)
+
+    @property
+    def identity(self) -> list[str]:
+        """What the sources are, for the run's fingerprint: name, weight and a hash of each file."""
+        return [f"{path.name} ×{source.weight} {_hash(path)}" for source, path in zip(self.config.sources, self.paths)]
+
+    def rows(self, config: TrainConfig, salt: int) -> _Rows:
+        """The rows of each step of a stage; ``salt`` gives every stage its own order."""
+        order = Order([(len(source), c.weight) for source, c in zip(self.sources, self.config.sources)],
+                      seed=self.seed * 1009 + salt, batch_size=config.batch_size)
+        return _Rows(self, order, config)
+
+
+class _Rows:
+    """``rows(start)`` yields the packed rows of each step from ``start`` on; ``bad_samples`` lists what was skipped."""
+
+    def __init__(self, feed: Feed, order: Order, config: TrainConfig) -> None:
+        self.feed, self.order, self.config = feed, order, config
+        self.bad_samples: list[Skipped] = []
+
+    def __call__(self, start: int) -> Iterator[Sequence[Batch]]:
+        loader = Loader(
+            Concatenated(self.feed.sources), self.order, start_step=start, end_step=self.config.steps,
+            max_tokens=self.config.micro_tokens, workers=self.feed.workers, pin_memory=torch.cuda.is_available(),
+            prefetch=4, on_bad_sample=self.feed.config.on_bad_sample)
+        yield from loader
+        self.bad_samples = loader.bad_samples
+
+
+def prepare_root(config: DataConfig) -> Path:
+    """The folder of the sources, built when it is missing and its sources are the built-in ones."""
+    root = Path(config.root)
+    missing = [s.path for s in config.sources if not Path(s.path).is_absolute() and not (root / s.path).is_file()]
+    if missing:
+        builtin = sorted({path.split("/")[0] for path in missing})
+        if not set(builtin) <= {"easy-vqa", "primer"}:
+            raise UserError(f"{root / missing[0]}: no such file")
+        from mmmamba.data.build import build
+
+        build(root, tuple(builtin), scale=config.scale)
+    return root
+
+
+def _hash(path: Path) -> str:
+    """The start of a file's SHA-256."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,50 @@
+"""The three stages' losses: per-token means over weights (or the published sums, for the golden tests)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmmamba.ops import chunked_kl
+
+
+def token_weights(labels: Tensor, prompt_weight: float) -> Tensor:
+    """Weight of each position's prediction, (b, l): 1 where the *next* token is scored, ``prompt_weight`` elsewhere.
+
+    ``labels`` (b, l) are unshifted, -100 where nothing is scored. In a packed row a sequence's first token is never
+    scored, so nothing reaches across a border.
+    """
+    scored = torch.zeros_like(labels, dtype=torch.bool)
+    scored[:, :-1] = labels[:, 1:] != -100
+    return torch.where(scored, 1.0, prompt_weight).to(torch.float32)
+
+
+def heads_error(predicted: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """Sum over tokens of weight · mean over heads and head dim of (predicted - target)²: stages 1 and 2.
+
+    predicted, target: (b, l, h, p), the heads' outputs before W_o; weights (b, l).
+    """
+    wide = torch.float64 if predicted.dtype == torch.float64 else torch.float32
+    error = (predicted.to(wide) - target.to(wide)).square().mean((-1, -2))
+    return (error * weights).sum()
+
+
+def divergence(
+    student_hidden: Tensor, student_head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor, weights: Tensor,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Sum over tokens of weight · KL(teacher ‖ student): stage 3. Hidden states (b, l, d), weights (b, l)."""
+    return chunked_kl(student_hidden.flatten(0, 1), student_head, teacher_hidden.flatten(0, 1), teacher_head,
+                      weight=weights.flatten(), temperature=temperature)
+
+
+def answer_loss(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    """Summed cross-entropy of the scored tokens; logits exist only where something is scored.
+
+    hidden (b, l, d) behind the final norm, head (v, d), labels (b, l) unshifted with -100 unscored.
+    """
+    rows = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+    logits = F.linear(hidden[:, :-1][rows], head)
+    return F.cross_entropy(logits.float(), labels[:, 1:][rows], reduction="sum")
+

@@ -1,0 +1,209 @@
+"""Recipes: every choice of a training run, as strict YAML.
+
+A recipe is found by path or, for the built-in ones, by name (``nano-linear``). Unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from mmmamba.config import from_dict, load_yaml
+from mmmamba.errors import UserError
+from mmmamba.model.config import ATTENTION, MAMBA2, MixerConfig
+
+T = TypeVar("T")
+
+MIXER_PARAMETERS = ("A_log", "dt_bias", "dt_proj", "conv", "gate_proj", "norm", "q_proj", "k_proj", "v_proj", "o_proj")
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One JSONL file of a mixture.
+
+    Attributes:
+        path: the file, relative to ``data.root`` unless absolute.
+        weight: its share of the samples, relative to the other sources.
+    """
+
+    path: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What a run reads.
+
+    Attributes:
+        root: folder of the sources; built by ``mmmamba data build`` at ``scale`` when it is missing.
+        scale: size of the built-in sources when they have to be built (1 is for a laptop).
+        sources: the mixture.
+        max_length: tokens of a sample; a longer text tail is cut.
+        max_tiles: tiles of a picture (default: the model's own limit).
+        cache: encode every sample once into memory-mapped arrays beside the run.
+        workers: loader processes (default: none on one or two cores, else up to 8).
+        on_bad_sample: stop, or skip and list.
+    """
+
+    root: str = "data/nano"
+    scale: float = 1.0
+    sources: tuple[SourceConfig, ...]
+    max_length: int = 4096
+    max_tiles: int | None = None
+    cache: bool = False
+    workers: int | None = None
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One optimisation: AdamW under a warm-up–stable–decay schedule.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: samples a step.
+        lr: peak learning rate.
+        lr_scale: factors on it for some mixer parameters, by name.
+        warmup, decay: shares of the steps spent rising to ``lr`` and falling to zero.
+        weight_decay: on matrices only, never on norms, biases, A_log and dt_bias.
+        clip: greatest norm of the gradient of all that is trained.
+        micro_tokens: tokens that one forward pass may hold; a step is split accordingly.
+        checkpoint_every: steps between checkpoints.
+        log_every: steps between lines of metrics.jsonl.
+    """
+
+    steps: int
+    batch_size: int
+    lr: float
+    lr_scale: dict[str, float] = field(default_factory=dict)
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup: float = 0.1
+    decay: float = 0.1
+    weight_decay: float = 0.05
+    clip: float = 5.0
+    micro_tokens: int = 32768
+    checkpoint_every: int = 500
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.batch_size < 1:
+            raise ValueError(f"steps ({self.steps}) must be at least 0 and batch_size ({self.batch_size}) at least 1")
+        if not 0 <= self.warmup + self.decay <= 1:
+            raise ValueError(f"warmup + decay is {self.warmup + self.decay}, must lie in [0, 1]")
+
+    def factor(self, step: int) -> float:
+        """The learning rate of ``step`` (from 0), relative to the peak: warm-up, stable, decay (facts of the paper)."""
+        rise, fall = self.warmup * self.steps, self.decay * self.steps
+        up = (step + 1) / (rise + 1) if step < rise else 1.0
+        left = self.steps - step
+        return min(up, left / (fall + 1) if left <= fall else 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig(TrainConfig):
+    """One stage of distillation.
+
+    Attributes:
+        train: the mixer's parameters that move in this stage.
+        prompt_weight: weight of the tokens that no answer depends on; 1 counts every token (paper), 0 answers only.
+        loss_scale: factor on the loss (the published stages 1–2 use 1000).
+        reduction: ``mean`` is a per-token mean over the mask; ``published`` sums KL over tokens and divides by samples.
+        supervised: weight of the cross-entropy on the answers beside the KL (stage 3; the paper has none).
+        temperature: of the KL (stage 3).
+    """
+
+    train: tuple[str, ...]
+    prompt_weight: float = 1.0
+    loss_scale: float = 1.0
+    reduction: Literal["mean", "published"] = "mean"
+    supervised: float = 0.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        wrong = [name for name in (*self.train, *self.lr_scale) if name not in MIXER_PARAMETERS]
+        if wrong:
+            raise ValueError(f"unknown mixer parameter {wrong[0]!r}, must be among {', '.join(MIXER_PARAMETERS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillRecipe:
+    """A whole distillation.
+
+    Attributes:
+        name: also the default name of the run folder.
+        teacher: a folder, or the name of a built-in teacher.
+        layers: ``linear``; ``hybrid:K`` (the first layer of each group of K keeps softmax); or the list of the global
+            layers that keep softmax.
+        mixer: options of the Mamba-2 mixer (default: the published one).
+        seed: of the new parameters and of the order of the data.
+        data, stage1, stage2, stage3: see their classes. Stages 1 and 2 align the mixers of all layers, whatever
+            ``layers`` says, so that linear and hybrid share them.
+    """
+
+    name: str
+    teacher: str
+    layers: str | tuple[int, ...] = "linear"
+    mixer: MixerConfig = field(default_factory=MixerConfig)
+    seed: int = 0
+    data: DataConfig
+    stage1: StageConfig
+    stage2: StageConfig
+    stage3: StageConfig
+
+    def layer_map(self, num_layers: int) -> tuple[str, ...]:
+        """The layer map for a teacher of ``num_layers`` layers."""
+        if self.layers == "linear":
+            keep: Sequence[int] = ()
+        elif isinstance(self.layers, str):
+            kind, _, group = self.layers.partition(":")
+            if kind != "hybrid" or not group.isdigit() or int(group) < 1:
+                raise UserError(f"recipe {self.name}: layers must be 'linear', 'hybrid:K' or a list, got {self.layers!r}")
+            keep = range(0, num_layers, int(group))
+        else:
+            keep = self.layers
+        outside = [i for i in keep if not 0 <= i < num_layers]
+        if outside:
+            raise UserError(f"recipe {self.name}: layers names layer {outside[0]}, the teacher has 0…{num_layers - 1}")
+        return tuple(ATTENTION if i in keep else MAMBA2 for i in range(num_layers))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeachRecipe:
+    """Training a teacher from scratch.
+
+    Attributes:
+        name: also the default name of the run folder.
+        vocab_size: of the byte-level BPE tokenizer that is trained on the sources' texts.
+        model: fields of ``ModelConfig``; the token ids are filled in from the tokenizer.
+        seed: of weights and data order.
+    """
+
+    name: str
+    vocab_size: int
+    model: dict[str, Any]
+    seed: int = 0
+    data: DataConfig
+    train: TrainConfig
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """The file of a recipe given by path or built-in name.
+
+    Raises:
+        UserError: when there is none; the built-in ones are listed.
+    """
+    for candidate in (Path(recipe), RECIPES / f"{recipe}.yaml", RECIPES / Path(recipe).name):
+        if candidate.is_file():
+            return candidate
+    known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+    raise UserError(f"{recipe}: no such recipe file; built-in recipes: {known}")
+
+
+def load_recipe(cls: type[T], recipe: str | Path, overrides: Sequence[str] = ()) -> T:
+    """Read a recipe strictly, with ``a.b=value`` overrides laid over it."""
+    path = find_recipe(recipe)
+    return from_dict(cls, load_yaml(path, list(overrides)), where=str(path))

@@ -1,0 +1,146 @@
+"""The run folder: recipe.yaml, manifest.json, metrics.jsonl, checkpoints/, and the finished model/. Nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import yaml
+from torch import Tensor
+
+import mmmamba
+from mmmamba.checkpoints.io import read_json, read_safetensors, write_atomically, write_json, write_safetensors
+from mmmamba.config import to_dict
+from mmmamba.errors import UserError
+
+TENSORS = "tensors.safetensors"
+
+
+def digest(data: Any) -> str:
+    """A short hash of plain data, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(to_dict(data), sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """What the run ran on."""
+    return {"mmmamba": mmmamba.__version__, "python": platform.python_version(), "torch": torch.__version__,
+            "numpy": numpy.__version__}
+
+
+class RunFolder:
+    """A folder that explains itself and can be gone on with.
+
+    Args:
+        path: the folder; made if missing.
+        recipe: the whole resolved recipe (a dataclass).
+        identity: what else must be the same for a resumed run (teacher, data, device-independent).
+        resume: go on with what lies there.
+
+    Raises:
+        UserError: when the folder holds another run, or this one and ``resume`` is off, or something else.
+    """
+
+    def __init__(self, path: str | Path, recipe: Any, identity: Mapping[str, Any], *, resume: bool) -> None:
+        self.path = Path(path)
+        self.fingerprint = digest({"recipe": to_dict(recipe), **identity})
+        self._manifest = self.path / "manifest.json"
+        self._metrics = self.path / "metrics.jsonl"
+        if self._manifest.is_file():
+            found = read_json(self._manifest)
+            if found.get("fingerprint") != self.fingerprint:
+                changed = [key for key, value in identity.items() if found.get("identity", {}).get(key) != to_dict(value)]
+                what = f" (other {', '.join(changed)})" if changed else " (another recipe)"
+                raise UserError(f"{self.path}: holds another run{what}; give another --out")
+            if not resume:
+                raise UserError(f"{self.path}: holds this run already; add --resume to go on with it, or give another --out")
+            self.manifest = found
+        else:
+            if self.path.is_dir() and any(self.path.iterdir()):
+                raise UserError(f"{self.path}: is not empty and not a run; give another --out")
+            self.manifest = {"fingerprint": self.fingerprint, "identity": to_dict(dict(identity)), "stages": {},
+                             "versions": versions(), "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
+            text = yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)
+            write_atomically(self.path / "recipe.yaml", lambda p: p.write_text(text, encoding="utf-8"))
+            self._write_manifest()
+
+    def _write_manifest(self) -> None:
+        write_atomically(self._manifest, lambda p: write_json(p, self.manifest))
+
+    def note(self, **entries: Any) -> None:
+        """Add entries to the manifest."""
+        self.manifest.update(to_dict(entries))
+        self._write_manifest()
+
+    # ------------------------------------------------------------------ metrics
+
+    def log(self, entry: Mapping[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
+        try:
+            with self._metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise UserError(f"{self._metrics}: not written: {error.strerror}") from error
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Every whole line of metrics.jsonl (a killed process may leave half a line)."""
+        if not self._metrics.is_file():
+            return []
+        lines = self._metrics.read_text(encoding="utf-8").split("\n")[:-1]
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def cut_metrics(self, stage: str, step: int) -> None:
+        """Forget what was logged past ``step`` of ``stage``: it will be logged again."""
+        kept = [m for m in self.metrics() if m["stage"] != stage or m["step"] <= step]
+        if self._metrics.is_file():
+            text = "".join(json.dumps(m) + "\n" for m in kept)
+            write_atomically(self._metrics, lambda p: p.write_text(text, encoding="utf-8"))
+
+    # ------------------------------------------------------------------ checkpoints
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def _steps(self, stage: str) -> list[tuple[int, Path]]:
+        pattern = re.compile(rf"{re.escape(stage)}-step(\d+)")
+        found = [(int(m[1]), p) for p in self.checkpoints.glob(f"{stage}-step*") if (m := pattern.fullmatch(p.name))]
+        return sorted(found)
+
+    def save_step(self, stage: str, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write a checkpoint to go on from; the one before is removed only when this one is on the disk."""
+        older = self._steps(stage)
+        target = self.checkpoints / f"{stage}-step{step:07d}"
+        write_atomically(target, lambda p: write_safetensors(p / TENSORS, tensors), folder=True)
+        for _, path in older:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def last_step(self, stage: str) -> tuple[int, dict[str, Tensor]] | None:
+        """The last checkpoint of an unfinished stage."""
+        steps = self._steps(stage)
+        if not steps:
+            return None
+        step, path = steps[-1]
+        return step, read_safetensors(path / TENSORS)
+
+    def finish(self, stage: str, tensors: Mapping[str, Tensor], **facts: Any) -> None:
+        """Write a stage's result and drop its checkpoints."""
+        write_atomically(self.checkpoints / stage, lambda p: write_safetensors(p / TENSORS, tensors), folder=True)
+        self.manifest["stages"][stage] = to_dict(facts)
+        self._write_manifest()
+        for _, path in self._steps(stage):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def result(self, stage: str) -> dict[str, Tensor] | None:
+        """What a finished stage wrote."""
+        if stage not in self.manifest["stages"]:
+            return None
+        return read_safetensors(self.checkpoints / stage / TENSORS)

@@ -1,0 +1,73 @@
+"""Training a teacher from scratch, for those who have none: the nano and pico teachers are made this way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from mmmamba.checkpoints import save_hovle
+from mmmamba.config import from_dict
+from mmmamba.data.processor import Processor
+from mmmamba.data.sources.primer.corpus import corpus_texts
+from mmmamba.data.tokenizer import SPECIALS, Tokenizer, train_bpe
+from mmmamba.distill.feed import Feed
+from mmmamba.distill.objectives import PredictAnswers
+from mmmamba.distill.recipe import TeachRecipe, load_recipe
+from mmmamba.distill.run import RunFolder
+from mmmamba.distill.trainer import pick_device, pick_precision, train
+from mmmamba.model.config import ModelConfig
+from mmmamba.model.model import Model, initialise
+
+
+def teach(
+    recipe: str = "nano-teacher",
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    set: tuple[str, ...] = (),
+    device: str = "auto",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+) -> Path:
+    """Train a small HoVLE-like teacher from scratch and save it as a HoVLE folder.
+
+    Example: mmmamba teach nano-teacher --out runs/nano-teacher
+
+    Args:
+        recipe: a recipe file, or the name of a built-in one.
+        out: the run folder (default: runs/NAME).
+        resume: go on with a run that was interrupted.
+        set: recipe keys to change, e.g. --set train.steps=100.
+        device: auto, cpu, cuda, cuda:1, ….
+        precision: fp32, or bf16 passes over fp32 weights; auto picks bf16 on a GPU.
+
+    Returns:
+        the folder of the finished teacher, RUN/model.
+    """
+    plan = load_recipe(TeachRecipe, recipe, set)
+    where = pick_device(device)
+    processor = make_processor(plan)
+    feed = Feed(plan.data, processor, plan.seed)
+    run = RunFolder(out or Path("runs") / plan.name, plan, {"kind": "teach", "data": feed.identity}, resume=resume)
+    model = initialise(Model(processor.config), plan.seed).to(where)
+    if (done := run.result("teach")) is None:
+        train(PredictAnswers(model), plan.train, feed.rows(plan.train, 0), run, "teach", device=where,
+              precision=pick_precision(precision, where))
+        run.finish("teach", dict(model.named_parameters()), steps=plan.train.steps)
+    else:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(done[name])
+    target = run.path / "model"
+    save_hovle(model, processor, target)
+    print(target)
+    return target
+
+
+def make_processor(plan: TeachRecipe) -> Processor:
+    """Train the tokenizer of a recipe and fill its ids into the model's config."""
+    tokenizer = Tokenizer.from_bpe(train_bpe(corpus_texts(plan.seed), plan.vocab_size, SPECIALS))
+    fields = {**plan.model, "vocab_size": tokenizer.vocab_size,
+              "img_context_token_id": tokenizer.token_id("<IMG_CONTEXT>")}
+    return Processor(tokenizer, from_dict(ModelConfig, fields, where=f"recipe {plan.name}: model"))

@@ -1,0 +1,142 @@
+"""The training loop of every stage and of teaching: AdamW, schedule, checkpoints, metrics, exact resume."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmmamba.data.batching import Batch
+from mmmamba.distill.objectives import Objective
+from mmmamba.distill.recipe import TrainConfig
+from mmmamba.distill.run import RunFolder
+from mmmamba.errors import UserError
+from mmmamba.ops.layout import remember_lengths
+from mmmamba.progress import Progress
+
+Rows = Callable[[int], Iterator[Sequence[Batch]]]
+"""``rows(start_step)`` yields the rows of each step from there on."""
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """``auto``: the GPU if there is one, else the CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU here")
+    return torch.device(device)
+
+
+def pick_precision(precision: str, device: torch.device) -> torch.dtype:
+    """``auto``: bfloat16 passes over float32 weights on a GPU, float32 on a CPU."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def train(
+    objective: Objective, config: TrainConfig, rows: Rows, run: RunFolder, stage: str, *, device: torch.device,
+    precision: torch.dtype,
+) -> None:
+    """Run ``stage`` to its last step, from its last checkpoint if ``run`` has one.
+
+    Every step's rows, learning rate and update are functions of the step and the weights, so a resumed run repeats an
+    uninterrupted one (bit for bit on a CPU).
+
+    Raises:
+        UserError: when the loss stops being finite, naming stage and step.
+    """
+    optimizer, scales = _optimizer(objective.trained, config, device)
+    start = _restore(run, stage, objective.trained, optimizer)
+    run.cut_metrics(stage, start)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    recent: list[dict[str, Tensor]] = []
+    tokens, since = 0, time.monotonic()
+    with Progress(stage, total=config.steps, start=start) as bar:
+        for step, batch in zip(range(start, config.steps), rows(start)):
+            moved = [_move(row, device) for row in batch]
+            optimizer.zero_grad(set_to_none=True)
+            if moved:  # empty when every sample of the step was skipped as bad
+                recent.append(objective.backward(moved, precision))
+            norm = nn.utils.clip_grad_norm_(list(objective.trained.values()), config.clip)
+            rate = config.lr * config.factor(step)
+            for group, scale in zip(optimizer.param_groups, scales):
+                group["lr"] = rate * scale
+            optimizer.step()
+            count = sum(row.tokens for row in batch)
+            tokens += count
+            done = step + 1
+            if done % config.log_every == 0 or done == config.steps:
+                means = _means(recent, stage, done)
+                now = time.monotonic()
+                run.log({"stage": stage, "step": done, **means, "lr": rate, "grad_norm": float(norm),
+                         "tokens": tokens, "tokens_per_s": round(tokens / (now - since), 1)})
+                bar.update(done, tokens=tokens, lr=rate, **means)
+                recent, tokens, since = [], 0, now
+            if done % config.checkpoint_every == 0 and done < config.steps:
+                run.save_step(stage, done, _snapshot(objective.trained, optimizer))
+
+
+def _move(row: Batch, device: torch.device) -> Batch:
+    """The row on ``device``, its lengths remembered so that no layer asks the device for them."""
+    moved = row.to(device)
+    if moved.cu_seqlens is not row.cu_seqlens:
+        remember_lengths(moved.cu_seqlens, row.cu_seqlens.diff().tolist())
+    return moved
+
+
+def _optimizer(
+    trained: dict[str, nn.Parameter], config: TrainConfig, device: torch.device,
+) -> tuple[torch.optim.AdamW, list[float]]:
+    """AdamW with one group per (weight decay or not, learning-rate factor), and those factors."""
+    factors: dict[str, float] = getattr(config, "lr_scale", {})
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in trained.items():
+        decays = parameter.ndim > 1 and "embedding" not in name
+        scale = next((factors[part] for part in name.split(".") if part in factors), 1.0)
+        groups.setdefault((decays, scale), []).append(parameter)
+    settings: list[dict[str, Any]] = [
+        {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0}
+        for (decays, _), parameters in groups.items()]
+    optimizer = torch.optim.AdamW(settings, lr=config.lr, betas=config.betas, fused=device.type == "cuda" or None)
+    return optimizer, [scale for _, scale in groups]
+
+
+def _means(recent: Sequence[dict[str, Tensor]], stage: str, step: int) -> dict[str, float]:
+    if not recent:
+        return {}
+    means = {key: float(torch.stack([entry[key] for entry in recent]).mean()) for key in recent[-1]}
+    if not math.isfinite(means["loss"]):
+        raise UserError(f"{stage}, step {step}: the loss is {means['loss']}; lower the learning rate or the clip norm")
+    return means
+
+
+def _snapshot(trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Everything that the next step depends on, by name."""
+    tensors = {}
+    for name, parameter in trained.items():
+        tensors[f"weight/{name}"] = parameter.detach()
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{key}/{name}"] = value
+    return tensors
+
+
+@torch.no_grad()
+def _restore(run: RunFolder, stage: str, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+    """Lay the stage's last checkpoint over weights and optimizer; the step to go on from."""
+    found = run.last_step(stage)
+    if found is None:
+        return 0
+    step, tensors = found
+    for name, parameter in trained.items():
+        parameter.copy_(tensors[f"weight/{name}"])
+        state = {key: tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors}
+        fused = bool(optimizer.defaults["fused"])
+        optimizer.state[parameter] = {
+            key: value.to(parameter.device) if key != "step" or fused else value for key, value in state.items()}
+    return step

@@ -1,0 +1,109 @@
+"""Causal softmax attention with grouped key/value heads: the teacher's mixer."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+
+from mmmamba.model.config import StackConfig
+from mmmamba.model.rope import Rotation
+from mmmamba.model.state import KVState
+from mmmamba.ops.layout import Layout, layout_of
+
+# A packed row is attended as a right-padded rectangle while that wastes at most this factor, else one by one.
+MAX_PADDING = 2.0
+
+
+class Attention(nn.Module):
+    """Multi-head causal attention, RoPE on queries and keys, g key/value heads shared by h query heads."""
+
+    def __init__(self, hidden_size: int, stack: StackConfig) -> None:
+        super().__init__()
+        self.heads_count, self.groups, self.head_dim = stack.num_heads, stack.num_kv_heads, stack.head_dim
+        self.q_proj = nn.Linear(hidden_size, self.heads_count * self.head_dim, bias=stack.qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, self.groups * self.head_dim, bias=stack.qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, self.groups * self.head_dim, bias=stack.qkv_bias)
+        self.o_proj = nn.Linear(self.heads_count * self.head_dim, hidden_size, bias=stack.qkv_bias)
+
+    def heads(
+        self, x: Tensor, state: KVState | None = None, *, rotation: Rotation, cu_seqlens: Tensor | None = None,
+        keep_state: bool = False,
+    ) -> tuple[Tensor, KVState | None]:
+        """The heads' outputs before W_o: x (b, l, d) → (b, l, h, p), and the cache if ``keep_state``."""
+        q = rotation(self.q_proj(x).unflatten(-1, (self.heads_count, self.head_dim)))
+        k = rotation(self.k_proj(x).unflatten(-1, (self.groups, self.head_dim)))
+        v = self.v_proj(x).unflatten(-1, (self.groups, self.head_dim))
+        if state is None:
+            y = _causal(q, k, v) if cu_seqlens is None else _packed(q, k, v, cu_seqlens)
+            return y, _cache(k, v, cu_seqlens) if keep_state else None
+        y, new = _continued(q, k, v, state, cu_seqlens)
+        return y, new if keep_state else None
+
+    def forward(
+        self, x: Tensor, state: KVState | None = None, *, rotation: Rotation, cu_seqlens: Tensor | None = None,
+        keep_state: bool = False,
+    ) -> tuple[Tensor, KVState | None]:
+        """x (b, l, d) → (b, l, d) and the new cache; packed rows with ``cu_seqlens`` (s+1,) have b = 1."""
+        y, new = self.heads(x, state, rotation=rotation, cu_seqlens=cu_seqlens, keep_state=keep_state)
+        return self.o_proj(y.flatten(-2)), new
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """SDPA over (b, l, heads, p) tensors, groups shared by the query heads."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+    return y.transpose(1, 2)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _sdpa(q, k, v, causal=True)
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Attention inside each sequence of a packed row (1, total, heads, p); no block mask is ever made."""
+    layout = layout_of(cu_seqlens)
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
+    if q.is_cuda and dtype in (torch.bfloat16, torch.float16):
+        repeat = q.shape[2] // k.shape[2]
+        q1, k1, v1 = q[0].to(dtype), k[0].to(dtype), v[0].to(dtype)
+        k1, v1 = k1.repeat_interleave(repeat, 1), v1.repeat_interleave(repeat, 1)
+        n = layout.longest
+        return varlen_attn(q1, k1, v1, cu_seqlens, cu_seqlens, n, n, window_size=(-1, 0))[None]
+    if layout.longest * layout.sequences <= MAX_PADDING * layout.total:
+        return layout.unpad(_causal(*(layout.pad(t[0]) for t in (q, k, v))))[None]
+    parts = zip(*(t.split(layout.lengths, dim=1) for t in (q, k, v)))
+    return torch.cat([_causal(*part) for part in parts], dim=1)
+
+
+def _cache(k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> KVState:
+    if cu_seqlens is None:
+        return KVState(k, v, torch.ones(k.shape[:2], dtype=torch.bool, device=k.device))
+    layout = layout_of(cu_seqlens)
+    return KVState(layout.pad(k[0]), layout.pad(v[0]), _filled(layout))
+
+
+def _filled(layout: Layout) -> Tensor:
+    lengths = torch.tensor(layout.lengths, device=layout.device)
+    return torch.arange(layout.longest, device=layout.device) < lengths[:, None]
+
+
+def _continued(
+    q: Tensor, k: Tensor, v: Tensor, state: KVState, cu_seqlens: Tensor | None,
+) -> tuple[Tensor, KVState]:
+    """New tokens of s sequences behind their caches; the mask is (s, 1, new, cached + new)."""
+    layout = None if cu_seqlens is None else layout_of(cu_seqlens)
+    if layout is not None:
+        q, k, v = (layout.pad(t[0]) for t in (q, k, v))
+    length, cached = q.shape[1], state.k.shape[1]
+    new = _cache(k, v, None) if layout is None else KVState(k, v, _filled(layout))
+    joined = KVState(torch.cat([state.k, new.k.to(state.k.dtype)], 1), torch.cat([state.v, new.v.to(state.v.dtype)], 1),
+                     torch.cat([state.filled, new.filled], 1))
+    order = torch.arange(cached + length, device=q.device) - cached
+    causal = order <= torch.arange(length, device=q.device)[:, None]  # (new, cached + new)
+    mask = (causal & joined.filled[:, None]) | (order == torch.arange(length, device=q.device)[:, None])
+    y = _sdpa(q, joined.k.to(q.dtype), joined.v.to(q.dtype), mask=mask[:, None])
+    if layout is not None:
+        y = layout.unpad(y)[None]
+    return y, joined

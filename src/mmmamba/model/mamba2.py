@@ -1,0 +1,126 @@
+"""The Mamba-2 mixer that takes an attention's place: the student's mixer, as published and with our named options."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmmamba.model.config import MixerConfig, StackConfig
+from mmmamba.model.rope import Rotation
+from mmmamba.model.state import MambaState
+from mmmamba.ops import causal_conv, gated_norm, ssd
+
+GATE_GAIN = 2**-2.5  # the published gain of the gate's Xavier-uniform start
+OPEN_GATE = 1.2784645  # SiLU(1.2784645) = 1
+
+
+class Mamba2(nn.Module):
+    """q, k, v as in attention; depthwise conv + activation on v | k | q; the SSD recurrence with x = v, B = k, C = q and
+    an input-dependent step size; per-head RMSNorm times a SiLU gate; W_o.
+
+    Follows the published modelling code (q/k/v projections, conv kernel 2, no D skip, norm before gate); see
+    :class:`MixerConfig` for what our recipes may switch on.
+    """
+
+    def __init__(self, hidden_size: int, stack: StackConfig, config: MixerConfig) -> None:
+        super().__init__()
+        h, g, p = stack.num_heads, stack.num_kv_heads, stack.head_dim
+        self.heads_count, self.groups, self.head_dim, self.config = h, g, p, config
+        bias = config.qkv_bias and stack.qkv_bias
+        self.q_proj = nn.Linear(hidden_size, h * p, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, g * p, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, g * p, bias=bias)
+        self.conv = _ConvWeights((h + 2 * g) * p, config.conv_kernel)
+        self.dt_proj = nn.Linear(hidden_size, h, bias=False)
+        self.dt_bias = nn.Parameter(torch.empty(h))
+        self.A_log = nn.Parameter(torch.empty(h))
+        self.norm = _NormWeight(p)
+        self.gate_proj = nn.Linear(hidden_size, h * p, bias=config.gate_bias)
+        self.o_proj = nn.Linear(h * p, hidden_size, bias=stack.qkv_bias)
+        self.reset_new_parameters()
+
+    @torch.no_grad()
+    def reset_new_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Start everything that attention does not have (facts of the published seeding; options of the config)."""
+        config, h = self.config, self.heads_count
+        self.conv.weight.zero_()
+        self.conv.weight[:, -1] = 1.0  # the current token passes through
+        self.conv.bias.zero_()
+        self.dt_proj.weight.zero_()
+        low, high = math.log(config.dt_min), math.log(config.dt_max)
+        if config.decay == "published":
+            self.A_log.fill_(1.0)
+            spread = torch.rand(h, generator=generator)
+        else:
+            self.A_log.zero_()
+            spread = torch.arange(h) / max(h - 1, 1)
+        dt = torch.exp(low + spread * (high - low))
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse softplus
+        self.norm.weight.fill_(1.0)
+        bound = GATE_GAIN * math.sqrt(6.0 / (self.gate_proj.in_features + self.gate_proj.out_features))
+        noise = torch.rand(self.gate_proj.weight.shape, generator=generator)
+        self.gate_proj.weight.copy_((2 * noise - 1) * bound)
+        if self.gate_proj.bias is not None:
+            self.gate_proj.bias.fill_(OPEN_GATE)
+
+    def heads(
+        self, x: Tensor, state: MambaState | None = None, *, rotation: Rotation, cu_seqlens: Tensor | None = None,
+        keep_state: bool = False,
+    ) -> tuple[Tensor, MambaState | None]:
+        """The gated heads before W_o: x (b, l, d) → (b, l, h, p), and the state if ``keep_state``."""
+        h, g, p = self.heads_count, self.groups, self.head_dim
+        vkq = torch.cat([self.v_proj(x), self.k_proj(x), self.q_proj(x)], dim=-1)
+        vkq, conv_state = causal_conv(
+            vkq, self.conv.weight, self.conv.bias, activation=self.config.conv_activation,
+            initial_state=None if state is None else state.conv, cu_seqlens=cu_seqlens, return_final_state=keep_state)
+        v, k, q = vkq.split([g * p, g * p, h * p], dim=-1)
+        v, k, q = v.unflatten(-1, (g, p)), k.unflatten(-1, (g, p)), q.unflatten(-1, (h, p))
+        if self.config.qk_norm:
+            k, q = F.normalize(k, dim=-1), F.normalize(q, dim=-1)
+        if self.config.rope:
+            k, q = rotation(k), rotation(q)
+        dt = self.step_size(x)
+        wide = dt.dtype
+        y, ssm = ssd(v, dt, -torch.exp(self.A_log.to(wide)), k, q,
+                     initial_state=None if state is None else state.ssm, cu_seqlens=cu_seqlens,
+                     return_final_state=keep_state)
+        gate = self.gate_proj(x).unflatten(-1, (h, p))
+        y = gated_norm(y, gate, self.norm.weight, self.config.norm_eps)
+        if not keep_state:
+            return y, None
+        assert conv_state is not None and ssm is not None
+        return y, MambaState(conv_state, ssm)
+
+    def step_size(self, x: Tensor) -> Tensor:
+        """dt = softplus(W_dt x + dt_bias), (b, l, h), never below float32."""
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        with torch.autocast(x.device.type, enabled=False):
+            return F.softplus(F.linear(x.to(wide), self.dt_proj.weight.to(wide)) + self.dt_bias.to(wide))
+
+    def forward(
+        self, x: Tensor, state: MambaState | None = None, *, rotation: Rotation, cu_seqlens: Tensor | None = None,
+        keep_state: bool = False,
+    ) -> tuple[Tensor, MambaState | None]:
+        """x (b, l, d) → (b, l, d) and the new state; packed rows with ``cu_seqlens`` (s+1,) have b = 1."""
+        y, new = self.heads(x, state, rotation=rotation, cu_seqlens=cu_seqlens, keep_state=keep_state)
+        return self.o_proj(y.flatten(-2)), new
+
+
+class _ConvWeights(nn.Module):
+    """Weight (c, k) and bias (c,) of the depthwise convolution."""
+
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, kernel))
+        self.bias = nn.Parameter(torch.empty(channels))
+
+
+class _NormWeight(nn.Module):
+    """Weight (p,) of the per-head RMSNorm."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))

@@ -1,0 +1,190 @@
+"""The one model class: embeddings → layers → norm → head. The teacher is the same class with every layer "attention"."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmmamba.model.config import ModelConfig
+from mmmamba.model.layer import Layer, Observer, RMSNorm
+from mmmamba.model.mamba2 import Mamba2
+from mmmamba.model.rope import Rotation, rotation
+from mmmamba.model.state import LayerState, State
+from mmmamba.model.vision import VisionEmbedding
+from mmmamba.ops.layout import layout_of
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a pass gives: hidden states behind the final norm, logits as asked for, the state if kept."""
+
+    hidden: Tensor
+    logits: Tensor | None
+    state: State | None
+
+
+class Model(nn.Module):
+    """Decoder-only multimodal network; ``config.layer_map`` says which layers are softmax attention and which Mamba-2."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        d = config.hidden_size
+        self.vision = VisionEmbedding(config.vision, d) if config.vision is not None else None
+        self.text_embeddings = nn.Embedding(config.text_vocab_size or config.vocab_size, d)
+        self.special_embeddings = nn.Embedding(len(config.special_token_maps), d) if config.special_token_maps else None
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
+        self.norm = RMSNorm(d, config.decoder.rms_norm_eps)
+        self.head = nn.Linear(d, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.head.weight = self.text_embeddings.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.weight.dtype
+
+    def embed(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
+        """Token embeddings (b, l, d), with the tiles' tokens written over the <IMG_CONTEXT> positions in order.
+
+        Raises:
+            ValueError: when the number of those positions is not the number of tokens of the tiles.
+        """
+        if self.special_embeddings is None:
+            x = self.text_embeddings(input_ids)
+        else:
+            rows = self.text_embeddings.num_embeddings
+            special = input_ids >= rows
+            x = torch.where(special[..., None], self.special_embeddings((input_ids - rows).clamp(min=0)),
+                            self.text_embeddings(input_ids.clamp(max=rows - 1)))
+        image = input_ids == self.config.img_context_token_id
+        if pixel_values is None or self.vision is None:
+            return x
+        tokens = self.vision(pixel_values).flatten(0, 1)
+        slots = image.flatten().nonzero()[:, 0]
+        if slots.numel() != tokens.shape[0]:
+            raise ValueError(f"{slots.numel()} <IMG_CONTEXT> positions for {tokens.shape[0]} image tokens "
+                             f"({pixel_values.shape[0]} tiles)")
+        return x.flatten(0, 1).index_copy(0, slots, tokens.to(x.dtype)).view_as(x)
+
+    def forward(
+        self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None, attention_mask: Tensor | None = None,
+        *, inputs_embeds: Tensor | None = None, cu_seqlens: Tensor | None = None, state: State | None = None,
+        logits: Literal["all", "last", "none"] = "all", return_state: bool = False, max_length: int | None = None,
+        observe: Observer | None = None,
+    ) -> Output:
+        """One pass over new tokens.
+
+        Args:
+            input_ids: (b, l), or a packed row (1, total) with ``cu_seqlens``.
+            pixel_values: (tiles, 3, H, W) normalised, in the order of the <IMG_CONTEXT> positions.
+            attention_mask: (b, l), non-zero for real tokens (padding on either side never reaches a mixer).
+            inputs_embeds: (b, l, d) in place of ids and pixels.
+            cu_seqlens: (s+1,) borders of the sequences of a packed row.
+            state: what the sequences left behind before; positions go on from there.
+            logits: ``all`` → (b, l, v); ``last`` → (s, v) behind each sequence's last token; ``none``.
+            return_state: also return the new state, one row a sequence.
+            max_length: length for which dynamic RoPE scaling is fixed when a state starts (default: this pass).
+            observe: called in every layer with the mixer's input and its heads' outputs.
+
+        Returns:
+            an :class:`Output`; at padded positions hidden states and logits are zero.
+        """
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("forward needs input_ids or inputs_embeds")
+            inputs_embeds = self.embed(input_ids, pixel_values)
+        kept: Tensor | None = None
+        batch_shape = inputs_embeds.shape[:2]
+        if attention_mask is not None and not bool((attention_mask != 0).all()):
+            if cu_seqlens is not None:
+                raise ValueError("give attention_mask or cu_seqlens, not both")
+            real = attention_mask != 0
+            kept = real.flatten().nonzero()[:, 0]
+            inputs_embeds = inputs_embeds.flatten(0, 1).index_select(0, kept)[None]
+            cu_seqlens = F.pad(real.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+        positions, seen, longest = self._positions(inputs_embeds, cu_seqlens, state)
+        fixed = state.max_length if state is not None else max(max_length or 0, longest)
+        if longest > fixed and self._dynamic():
+            log.warning("the text grew to %d tokens, past the %d that dynamic RoPE scaling was fixed for", longest, fixed)
+        turns = self._rotations(positions, fixed, inputs_embeds.dtype)
+        x, new = inputs_embeds, []
+        for layer in self.layers:
+            old: LayerState | None = None if state is None else state.layers[layer.index]  # type: ignore[index]
+            turn = turns[layer.index >= self.config.embedding.num_layers]  # type: ignore[operator]
+            x, kept_state = layer(x, old, rotation=turn, cu_seqlens=cu_seqlens, keep_state=return_state, observe=observe)
+            new.append(kept_state)
+        hidden = self.norm(x)
+        result: Tensor | None = None
+        if logits == "last":
+            result = self.head(hidden[:, -1] if cu_seqlens is None else hidden[0].index_select(0, layout_of(cu_seqlens).last))
+        elif logits == "all":
+            result = self.head(hidden)
+        if kept is not None:
+            hidden = _repad(hidden, kept, batch_shape)
+            result = _repad(result, kept, batch_shape) if logits == "all" and result is not None else result
+        return Output(hidden, result, State(tuple(new), seen, fixed) if return_state else None)
+
+    def _positions(self, x: Tensor, cu_seqlens: Tensor | None, state: State | None) -> tuple[Tensor, Tensor, int]:
+        """Positions (b, l) of the new tokens, tokens seen per sequence (s,) after them, the longest sequence."""
+        if cu_seqlens is None:
+            rows, length = x.shape[:2]
+            offset = torch.arange(length, device=x.device).expand(rows, length)
+            past = torch.zeros(rows, dtype=torch.long, device=x.device) if state is None else state.positions
+            longest = length if state is None or not self._dynamic() else length + int(past.max())
+            return offset + past[:, None], past + length, longest
+        layout = layout_of(cu_seqlens)
+        if layout.total != x.shape[1] or x.shape[0] != 1:
+            raise ValueError(f"cu_seqlens ends at {layout.total}, the packed row is {tuple(x.shape[:2])}")
+        lengths = torch.tensor(layout.lengths, device=x.device)
+        past = torch.zeros_like(lengths) if state is None else state.positions
+        longest = layout.longest if state is None or not self._dynamic() else layout.longest + int(past.max())
+        return (layout.offset + past[layout.sequence])[None], past + lengths, longest
+
+    def _dynamic(self) -> bool:
+        stacks = (self.config.embedding, self.config.decoder)
+        return any(s.rope_scaling is not None and s.rope_scaling.type == "dynamic" for s in stacks)
+
+    def _rotations(self, positions: Tensor, max_length: int, dtype: torch.dtype) -> tuple[Rotation, Rotation]:
+        """The rotation of the embedding stack and of the decoder (one, where they agree)."""
+        config = self.config
+        decoder = rotation(config.decoder, positions, max_length, dtype)
+        keys = ("head_dim", "rope_theta", "rope_scaling", "max_position_embeddings")
+        if all(getattr(config.embedding, k) == getattr(config.decoder, k) for k in keys):
+            return decoder, decoder
+        return rotation(config.embedding, positions, max_length, dtype), decoder
+
+
+def _repad(packed: Tensor, kept: Tensor, shape: torch.Size) -> Tensor:
+    """(1, total, …) back to (b, l, …), zeros at the padding."""
+    out = packed.new_zeros(shape[0] * shape[1], packed.shape[-1])
+    return out.index_copy(0, kept, packed[0]).view(*shape, -1)
+
+
+@torch.no_grad()
+def initialise(model: Model, seed: int = 0) -> Model:
+    """Random weights for a model to be trained from scratch: N(0, 0.02), residual outputs divided by sqrt(2 · layers)."""
+    generator = torch.Generator().manual_seed(seed)
+    shrink = (2 * model.config.num_layers) ** -0.5
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)):
+            scale = 0.02 * (shrink if name.endswith(("o_proj", "mlp.down")) else 1.0)
+            module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * scale)
+            if getattr(module, "bias", None) is not None:
+                module.bias.zero_()  # type: ignore[union-attr]
+        elif isinstance(module, VisionEmbedding):
+            table = module.position_embedding
+            table.copy_(torch.randn(table.shape, generator=generator) * 0.02)
+        elif isinstance(module, Mamba2):
+            module.reset_new_parameters(generator)
+    return model

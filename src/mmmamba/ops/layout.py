@@ -1,0 +1,142 @@
+"""Where each token of a packed row belongs: the index tables that the packed operators share.
+
+A packed row holds ``s`` sequences behind one another, ``cu_seqlens`` (s+1,) their borders. The tables are worked out once
+per ``cu_seqlens`` tensor (one host copy) and remembered for as long as that tensor lives, so that the layers of a model
+share them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_LAYOUTS = WeakTensorKeyDictionary()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkTable:
+    """Sequences cut into chunks, the chunks ordered so that the k-th chunks of all sequences lie together.
+
+    Attributes:
+        size: tokens a chunk, q.
+        gather: (c, q) token of each chunk slot; slots past a sequence's end point at its last token.
+        valid: (c, q) False for those slots.
+        scatter: (total,) slot of each token in the flattened (c*q).
+        counts: for k = 0, 1, …: how many sequences have a k-th chunk (non-increasing).
+        order: (s,) the sequences by falling length, the order of the rows of every k.
+    """
+
+    size: int
+    gather: Tensor
+    valid: Tensor
+    scatter: Tensor
+    counts: list[int]
+    order: Tensor
+
+
+class Layout:
+    """The tables of one packed row; build it through :func:`layout_of`."""
+
+    def __init__(self, lengths: list[int], device: torch.device) -> None:
+        self.lengths = lengths
+        self.device = device
+        self.total = sum(lengths)
+        self.longest = max(lengths, default=0)
+        self._chunks: dict[int, ChunkTable] = {}
+
+    @property
+    def sequences(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """(s,) first token of each sequence."""
+        lengths = torch.tensor([0, *self.lengths])
+        return lengths.cumsum(0)[:-1].to(self.device)
+
+    @cached_property
+    def sequence(self) -> Tensor:
+        """(total,) the sequence of each token."""
+        rows = torch.arange(self.sequences)
+        return torch.repeat_interleave(rows, torch.tensor(self.lengths, dtype=torch.long)).to(self.device)
+
+    @cached_property
+    def offset(self) -> Tensor:
+        """(total,) how many tokens of its own sequence precede each token."""
+        return torch.arange(self.total, device=self.device) - self.starts[self.sequence]
+
+    @cached_property
+    def last(self) -> Tensor:
+        """(s,) the last token of each sequence."""
+        return self.starts + torch.tensor(self.lengths, device=self.device) - 1
+
+    @cached_property
+    def padded_slot(self) -> Tensor:
+        """(total,) slot of each token in a right-padded (s, longest) rectangle."""
+        return self.sequence * self.longest + self.offset
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """(total, …) → (s, longest, …), zeros behind each sequence."""
+        out = packed.new_zeros(self.sequences * self.longest, *packed.shape[1:])
+        out = out.index_copy(0, self.padded_slot, packed)
+        return out.view(self.sequences, self.longest, *packed.shape[1:])
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """(s, longest, …) → (total, …)."""
+        return padded.flatten(0, 1).index_select(0, self.padded_slot)
+
+    def chunks(self, size: int) -> ChunkTable:
+        """The chunk table for chunks of ``size`` tokens."""
+        if size not in self._chunks:
+            self._chunks[size] = self._cut(size)
+        return self._chunks[size]
+
+    def _cut(self, size: int) -> ChunkTable:
+        lengths = torch.tensor(self.lengths, dtype=torch.long)
+        starts = lengths.cumsum(0) - lengths
+        order = torch.argsort(lengths, descending=True, stable=True)
+        n_chunks = (lengths[order] + size - 1) // size
+        depth = int(n_chunks[0]) if len(order) else 0
+        counts = [int((n_chunks > k).sum()) for k in range(depth)]
+        rows = torch.cat([torch.arange(n) for n in counts]) if counts else torch.zeros(0, dtype=torch.long)
+        level = torch.repeat_interleave(torch.arange(depth), torch.tensor(counts, dtype=torch.long))
+        within = level[:, None] * size + torch.arange(size)
+        length_of = lengths[order][rows][:, None]
+        valid = within < length_of
+        gather = starts[order][rows][:, None] + torch.minimum(within, length_of - 1)
+        scatter = torch.empty(self.total, dtype=torch.long)
+        scatter[gather[valid]] = torch.arange(gather.numel()).view_as(gather)[valid]
+        move = (lambda t: t.to(self.device, non_blocking=True))
+        return ChunkTable(size=size, gather=move(gather), valid=move(valid), scatter=move(scatter), counts=counts,
+                          order=move(order))
+
+
+def layout_of(cu_seqlens: Tensor) -> Layout:
+    """The layout of a packed row, remembered while the tensor ``cu_seqlens`` (s+1,) lives.
+
+    Raises:
+        ValueError: if the borders do not start at 0 or fall.
+    """
+    layout = _LAYOUTS.get(cu_seqlens)
+    if layout is None:
+        borders = cu_seqlens.tolist()
+        lengths = [b - a for a, b in zip(borders, borders[1:])]
+        if not borders or borders[0] != 0 or any(n < 0 for n in lengths):
+            raise ValueError(f"cu_seqlens must start at 0 and never fall, got {borders[:8]}…")
+        layout = Layout(lengths, cu_seqlens.device)
+        _LAYOUTS[cu_seqlens] = layout
+    return layout
+
+
+def uniform_layout(rows: int, length: int, device: torch.device) -> Layout:
+    """The layout of ``rows`` sequences of one length (a batch without padding, flattened)."""
+    return Layout([length] * rows, device)
+
+
+def remember_lengths(cu_seqlens: Tensor, lengths: list[int]) -> None:
+    """Tell the layout of ``cu_seqlens`` from lengths that the host knows, so that nothing is read back from a device."""
+    _LAYOUTS[cu_seqlens] = Layout(lengths, cu_seqlens.device)

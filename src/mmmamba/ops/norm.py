@@ -1,0 +1,18 @@
+"""RMSNorm, and RMSNorm times a SiLU gate, with statistics in float32."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / rms(x) over the last dimension, times ``weight``; statistics in at least float32, x's dtype comes back."""
+    if weight is not None and weight.dtype != x.dtype:
+        weight = weight.to(x.dtype)
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """rms_norm(x) · SiLU(gate): the published mixer's order, norm first. x, gate (…, p); weight (p,)."""
+    return rms_norm(x, weight, eps) * F.silu(gate)
