@@ -1,0 +1,177 @@
+"""The layout of the published students (mmMamba-linear, mmMamba-hybrid) ↔ ours, with fused or separate projections.
+
+It is the HoVLE layout with Mamba-2 tensors in the layers that ``layers_block_type`` calls ``mamba2``. It has one mixer,
+the published one: whatever our mixer has switched on beside it is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmmamba.checkpoints.hovle import (
+    Section,
+    attention_from_hovle,
+    common_from_hovle,
+    config_from_hovle,
+    config_to_hovle,
+    layer_prefix,
+    refuse_rest,
+    take_attention,
+    take_common,
+)
+from mmmamba.errors import UserError
+from mmmamba.model.config import ATTENTION, MAMBA2, MixerConfig, ModelConfig, StackConfig
+
+MODEL_TYPE = "mmMamba_chat"
+
+_KINDS = {"mamba2": MAMBA2, "mha": ATTENTION}
+_START_ONLY = ("decay", "dt_min", "dt_max")  # options of the seeding: a trained mixer no longer depends on them
+
+_MIXER = {"A_log": "A_log_bias", "dt_bias": "dt_bias", "conv.bias": "conv1d.bias", "o_proj.weight": "o_proj.weight"}
+_FUSED = "wvkqgdt.weight"
+_FUSED_ROWS = ("v_proj.weight", "k_proj.weight", "q_proj.weight", "gate_proj.weight", "dt_proj.weight")
+_SEPARATE = {
+    "v_proj.weight": "v_proj.weight",
+    "k_proj.weight": "k_proj.weight",
+    "q_proj.weight": "q_proj.weight",
+    "gate_proj.weight": "g_proj.weight",
+    "dt_proj.weight": "in_proj.weight",
+}
+_CONV = ("conv.weight", "conv1d.weight")
+_NORM = ("norm.weight", {True: "g_norm_swish_gate.weight", False: "g_norm.weight"})
+
+
+# ---------------------------------------------------------------------------------------------- tensors
+
+
+def to_release(state: Mapping[str, Tensor], config: ModelConfig, *, fused: bool = True) -> dict[str, Tensor]:
+    """Our tensors under the published students' names.
+
+    Args:
+        state: our state dict.
+        config: its config.
+        fused: one ``wvkqgdt`` matrix a layer, as released; else separate projections, as trained.
+
+    Raises:
+        UserError: naming the mixer option or the parameter that the layout has no place for.
+    """
+    refuse_options(config)
+    left = dict(state)
+    out = take_common(left, config)
+    for layer, kind in enumerate(config.layer_map):
+        out |= take_attention(left, config, layer) if kind == ATTENTION else _take_mamba2(left, config, layer, fused)
+    refuse_rest(left, "release")
+    return out
+
+
+def from_release(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The published students' tensors under our names; ``state`` has every tensor that ``config`` asks for."""
+    out = common_from_hovle(state, config)
+    for layer, kind in enumerate(config.layer_map):
+        out |= attention_from_hovle(state, config, layer) if kind == ATTENTION else _mamba2(state, config, layer)
+    return out
+
+
+def is_fused(state: Mapping[str, Tensor]) -> bool:
+    return any(name.endswith(f"attention.{_FUSED}") for name in state)
+
+
+def _take_mamba2(left: dict[str, Tensor], config: ModelConfig, layer: int, fused: bool) -> dict[str, Tensor]:
+    ours, theirs = f"layers.{layer}.mixer.", f"{layer_prefix(config, layer)}attention."
+    out = {f"{theirs}{b}": left.pop(f"{ours}{a}") for a, b in _MIXER.items()}
+    out[f"{theirs}{_CONV[1]}"] = left.pop(f"{ours}{_CONV[0]}").unsqueeze(1)  # (c, k) → (c, 1, k)
+    out[f"{theirs}{_NORM[1][fused]}"] = left.pop(f"{ours}{_NORM[0]}")
+    if fused:
+        out[f"{theirs}{_FUSED}"] = torch.cat([left.pop(f"{ours}{name}") for name in _FUSED_ROWS])
+    else:
+        out |= {f"{theirs}{b}": left.pop(f"{ours}{a}") for a, b in _SEPARATE.items()}
+    return out
+
+
+def _mamba2(state: Mapping[str, Tensor], config: ModelConfig, layer: int) -> dict[str, Tensor]:
+    ours, theirs = f"layers.{layer}.mixer.", f"{layer_prefix(config, layer)}attention."
+    fused = f"{theirs}{_FUSED}" in state
+    out = {f"{ours}{a}": state[f"{theirs}{b}"] for a, b in _MIXER.items()}
+    out[f"{ours}{_CONV[0]}"] = state[f"{theirs}{_CONV[1]}"].squeeze(1)
+    out[f"{ours}{_NORM[0]}"] = state[f"{theirs}{_NORM[1][fused]}"]
+    if fused:
+        parts = state[f"{theirs}{_FUSED}"].split(_fused_rows(config.stack_of(layer)))
+        out |= {f"{ours}{name}": part.contiguous() for name, part in zip(_FUSED_ROWS, parts, strict=True)}
+    else:
+        out |= {f"{ours}{a}": state[f"{theirs}{b}"] for a, b in _SEPARATE.items()}
+    return out
+
+
+def _fused_rows(stack: StackConfig) -> list[int]:
+    """Rows of v, k, q, the gate and dt in ``wvkqgdt``."""
+    h, g, p = stack.num_heads, stack.num_kv_heads, stack.head_dim
+    return [g * p, g * p, h * p, h * p, h]
+
+
+def reason(name: str) -> str:
+    """Why a released file may lack or have the tensor ``name`` ('' when there is nothing to add)."""
+    if name.endswith((".A_log_bias", ".dt_bias")):
+        return (
+            "A_log_bias and dt_bias are the trained decays, which nothing can stand in for "
+            "(the published stage-3 checkpoints lack them: take them from the stage-2 checkpoint)"
+        )
+    if name.endswith((".wqkv.weight", f".{_FUSED}")):
+        return "'layers_block_type' (mamba2 | mha) must say what each layer's tensors are"
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------- config
+
+
+def config_from_release(data: Mapping[str, Any], where: str | Path) -> ModelConfig:
+    """Our config of a released ``config.json``."""
+    top = Section(data, where)
+    layer_map = tuple(kind for key in ("embedding_config", "llm_config") for kind in _layer_kinds(top.section(key)))
+    return config_from_hovle(data, where, layer_map)
+
+
+def _layer_kinds(section: Section) -> list[str]:
+    kinds = section.get("layers_block_type", list)
+    layers = section.get("num_hidden_layers", int)
+    if len(kinds) != layers:
+        raise section.error("layers_block_type", f"has {len(kinds)} entries for {layers} layers")
+    for kind in kinds:
+        if kind not in _KINDS:
+            raise section.error("layers_block_type", f"has {kind!r}: only 'mamba2' and 'mha' are supported")
+    return [_KINDS[kind] for kind in kinds]
+
+
+def config_to_release(config: ModelConfig) -> dict[str, Any]:
+    """A released ``config.json`` of ours."""
+    refuse_options(config)
+    data = config_to_hovle(config)
+    names = {ours: theirs for theirs, ours in _KINDS.items()}
+    kinds = [names[kind] for kind in config.layer_map]
+    first = config.embedding.num_layers
+    data |= {"architectures": ["mmMambaChatModel"], "model_type": MODEL_TYPE}
+    data["embedding_config"] |= {"model_type": "mmMamba_embedding", "layers_block_type": kinds[:first]}
+    data["llm_config"] |= {
+        "architectures": ["mmMambaForCausalLM"],
+        "model_type": "mmMamba",
+        "layers_block_type": kinds[first:],
+    }
+    return data
+
+
+def refuse_options(config: ModelConfig) -> None:
+    """Refuse a mixer that is not the published one, naming the first option that makes it another."""
+    if not config.mamba2_layers:
+        return
+    for field in fields(MixerConfig):
+        value = getattr(config.mixer, field.name)
+        if field.name not in _START_ONLY and value != field.default:
+            raise UserError(
+                f"'mixer.{field.name}' is {value!r}: the release layout holds the published mixer only "
+                f"({field.name}={field.default!r}); write a student folder instead"
+            )

@@ -1,0 +1,1 @@
+"""Prompts to answers: prefill and decoding in batches, streaming, sampling, chat."""

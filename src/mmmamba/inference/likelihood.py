@@ -1,0 +1,130 @@
+"""How likely a model finds the answers it is shown: the basis of perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from mmmamba.data.batching import pack
+from mmmamba.data.processor import UNSCORED, Encoded
+from mmmamba.inference.steps import (
+    BATCH_TOKENS,
+    PREFILL_CHUNK,
+    Progress,
+    check_positive,
+    chunks,
+    fixed_length,
+    groups,
+    pixels,
+)
+from mmmamba.model.model import Model
+from mmmamba.model.state import State
+
+HEAD_ROWS = 1024  # scored positions whose logits exist at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """The summed negative log-likelihood (nats) of one sample's scored tokens, and how many there are."""
+
+    nll: float
+    tokens: int
+
+    @property
+    def mean(self) -> float:
+        """Mean nats a token; NaN when the sample has no scored token."""
+        return self.nll / self.tokens if self.tokens else math.nan
+
+
+@torch.no_grad()
+def score(
+    model: Model,
+    encodeds: Sequence[Encoded],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    prefill_chunk: int = PREFILL_CHUNK,
+    progress: Progress | None = None,
+) -> list[Score]:
+    """Negative log-likelihood of the scored tokens (labels other than -100) of every sample, for perplexity.
+
+    Logits exist for scored positions only, and for at most ``HEAD_ROWS`` of them at once.
+
+    Args:
+        model: the network.
+        encodeds: samples with answers.
+        batch_tokens: most tokens in one packed batch.
+        prefill_chunk: a longer sample is read alone, in pieces of this size.
+        progress: called with (scored, total) after each batch.
+
+    Returns:
+        One score a sample, in the order of the samples.
+    """
+    check_positive(batch_tokens=batch_tokens, prefill_chunk=prefill_chunk)
+    scores: list[Score] = [Score(nll=0.0, tokens=0)] * len(encodeds)
+    done = 0
+    lengths = [len(encoded.input_ids) for encoded in encodeds]
+    for group in groups(model, lengths, extra=0, budget=batch_tokens, chunk=prefill_chunk):
+        samples = [encodeds[i] for i in group]
+        hidden, targets, owner = _scored_positions(model, samples, prefill_chunk)
+        nll = _nll(model, hidden, targets)
+        for row, i in enumerate(group):
+            own = nll[owner == row]
+            scores[i] = Score(nll=float(own.sum()), tokens=len(own))
+        done += len(group)
+        if progress is not None:
+            progress(done, len(encodeds))
+    return scores
+
+
+def _scored_positions(
+    model: Model, samples: Sequence[Encoded], chunk: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states (m, d) that predict a scored token, those tokens (m,), and which sample each is of (m,)."""
+    # Position t - 1 predicts token t; a sample's first token has nothing before it and is never scored.
+    steps = [np.flatnonzero(np.asarray(sample.labels)[1:] != UNSCORED) for sample in samples]
+    targets = [np.asarray(sample.labels)[1:][kept] for sample, kept in zip(samples, steps, strict=True)]
+    owner = np.repeat(np.arange(len(samples)), [len(kept) for kept in steps])
+    if len(samples) == 1 and len(samples[0].input_ids) > chunk:
+        hidden = _chunked_hidden(model, samples[0], torch.from_numpy(steps[0]).to(model.device), chunk)
+    else:
+        batch = pack(list(samples))
+        starts = batch.cu_seqlens[:-1].tolist()
+        positions = np.concatenate([kept + start for kept, start in zip(steps, starts, strict=True)])
+        out = model(
+            batch.input_ids.to(model.device),
+            pixels(model, batch.tiles),
+            cu_seqlens=batch.cu_seqlens.to(model.device),
+            logits="none",
+            max_length=fixed_length(model, max(len(sample.input_ids) for sample in samples)),
+        )
+        hidden = out.hidden[0, torch.from_numpy(positions).to(model.device)]
+    wanted = torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(model.device)
+    return hidden, wanted, torch.from_numpy(owner)
+
+
+def _chunked_hidden(model: Model, sample: Encoded, positions: torch.Tensor, chunk: int) -> torch.Tensor:
+    """Hidden states (m, d) at ``positions`` (m,) of one long sample."""
+    max_length = fixed_length(model, len(sample.input_ids))
+    state: State | None = None
+    start = 0
+    found = []
+    for embeddings in chunks(model, sample, chunk):
+        out = model(inputs_embeds=embeddings, state=state, logits="none", return_state=True, max_length=max_length)
+        state, end = out.state, start + embeddings.shape[1]
+        found.append(out.hidden[0, positions[(positions >= start) & (positions < end)] - start])
+        start = end
+    return torch.cat(found)
+
+
+def _nll(model: Model, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood (m,) in float64 on the CPU of ``targets`` (m,) after ``hidden`` (m, d)."""
+    found = [torch.empty(0, dtype=torch.float64)]
+    for rows, wanted in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
+        logits = model.head(rows).float()
+        found.append(F.cross_entropy(logits, wanted, reduction="none").double().cpu())
+    return torch.cat(found)

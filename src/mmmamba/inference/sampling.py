@@ -1,0 +1,123 @@
+"""How the next token is picked from the logits: greedy, or drawn with temperature, top-k and top-p.
+
+Every random number is a pure function of (seed, sequence, step), taken from the counter-based generator Philox. A
+sequence therefore draws the same numbers whatever batch it sits in, and a run is repeated by its seed alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mmmamba.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+        temperature: 0 takes the most likely token (greedy); 1 draws from the model's own distribution.
+        top_k: draw among the k most likely tokens only.
+        top_p: draw among the most likely tokens that together hold this probability.
+        repetition_penalty: above 1, makes the tokens already in this answer less likely (also when greedy).
+        seed: which random numbers are drawn.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UserError(f"temperature must be 0 (greedy) or positive, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k must be at least 1, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise UserError(f"repetition_penalty must be positive (1 turns it off), got {self.repetition_penalty}")
+        if not 0 <= self.seed < 2**64:
+            raise UserError(f"seed must lie between 0 and 2^64 - 1, got {self.seed}")
+
+
+def uniform(seed: int, sequence: int, step: int) -> float:
+    """The number in [0, 1) that ``sequence`` draws at ``step``: a pure function of the three."""
+    # The lowest counter word is left to Philox itself, which counts it up as it draws.
+    philox = np.random.Philox(key=np.array([seed, 0], np.uint64), counter=np.array([0, step, sequence, 0], np.uint64))
+    return float(np.random.Generator(philox).random())
+
+
+def draw(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Tokens (s,) drawn from logits (s, v) by inverting the cumulative distribution at uniforms (s,) in [0, 1)."""
+    # float64, because a float32 cumulative sum over ~100k tokens loses the tail that u near 1 must reach.
+    scaled, order = (logits.double() / sampling.temperature).sort(dim=-1, descending=True, stable=True)
+    if sampling.top_k is not None:
+        scaled, order = scaled[:, : sampling.top_k], order[:, : sampling.top_k]
+    probabilities = scaled.softmax(dim=-1)
+    cumulative = probabilities.cumsum(dim=-1)
+    if sampling.top_p is not None:
+        # A token stays while the ones before it hold less than top_p, so the first always stays.
+        outside = cumulative - probabilities >= sampling.top_p
+        cumulative = probabilities.masked_fill(outside, 0).cumsum(dim=-1)
+    # side="right" never lands on a token of probability 0: cumulative rises only at tokens that may be drawn, and the
+    # target stays below the total even when u is rounded up to it. The clamp is for NaN logits, which a caller reports.
+    total = cumulative[:, -1:]
+    targets = torch.minimum(uniforms.to(cumulative)[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    picked = torch.searchsorted(cumulative, targets, right=True).clamp_(max=order.shape[-1] - 1)
+    return order.gather(-1, picked)[:, 0]
+
+
+class Sampler:
+    """Picks one token for each row and remembers what a row's next pick depends on.
+
+    Args:
+        sampling: how tokens are drawn.
+        sequences: the number that keys each row's random draws.
+        banned: token ids that are never picked.
+    """
+
+    def __init__(self, sampling: Sampling, sequences: Sequence[int], banned: Sequence[int] = ()) -> None:
+        self.sampling = sampling
+        self.sequences = list(sequences)
+        self.banned = torch.tensor(list(banned), dtype=torch.long)
+        self.step = 0
+        self._seen: torch.Tensor | None = None  # (s, v) bool, which tokens a row's answer already holds
+
+    def pick(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (s,) for logits (s, v), and their log-probabilities (s,) under the model's own distribution."""
+        logits = logits.float()
+        scores = self._penalise(logits)
+        if len(self.banned):
+            self.banned = self.banned.to(scores.device)
+            scores = scores.index_fill(-1, self.banned, -math.inf)
+        if self.sampling.temperature == 0:
+            tokens = scores.argmax(dim=-1)
+        else:
+            uniforms = [uniform(self.sampling.seed, sequence, self.step) for sequence in self.sequences]
+            tokens = draw(scores, torch.tensor(uniforms, dtype=torch.float64, device=scores.device), self.sampling)
+        if self._seen is not None:
+            self._seen.scatter_(-1, tokens[:, None], True)
+        self.step += 1
+        logprobs = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
+        return tokens, logprobs
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only."""
+        self.sequences = [self.sequences[row] for row in rows]
+        if self._seen is not None:
+            self._seen = self._seen[list(rows)]
+
+    def _penalise(self, logits: torch.Tensor) -> torch.Tensor:
+        penalty = self.sampling.repetition_penalty
+        if penalty == 1:
+            return logits
+        if self._seen is None:
+            self._seen = torch.zeros_like(logits, dtype=torch.bool)
+        return torch.where(self._seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)

@@ -1,0 +1,115 @@
+"""The steps that generation and scoring are made of: grouping, embedding, prefill, one token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from mmmamba.data.batching import pack
+from mmmamba.data.processor import Encoded
+from mmmamba.data.tiling import normalise
+from mmmamba.errors import UserError
+from mmmamba.model.model import Model
+from mmmamba.model.state import State
+
+Progress = Callable[[int, int], None]
+
+PREFILL_CHUNK = 4096
+BATCH_TOKENS = 8192
+
+
+def check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}")
+
+
+def fixed_length(model: Model, length: int) -> int:
+    """The ``max_length`` for a text that will grow to ``length``: what dynamic RoPE scaling, if any, is fixed for.
+
+    A text within the trained range is not scaled, so that range is the least; a conversation may then grow up to it.
+    """
+    limit = _dynamic_limit(model)
+    return length if limit is None else max(length, limit)
+
+
+def groups(model: Model, lengths: Sequence[int], *, extra: int, budget: int, chunk: int) -> Iterator[list[int]]:
+    """Indices of sequences to run together, longest first, so that the largest group shows at once whether it fits.
+
+    A group's sequences times its longest length (plus ``extra``) is at most ``budget``, unless it is a single sequence.
+    Alone run: a sequence that is read in chunks, and one that dynamic RoPE scaling rotates by its own length.
+    """
+    limit = _dynamic_limit(model)
+    alone = chunk if limit is None else min(chunk, limit - extra)
+    group: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if group:
+            longest = lengths[group[0]]
+            if longest > alone or (len(group) + 1) * (longest + extra) > budget:
+                yield group
+                group = []
+        group.append(i)
+    if group:
+        yield group
+
+
+def _dynamic_limit(model: Model) -> int | None:
+    """The length above which a stack with dynamic RoPE scaling depends on the length; None without such a stack."""
+    stacks = (model.config.embedding, model.config.decoder)
+    limits = [
+        stack.max_position_embeddings
+        for stack in stacks
+        if stack.num_layers and stack.rope_scaling is not None and stack.rope_scaling.type == "dynamic"
+    ]
+    return min(limits, default=None)
+
+
+def pixels(model: Model, tiles: torch.Tensor) -> torch.Tensor | None:
+    """Normalised float tiles (t, 3, H, W) on the model's device and in its dtype, from uint8 (t, H, W, 3)."""
+    if not len(tiles):
+        return None
+    if model.vision is None:
+        raise UserError("this model reads text only, it cannot be shown pictures")
+    return normalise(tiles.to(model.device)).to(model.dtype)
+
+
+def chunks(model: Model, encoded: Encoded, size: int) -> Iterator[torch.Tensor]:
+    """The input embeddings of one sequence, in pieces (1, <= size, d)."""
+    batch = pack([encoded])
+    embeddings = model.embed(batch.input_ids.to(model.device), pixels(model, batch.tiles))
+    yield from embeddings.split(size, dim=1)
+
+
+def prefill(
+    model: Model, encodeds: Sequence[Encoded], *, chunk: int, max_new_tokens: int, state: State | None = None
+) -> tuple[torch.Tensor, State]:
+    """Read prompts: the logits (s, v) after the last token of each, and the state with one row each.
+
+    ``state`` (of a single sequence) is what came before.
+    """
+    for encoded in encodeds:
+        if not len(encoded.input_ids):
+            raise UserError(f"{encoded.where}: the prompt '{encoded.id}' has no tokens")
+    max_length = fixed_length(model, max(len(e.input_ids) for e in encodeds) + max_new_tokens)
+    if len(encodeds) == 1:
+        for piece in chunks(model, encodeds[0], chunk):
+            out = model(inputs_embeds=piece, state=state, logits="last", return_state=True, max_length=max_length)
+            state = out.state
+        return out.logits, out.state
+    batch = pack(list(encodeds))
+    out = model(
+        batch.input_ids.to(model.device),
+        pixels(model, batch.tiles),
+        cu_seqlens=batch.cu_seqlens.to(model.device),
+        logits="last",
+        return_state=True,
+        max_length=max_length,
+    )
+    return out.logits, out.state
+
+
+def decode_one_token(model: Model, tokens: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
+    """Feed one token to each sequence: tokens (s,) -> logits (s, v) of the next ones, and the new state."""
+    out = model(tokens[:, None], state=state, logits="last", return_state=True)
+    return out.logits, out.state

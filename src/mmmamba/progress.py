@@ -1,0 +1,163 @@
+"""How long work is shown: a live bar on a terminal, plain lines at intervals anywhere else; and tables."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from types import TracebackType
+from typing import Any, TypeVar
+
+from rich import box, progress
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+T = TypeVar("T")
+
+PLAIN_WIDTH = 1000  # a log file has no width: tables are as wide as what they hold
+
+
+class Progress:
+    """Shows how far a loop is, on stderr.
+
+    Example::
+
+        with Progress("stage 1", total=steps) as bar:
+            for step in range(steps):
+                ...
+                bar.update(step + 1, loss=loss, tokens=batch.tokens)
+
+    Args:
+        description: what is being done, in a word or two.
+        total: how many units the whole is; None when nobody knows.
+        start: units that were done before (a resumed run), left out of the rate.
+        interval: seconds between plain lines when stderr isn't a terminal.
+        console: where to write instead of stderr.
+    """
+
+    def __init__(
+        self,
+        description: str,
+        total: int | None = None,
+        *,
+        start: int = 0,
+        interval: float = 10.0,
+        console: Console | None = None,
+    ) -> None:
+        self.description = description
+        self.total = total
+        self.done = start
+        self.start = start
+        self.interval = interval
+        self.console = console or Console(stderr=True)
+        # Not `is_terminal` alone: FORCE_COLOR makes rich say yes for a log file, where a bar would be garbage.
+        self.live = self.console.is_interactive and self.console.file.isatty()
+        self.tokens = 0
+        self.info = ""
+        self._bar: progress.Progress | None = None
+        self._began = self._printed_at = time.monotonic()
+        self._printed: int | None = None
+
+    def __enter__(self) -> Progress:
+        self._began = self._printed_at = time.monotonic()
+        if self.live:
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}", markup=False),
+                progress.BarColumn(bar_width=24),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[info]}", markup=False),
+                console=self.console,
+            )
+            self._task = self._bar.add_task(self.description, total=self.total, completed=self.start, info="")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self._printed != self.done and self.done > self.start:
+            self._print_line()
+
+    def update(self, done: int, *, tokens: int | None = None, **fields: Any) -> None:
+        """Say that ``done`` units are done by now.
+
+        ``tokens`` counts those of this update only, and is shown as a rate over the whole run; every other field is
+        shown as it is (``loss=0.1234``).
+        """
+        self.done = done
+        self.tokens += tokens or 0
+        self.info = "  ".join([*(f"{name} {_number(value)}" for name, value in fields.items()), *self._rates()])
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, info=self.info)
+        elif self._printed is None or time.monotonic() - self._printed_at >= self.interval:
+            self._print_line()
+
+    def advance(self, units: int = 1, **fields: Any) -> None:
+        """Say that ``units`` more are done."""
+        self.update(self.done + units, **fields)
+
+    def note(self, message: str) -> None:
+        """A line that stays, above the bar."""
+        (self._bar.console if self._bar is not None else self.console).print(Text(message), soft_wrap=True)
+
+    def _rates(self) -> list[str]:
+        elapsed, units = time.monotonic() - self._began, self.done - self.start
+        if elapsed <= 0 or units <= 0:
+            return []
+        rates = [f"{_number(units / elapsed)}/s"]
+        if self.tokens:
+            rates.append(f"{_number(round(self.tokens / elapsed))} tokens/s")
+        if self.total is None or self.done >= self.total:
+            return [*rates, f"took {_duration(elapsed)}"]
+        return [*rates, f"{_duration(elapsed / units * (self.total - self.done))} left"]
+
+    def _print_line(self) -> None:
+        of = "" if self.total is None else f"/{self.total}"
+        self.console.print(Text(f"{self.description}: {self.done}{of}  {self.info}".rstrip()), soft_wrap=True)
+        self._printed, self._printed_at = self.done, time.monotonic()
+
+
+def track(
+    iterable: Iterable[T], description: str, total: int | None = None, *, console: Console | None = None
+) -> Iterator[T]:
+    """The items of ``iterable``, with a :class:`Progress` that counts them."""
+    if total is None and isinstance(iterable, Sized):
+        total = len(iterable)
+    with Progress(description, total, console=console) as bar:
+        for item in iterable:
+            yield item
+            bar.advance()
+
+
+def table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, console: Console | None = None
+) -> None:
+    """Print a table, on stdout unless ``console`` is given: numbers to the right, None as an empty cell."""
+    if console is None:
+        console = Console() if Console().file.isatty() else Console(width=PLAIN_WIDTH)
+    cells = [[*row] for row in rows]
+    drawn = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
+    for i, name in enumerate(columns):
+        numeric = bool(cells) and all(row[i] is None or isinstance(row[i], (int, float)) for row in cells)
+        drawn.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
+    for row in cells:
+        drawn.add_row(*(Text("" if cell is None else _number(cell)) for cell in row))  # Text: no markup in data
+    console.print(drawn)
+
+
+def _number(value: Any) -> str:
+    """Four significant digits of a float, thousands of an int apart, anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}" if abs(value) < 1e9 else f"{value:.3e}"
+
+
+def _duration(seconds: float) -> str:
+    """h:mm:ss, or m:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,110 @@
+"""Drawing tokens: what greedy, temperature, top-k, top-p and the penalty mean, and on what a draw depends."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mmmamba.errors import UserError
+from mmmamba.inference.sampling import Sampler, Sampling, draw, uniform
+
+
+def logits_of(*probabilities: float) -> torch.Tensor:
+    return torch.tensor([probabilities]).log()
+
+
+def frequencies(logits: torch.Tensor, sampling: Sampling, draws: int = 2000) -> torch.Tensor:
+    """Share of each token when u runs evenly through [0, 1)."""
+    uniforms = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
+    return torch.bincount(draw(logits.expand(draws, -1), uniforms, sampling), minlength=logits.shape[-1]) / draws
+
+
+def test_temperature_one_draws_from_the_models_distribution():
+    wanted = torch.tensor([0.1, 0.5, 0.15, 0.25])
+    got = frequencies(logits_of(*wanted.tolist()), Sampling(temperature=1.0))
+    assert torch.allclose(got, wanted, atol=2e-3)
+
+
+def test_temperature_sharpens_and_flattens():
+    got = frequencies(logits_of(0.2, 0.8), Sampling(temperature=0.5))
+    assert got[1] == pytest.approx(0.64 / 0.68, abs=2e-3)
+
+
+def test_top_k_keeps_the_k_most_likely():
+    got = frequencies(logits_of(0.1, 0.5, 0.15, 0.25), Sampling(temperature=1.0, top_k=2))
+    assert torch.allclose(got, torch.tensor([0.0, 2 / 3, 0.0, 1 / 3]), atol=2e-3)
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_p():
+    logits = logits_of(0.1, 0.5, 0.15, 0.25)
+    got = frequencies(logits, Sampling(temperature=1.0, top_p=0.6))
+    assert torch.allclose(got, torch.tensor([0.0, 2 / 3, 0.0, 1 / 3]), atol=2e-3)
+    assert frequencies(logits, Sampling(temperature=1.0, top_p=1e-6))[1] == 1
+
+
+def test_the_ends_of_the_unit_interval_pick_tokens_that_may_be_drawn():
+    logits = torch.tensor([[-math.inf, 1.0, 2.0, -math.inf, 0.5]]).expand(2, -1)
+    uniforms = torch.tensor([0.0, 1.0 - 2**-53], dtype=torch.float64)
+    assert draw(logits, uniforms, Sampling(temperature=1.0)).tolist() == [2, 4]
+    assert draw(logits, uniforms, Sampling(temperature=1.0, top_k=2)).tolist() == [2, 1]
+    assert draw(logits, uniforms, Sampling(temperature=1.0, top_p=0.7)).tolist() == [2, 1]
+
+
+def test_random_numbers_are_even_and_depend_on_all_of_seed_sequence_step():
+    values = torch.tensor([uniform(0, sequence, step) for sequence in range(30) for step in range(30)])
+    assert len(set(values.tolist())) == 900
+    assert abs(values.mean() - 0.5) < 0.03 and abs(values.var() - 1 / 12) < 0.01
+    assert uniform(1, 2, 3) == uniform(1, 2, 3) != uniform(2, 2, 3)
+
+
+def test_a_draw_does_not_depend_on_the_batch():
+    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
+    sampling = Sampling(temperature=1.3, seed=7)
+    together = Sampler(sampling, range(6)).pick(logits)[0].tolist()
+    alone = [Sampler(sampling, [i]).pick(logits[i : i + 1])[0].item() for i in range(6)]
+    assert together == alone
+
+
+def test_rows_that_leave_take_their_draws_along():
+    logits = torch.randn(3, 4, 50, generator=torch.Generator().manual_seed(0))
+    sampling = Sampling(temperature=1.0, repetition_penalty=2.0)
+    whole, part = Sampler(sampling, range(4)), Sampler(sampling, range(4))
+    whole.pick(logits[0]), part.pick(logits[0])
+    part.select([1, 3])
+    for step in (1, 2):
+        assert whole.pick(logits[step])[0][[1, 3]].tolist() == part.pick(logits[step, [1, 3]])[0].tolist()
+
+
+def test_greedy_logprobs_and_banned_tokens():
+    logits = logits_of(0.2, 0.5, 0.3)
+    tokens, logprobs = Sampler(Sampling(), [0]).pick(logits)
+    assert tokens.tolist() == [1] and logprobs.item() == pytest.approx(math.log(0.5))
+    tokens, logprobs = Sampler(Sampling(), [0], banned=[1]).pick(logits)
+    assert tokens.tolist() == [2] and logprobs.item() == pytest.approx(math.log(0.3))
+
+
+def test_repetition_penalty_counts_the_answer_of_its_own_row_only():
+    logits = torch.tensor([[2.0, 1.9, -5.0], [2.0, 1.0, -5.0]])
+    sampler = Sampler(Sampling(repetition_penalty=1.5), [0, 1])
+    picked = [sampler.pick(logits)[0].tolist() for _ in range(3)]
+    assert picked == [[0, 0], [1, 0], [0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -1.0),
+        ("temperature", math.nan),
+        ("top_k", 0),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("repetition_penalty", 0.0),
+        ("seed", -1),
+        ("seed", 2**64),
+    ],
+)
+def test_impossible_settings_are_refused_by_name(field, value):
+    with pytest.raises(UserError, match=field):
+        Sampling(**{field: value})
