@@ -21,8 +21,10 @@ WORDS = ["what colour is the shape in the picture ?", "how many red circles are 
 @pytest.fixture(scope="session")
 def golden():
     """``golden(name)`` → (tensors, json) of one golden file."""
+
     def read(name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         return load_file(GOLDEN / f"{name}.safetensors"), json.loads((GOLDEN / f"{name}.json").read_text())
+
     return read
 
 
@@ -30,10 +32,17 @@ def make_config(layer_map: tuple[str, ...] = (), mixer: MixerConfig | None = Non
     """The golden geometry: hidden 64, 4 heads, 2 groups, head dim 16, 2 + 3 layers, 56-px tiles of 14-px patches."""
     stack = StackConfig(num_layers=2, intermediate_size=96, num_heads=4, num_kv_heads=2, head_dim=16, rms_norm_eps=1e-5)
     config = ModelConfig(
-        hidden_size=64, vocab_size=320, embedding=stack,
+        hidden_size=64,
+        vocab_size=320,
+        embedding=stack,
         decoder=replace(stack, num_layers=3, intermediate_size=128, rms_norm_eps=1e-6),
-        vision=VisionConfig(image_size=56, patch_size=14), layer_map=layer_map, mixer=mixer or MixerConfig(),
-        img_context_token_id=SPECIALS.index("<IMG_CONTEXT>"), system_message="", max_dynamic_patch=4)
+        vision=VisionConfig(image_size=56, patch_size=14),
+        layer_map=layer_map,
+        mixer=mixer or MixerConfig(),
+        img_context_token_id=SPECIALS.index("<IMG_CONTEXT>"),
+        system_message="",
+        max_dynamic_patch=4,
+    )
     return replace(config, **changes)
 
 
@@ -45,6 +54,7 @@ def tiny_config():
 @pytest.fixture
 def tiny_model():
     """``tiny_model(layer_map, mixer)`` → a random model whose every parameter differs from its starting point."""
+
     def build(layer_map: tuple[str, ...] = (), mixer: MixerConfig | None = None, seed: int = 0) -> Model:
         model = initialise(Model(make_config(layer_map, mixer)), seed)
         generator = torch.Generator().manual_seed(seed + 1)
@@ -52,6 +62,7 @@ def tiny_model():
             for parameter in model.parameters():
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
         return model.eval()
+
     return build
 
 

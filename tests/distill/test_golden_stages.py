@@ -23,7 +23,9 @@ STAGE3 = tuple(name for name in STAGE2 if name not in ("A_log", "dt_bias"))
 
 def published(name: str) -> str:
     """A published parameter name in our model."""
-    stack, rest = ("embedding_model.encoder.", 0) if name.startswith("embedding") else ("language_model.model.layers.", 2)
+    stack, rest = (
+        ("embedding_model.encoder.", 0) if name.startswith("embedding") else ("language_model.model.layers.", 2)
+    )
     index, _, inner = name.removeprefix(stack).partition(".attention.")
     inner = inner.replace("A_log_bias", "A_log").replace("in_proj", "dt_proj").replace("g_norm", "norm")
     inner = inner.replace("g_proj", "gate_proj").replace("conv1d", "conv")
@@ -51,8 +53,15 @@ def golden_row(tensors, prefix, monkeypatch) -> list[Batch]:
     mask = tensors[f"{prefix}attention_mask"].bool()
     lengths = mask.sum(1)
     monkeypatch.setattr(objectives, "normalise", lambda tiles: tiles)
-    return [Batch(input_ids=ids[mask][None], labels=torch.full((1, int(lengths.sum())), -100),
-                  cu_seqlens=pad_tensor(lengths.cumsum(0), (1, 0)).int(), tiles=pixel_values, ids=["a", "b"])]
+    return [
+        Batch(
+            input_ids=ids[mask][None],
+            labels=torch.full((1, int(lengths.sum())), -100),
+            cu_seqlens=pad_tensor(lengths.cumsum(0), (1, 0)).int(),
+            tiles=pixel_values,
+            ids=["a", "b"],
+        )
+    ]
 
 
 def stage_config(train, **changes) -> StageConfig:
@@ -116,6 +125,7 @@ def test_stage_three_gives_the_published_loss_and_gradients(suffix, golden, monk
 def test_stage_three_trains_what_the_published_stage_trains(golden):
     import json
     from pathlib import Path
+
     names = json.loads((Path(__file__).parents[1] / "golden" / "trainable_names.json").read_text())
     assert {published(n).split(".")[3] for n in names["stage1"]} == set(STAGE1)
     assert {published(n).split(".")[3] for n in names["stage2"]} == set(STAGE2)

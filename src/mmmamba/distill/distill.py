@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -44,9 +45,9 @@ def distill(
 
     Example: mmmamba distill pico-linear --out runs/pico-linear
 
-    Stage 1 aligns the new state space parameters with the attention they replace, stage 2 the whole mixer, both layer by
-    layer; stage 3 matches the teacher's output distribution. A run that lies beside this one and aligned the same teacher
-    in the same way (stages 1 and 2 of linear and hybrid are the same) lends its stages 1 and 2.
+    Stage 1 aligns the new state space parameters with the attention they replace, stage 2 the whole mixer, both layer
+    by layer; stage 3 matches the teacher's output distribution. A run that lies beside this one and aligned the same
+    teacher in the same way (stages 1 and 2 of linear and hybrid are the same) lends its stages 1 and 2.
 
     Args:
         recipe: a recipe file, or the name of a built-in one.
@@ -54,7 +55,7 @@ def distill(
         data: JSONL files of conversations, in place of the recipe's sources.
         out: the run folder (default: runs/NAME).
         resume: go on with a run that was interrupted.
-        set: recipe keys to change, e.g. --set stage3.steps=100 seed=1.
+        set: recipe keys to change, e.g. --set stage3.steps=100 --set seed=1.
         on_bad_sample: stop at the first bad sample, or skip and list them.
         device: auto, cpu, cuda, cuda:1, ….
         precision: fp32, or bf16 passes over fp32 weights; auto picks bf16 on a GPU.
@@ -77,11 +78,25 @@ def distill(
     layer_map = plan.layer_map(model.config.num_layers)
     processor = Processor.from_folder(folder)
     feed = Feed(plan.data, processor, plan.seed)
-    alignment = digest({"teacher": source_hash, "mixer": plan.mixer, "seed": plan.seed, "data": feed.identity,
-                        "stage1": plan.stage1, "stage2": plan.stage2, "max_length": plan.data.max_length,
-                        "device": where.type, "precision": str(dtype)})
-    run = RunFolder(out or Path("runs") / plan.name, plan,
-                    {"kind": "distill", "teacher": source_hash, "data": feed.identity}, resume=resume)
+    alignment = digest(
+        {
+            "teacher": source_hash,
+            "mixer": plan.mixer,
+            "seed": plan.seed,
+            "data": feed.identity,
+            "stage1": plan.stage1,
+            "stage2": plan.stage2,
+            "max_length": plan.data.max_length,
+            "device": where.type,
+            "precision": str(dtype),
+        }
+    )
+    run = RunFolder(
+        out or Path("runs") / plan.name,
+        plan,
+        {"kind": "distill", "teacher": source_hash, "data": feed.identity},
+        resume=resume,
+    )
     run.note(alignment=alignment, teacher={"path": str(plan.teacher), "sha256": source_hash})
     _borrow_alignment(run, alignment)
 
@@ -101,8 +116,15 @@ def distill(
 
 
 def _run_stage(
-    run: RunFolder, stage: str, objective: AlignHeads | MatchLogits, config: StageConfig, student: Model, feed: Feed,
-    number: int, device: torch.device, precision: torch.dtype,
+    run: RunFolder,
+    stage: str,
+    objective: AlignHeads | MatchLogits,
+    config: StageConfig,
+    student: Model,
+    feed: Feed,
+    number: int,
+    device: torch.device,
+    precision: torch.dtype,
 ) -> None:
     """One stage, unless the run (or the one it borrowed from) has finished it."""
     done = run.result(stage)
@@ -117,9 +139,13 @@ def _run_stage(
 
 def mixers(student: Model) -> dict[str, Tensor]:
     """Every mixer tensor that the student does not share with its teacher, by full name."""
-    return {f"layers.{layer.index}.mixer.{name}": tensor for layer in student.layers
-            if isinstance(layer.mixer, Mamba2) for name, tensor in layer.mixer.named_parameters()
-            if not name.startswith("o_proj")}
+    return {
+        f"layers.{layer.index}.mixer.{name}": tensor
+        for layer in student.layers
+        if isinstance(layer.mixer, Mamba2)
+        for name, tensor in layer.mixer.named_parameters()
+        if not name.startswith("o_proj")
+    }
 
 
 @torch.no_grad()
@@ -141,7 +167,9 @@ def _borrow_alignment(run: RunFolder, alignment: str) -> None:
         if found.get("alignment") != alignment or not {"stage1", "stage2"} <= set(found.get("stages", {})):
             continue
         for stage in STAGES[:2]:
-            write_atomically(run.checkpoints / stage, lambda p, s=stage: shutil.copytree(sibling / "checkpoints" / s, p))
+            write_atomically(
+                run.checkpoints / stage, functools.partial(shutil.copytree, sibling / "checkpoints" / stage)
+            )
             run.manifest["stages"][stage] = {**found["stages"][stage], "from": str(sibling)}
         run.note()
         return
@@ -161,8 +189,12 @@ def describe(stage: str, student: Model, trained: dict[str, torch.nn.Parameter])
     moved = sum(counts.values())
     rows.append(["trained", "all", moved, f"{100 * moved / total:.2f} %"])
     rows.append(["frozen", "the teacher's and untouched", total - moved, f"{100 * (1 - moved / total):.2f} %"])
-    table(f"{stage}: {len(student.config.mamba2_layers)} Mamba-2 layers, "
-          f"{len(student.config.attention_layers)} softmax layers", ("", "parameters", "count", "share"), rows)
+    table(
+        f"{stage}: {len(student.config.mamba2_layers)} Mamba-2 layers, "
+        f"{len(student.config.attention_layers)} softmax layers",
+        ("", "parameters", "count", "share"),
+        rows,
+    )
 
 
 def seed_command(recipe: str, *, teacher: str | None = None, out: Path, set: Sequence[str] = ()) -> Path:

@@ -31,16 +31,25 @@ class Feed:
         self.config, self.seed = config, seed
         root = prepare_root(config)
         limits: dict[str, Any] = {"max_length": config.max_length, "max_tiles": config.max_tiles}
-        self.paths = [Path(source.path) if Path(source.path).is_absolute() else root / source.path
-                      for source in config.sources]
+        self.paths = [
+            Path(source.path) if Path(source.path).is_absolute() else root / source.path for source in config.sources
+        ]
         self.sources: list[Source] = []
         for path in self.paths:
             dataset = JsonlDataset(path)
             if len(dataset) == 0:
                 raise UserError(f"{path}: holds no sample")
             if config.cache:
-                self.sources.append(EncodedCache(dataset, processor, path.parent / ".cache", workers=_cores(),
-                                                 on_bad_sample=config.on_bad_sample, **limits))
+                self.sources.append(
+                    EncodedCache(
+                        dataset,
+                        processor,
+                        path.parent / ".cache",
+                        workers=_cores(),
+                        on_bad_sample=config.on_bad_sample,
+                        **limits,
+                    )
+                )
             else:
                 self.sources.append(EncodedSource(dataset, processor, **limits))
         workers = config.workers
@@ -49,12 +58,16 @@ class Feed:
     @property
     def identity(self) -> list[str]:
         """What the sources are, for the run's fingerprint: name, weight and a hash of each file."""
-        return [f"{path.name} ×{source.weight} {_hash(path)}" for source, path in zip(self.config.sources, self.paths)]
+        pairs = zip(self.config.sources, self.paths, strict=True)
+        return [f"{path.name} ×{source.weight} {_hash(path)}" for source, path in pairs]
 
     def rows(self, config: TrainConfig, salt: int) -> _Rows:
         """The rows of each step of a stage; ``salt`` gives every stage its own order."""
-        order = Order([(len(source), c.weight) for source, c in zip(self.sources, self.config.sources)],
-                      seed=self.seed * 1009 + salt, batch_size=config.batch_size)
+        order = Order(
+            [(len(source), c.weight) for source, c in zip(self.sources, self.config.sources, strict=True)],
+            seed=self.seed * 1009 + salt,
+            batch_size=config.batch_size,
+        )
         return _Rows(self, order, config)
 
 
@@ -67,9 +80,16 @@ class _Rows:
 
     def __call__(self, start: int) -> Iterator[Sequence[Batch]]:
         loader = Loader(
-            Concatenated(self.feed.sources), self.order, start_step=start, end_step=self.config.steps,
-            max_tokens=self.config.micro_tokens, workers=self.feed.workers, pin_memory=torch.cuda.is_available(),
-            prefetch=4, on_bad_sample=self.feed.config.on_bad_sample)
+            Concatenated(self.feed.sources),
+            self.order,
+            start_step=start,
+            end_step=self.config.steps,
+            max_tokens=self.config.micro_tokens,
+            workers=self.feed.workers,
+            pin_memory=torch.cuda.is_available(),
+            prefetch=4,
+            on_bad_sample=self.feed.config.on_bad_sample,
+        )
         yield from loader
         self.bad_samples = loader.bad_samples
 

@@ -31,12 +31,22 @@ def heads_error(predicted: Tensor, target: Tensor, weights: Tensor) -> Tensor:
 
 
 def divergence(
-    student_hidden: Tensor, student_head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor, weights: Tensor,
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    weights: Tensor,
     temperature: float = 1.0,
 ) -> Tensor:
     """Sum over tokens of weight · KL(teacher ‖ student): stage 3. Hidden states (b, l, d), weights (b, l)."""
-    return chunked_kl(student_hidden.flatten(0, 1), student_head, teacher_hidden.flatten(0, 1), teacher_head,
-                      weight=weights.flatten(), temperature=temperature)
+    return chunked_kl(
+        student_hidden.flatten(0, 1),
+        student_head,
+        teacher_hidden.flatten(0, 1),
+        teacher_head,
+        weight=weights.flatten(),
+        temperature=temperature,
+    )
 
 
 def answer_loss(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
@@ -47,4 +57,3 @@ def answer_loss(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
     rows = (labels[:, 1:] != -100).nonzero(as_tuple=True)
     logits = F.linear(hidden[:, :-1][rows], head)
     return F.cross_entropy(logits.float(), labels[:, 1:][rows], reduction="sum")
-

@@ -29,8 +29,11 @@ class Objective(Protocol):
 
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[None]:
     """Mixed precision for passes on ``device``; float32 switches it off."""
-    return torch.autocast(device.type, dtype=torch.bfloat16 if precision == torch.float32 else precision,
-                          enabled=precision != torch.float32)
+    return torch.autocast(
+        device.type,
+        dtype=torch.bfloat16 if precision == torch.float32 else precision,
+        enabled=precision != torch.float32,
+    )
 
 
 def mixer_parameters(student: Model, names: Sequence[str]) -> dict[str, nn.Parameter]:
@@ -64,21 +67,23 @@ def answer_tokens(rows: Sequence[Batch]) -> Tensor:
 class AlignHeads:
     """Stages 1 and 2: each mixer's heads against the attention's, fed the *teacher's* input (paper, section 3.3).
 
-    Layer-local: a layer's loss is propagated as soon as the teacher has passed it and its graph is freed, so that no more
-    than one mixer's activations are alive.
+    Layer-local: a layer's loss is propagated as soon as the teacher has passed it and its graph is freed, so that no
+    more than one mixer's activations are alive.
     """
 
     def __init__(self, teacher: Model, student: Model, stage: StageConfig) -> None:
         self.teacher, self.student, self.stage = teacher, student, stage
         self.trained = mixer_parameters(student, stage.train)
-        self.mixers = {i: student.layers[i].mixer for i in student.config.mamba2_layers}
+        self.mixers: dict[int, Mamba2] = {
+            int(layer.index): layer.mixer for layer in student.layers if isinstance(layer.mixer, Mamba2)
+        }  # type: ignore[arg-type]
         freeze_all_but(student, self.trained)
 
     def backward(self, rows: Sequence[Batch], precision: torch.dtype) -> dict[str, Tensor]:
         weights = [token_weights(row.labels, self.stage.prompt_weight) for row in rows]
         scale = self.stage.loss_scale / (torch.stack([w.sum() for w in weights]).sum() * len(self.mixers))
         total = torch.zeros((), device=self.teacher.device)
-        for row, weight in zip(rows, weights):
+        for row, weight in zip(rows, weights, strict=True):
 
             def observe(index: int, u: Tensor, heads: Tensor, rotation: Rotation) -> None:
                 if index not in self.mixers:
@@ -96,7 +101,7 @@ class AlignHeads:
 
 
 class MatchLogits:
-    """Stage 3: KL(teacher ‖ student) end to end, from hidden states (paper, section 3.3; T = 1 and no cross-entropy there)."""
+    """Stage 3: KL(teacher ‖ student) end to end, from hidden states (paper, section 3.3; T = 1, no cross-entropy)."""
 
     def __init__(self, teacher: Model, student: Model, stage: StageConfig) -> None:
         self.teacher, self.student, self.stage = teacher, student, stage
@@ -113,14 +118,18 @@ class MatchLogits:
         answers = answer_tokens(rows) if stage.supervised else None
         kl = torch.zeros((), device=self.teacher.device)
         ce = torch.zeros((), device=self.teacher.device)
-        for row, weight in zip(rows, weights):
+        for row, weight in zip(rows, weights, strict=True):
             with autocast(self.teacher.device, precision):
                 with torch.no_grad():
                     x = self.teacher.embed(row.input_ids, pixels(row))
                     target = self.teacher(inputs_embeds=x, cu_seqlens=row.cu_seqlens, logits="none").hidden
                 hidden = self.student(inputs_embeds=x, cu_seqlens=row.cu_seqlens, logits="none").hidden
-                part = divergence(hidden, self.student.head.weight, target, self.teacher.head.weight, weight,
-                                  stage.temperature) / divisor
+                part = (
+                    divergence(
+                        hidden, self.student.head.weight, target, self.teacher.head.weight, weight, stage.temperature
+                    )
+                    / divisor
+                )
                 loss = part * stage.loss_scale
                 kl.add_(part.detach())
                 if answers is not None:

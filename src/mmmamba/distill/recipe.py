@@ -161,7 +161,9 @@ class DistillRecipe:
         elif isinstance(self.layers, str):
             kind, _, group = self.layers.partition(":")
             if kind != "hybrid" or not group.isdigit() or int(group) < 1:
-                raise UserError(f"recipe {self.name}: layers must be 'linear', 'hybrid:K' or a list, got {self.layers!r}")
+                raise UserError(
+                    f"recipe {self.name}: layers must be 'linear', 'hybrid:K' or a list, got {self.layers!r}"
+                )
             keep = range(0, num_layers, int(group))
         else:
             keep = self.layers

@@ -32,8 +32,12 @@ def digest(data: Any) -> str:
 
 def versions() -> dict[str, str]:
     """What the run ran on."""
-    return {"mmmamba": mmmamba.__version__, "python": platform.python_version(), "torch": torch.__version__,
-            "numpy": numpy.__version__}
+    return {
+        "mmmamba": mmmamba.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+    }
 
 
 class RunFolder:
@@ -57,17 +61,26 @@ class RunFolder:
         if self._manifest.is_file():
             found = read_json(self._manifest)
             if found.get("fingerprint") != self.fingerprint:
-                changed = [key for key, value in identity.items() if found.get("identity", {}).get(key) != to_dict(value)]
+                changed = [
+                    key for key, value in identity.items() if found.get("identity", {}).get(key) != to_dict(value)
+                ]
                 what = f" (other {', '.join(changed)})" if changed else " (another recipe)"
                 raise UserError(f"{self.path}: holds another run{what}; give another --out")
             if not resume:
-                raise UserError(f"{self.path}: holds this run already; add --resume to go on with it, or give another --out")
+                raise UserError(
+                    f"{self.path}: holds this run already; add --resume to go on with it, or give another --out"
+                )
             self.manifest = found
         else:
             if self.path.is_dir() and any(self.path.iterdir()):
                 raise UserError(f"{self.path}: is not empty and not a run; give another --out")
-            self.manifest = {"fingerprint": self.fingerprint, "identity": to_dict(dict(identity)), "stages": {},
-                             "versions": versions(), "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
+            self.manifest = {
+                "fingerprint": self.fingerprint,
+                "identity": to_dict(dict(identity)),
+                "stages": {},
+                "versions": versions(),
+                "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            }
             text = yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)
             write_atomically(self.path / "recipe.yaml", lambda p: p.write_text(text, encoding="utf-8"))
             self._write_manifest()

@@ -15,13 +15,17 @@ from mmmamba.model.model import Model
 
 
 def seed(
-    teacher: Model, layer_map: Sequence[str] | None = None, mixer: MixerConfig | None = None, *, seed: int = 0,
+    teacher: Model,
+    layer_map: Sequence[str] | None = None,
+    mixer: MixerConfig | None = None,
+    *,
+    seed: int = 0,
     aligned: Model | None = None,
 ) -> Model:
     """Make a student of ``teacher``: W_q, W_k, W_v copied into each new mixer, everything else shared.
 
-    What the student does not change (embeddings, norms, MLPs, W_o, softmax layers, head) *are* the teacher's modules, one
-    copy in memory. New parameters start as the mixer's config says (the published seeding by default).
+    What the student does not change (embeddings, norms, MLPs, W_o, softmax layers, head) *are* the teacher's modules,
+    one copy in memory. New parameters start as the mixer's config says (the published seeding by default).
 
     Args:
         teacher: a model; its layers that become Mamba-2 must be attention.

@@ -52,8 +52,15 @@ def teach(
     run = RunFolder(out or Path("runs") / plan.name, plan, {"kind": "teach", "data": feed.identity}, resume=resume)
     model = initialise(Model(processor.config), plan.seed).to(where)
     if (done := run.result("teach")) is None:
-        train(PredictAnswers(model), plan.train, feed.rows(plan.train, 0), run, "teach", device=where,
-              precision=pick_precision(precision, where))
+        train(
+            PredictAnswers(model),
+            plan.train,
+            feed.rows(plan.train, 0),
+            run,
+            "teach",
+            device=where,
+            precision=pick_precision(precision, where),
+        )
         run.finish("teach", dict(model.named_parameters()), steps=plan.train.steps)
     else:
         with torch.no_grad():
@@ -68,6 +75,9 @@ def teach(
 def make_processor(plan: TeachRecipe) -> Processor:
     """Train the tokenizer of a recipe and fill its ids into the model's config."""
     tokenizer = Tokenizer.from_bpe(train_bpe(corpus_texts(plan.seed), plan.vocab_size, SPECIALS))
-    fields = {**plan.model, "vocab_size": tokenizer.vocab_size,
-              "img_context_token_id": tokenizer.token_id("<IMG_CONTEXT>")}
+    fields = {
+        **plan.model,
+        "vocab_size": tokenizer.vocab_size,
+        "img_context_token_id": tokenizer.token_id("<IMG_CONTEXT>"),
+    }
     return Processor(tokenizer, from_dict(ModelConfig, fields, where=f"recipe {plan.name}: model"))

@@ -39,7 +39,13 @@ def pick_precision(precision: str, device: torch.device) -> torch.dtype:
 
 
 def train(
-    objective: Objective, config: TrainConfig, rows: Rows, run: RunFolder, stage: str, *, device: torch.device,
+    objective: Objective,
+    config: TrainConfig,
+    rows: Rows,
+    run: RunFolder,
+    stage: str,
+    *,
+    device: torch.device,
     precision: torch.dtype,
 ) -> None:
     """Run ``stage`` to its last step, from its last checkpoint if ``run`` has one.
@@ -58,14 +64,14 @@ def train(
     recent: list[dict[str, Tensor]] = []
     tokens, since = 0, time.monotonic()
     with Progress(stage, total=config.steps, start=start) as bar:
-        for step, batch in zip(range(start, config.steps), rows(start)):
+        for step, batch in zip(range(start, config.steps), rows(start), strict=False):
             moved = [_move(row, device) for row in batch]
             optimizer.zero_grad(set_to_none=True)
             if moved:  # empty when every sample of the step was skipped as bad
                 recent.append(objective.backward(moved, precision))
             norm = nn.utils.clip_grad_norm_(list(objective.trained.values()), config.clip)
             rate = config.lr * config.factor(step)
-            for group, scale in zip(optimizer.param_groups, scales):
+            for group, scale in zip(optimizer.param_groups, scales, strict=True):
                 group["lr"] = rate * scale
             optimizer.step()
             count = sum(row.tokens for row in batch)
@@ -74,8 +80,17 @@ def train(
             if done % config.log_every == 0 or done == config.steps:
                 means = _means(recent, stage, done)
                 now = time.monotonic()
-                run.log({"stage": stage, "step": done, **means, "lr": rate, "grad_norm": float(norm),
-                         "tokens": tokens, "tokens_per_s": round(tokens / (now - since), 1)})
+                run.log(
+                    {
+                        "stage": stage,
+                        "step": done,
+                        **means,
+                        "lr": rate,
+                        "grad_norm": float(norm),
+                        "tokens": tokens,
+                        "tokens_per_s": round(tokens / (now - since), 1),
+                    }
+                )
                 bar.update(done, tokens=tokens, lr=rate, **means)
                 recent, tokens, since = [], 0, now
             if done % config.checkpoint_every == 0 and done < config.steps:
@@ -91,7 +106,9 @@ def _move(row: Batch, device: torch.device) -> Batch:
 
 
 def _optimizer(
-    trained: dict[str, nn.Parameter], config: TrainConfig, device: torch.device,
+    trained: dict[str, nn.Parameter],
+    config: TrainConfig,
+    device: torch.device,
 ) -> tuple[torch.optim.AdamW, list[float]]:
     """AdamW with one group per (weight decay or not, learning-rate factor), and those factors."""
     factors: dict[str, float] = getattr(config, "lr_scale", {})
@@ -102,7 +119,8 @@ def _optimizer(
         groups.setdefault((decays, scale), []).append(parameter)
     settings: list[dict[str, Any]] = [
         {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0}
-        for (decays, _), parameters in groups.items()]
+        for (decays, _), parameters in groups.items()
+    ]
     optimizer = torch.optim.AdamW(settings, lr=config.lr, betas=config.betas, fused=device.type == "cuda" or None)
     return optimizer, [scale for _, scale in groups]
 
@@ -135,8 +153,11 @@ def _restore(run: RunFolder, stage: str, trained: dict[str, nn.Parameter], optim
     step, tensors = found
     for name, parameter in trained.items():
         parameter.copy_(tensors[f"weight/{name}"])
-        state = {key: tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors}
+        state = {
+            key: tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors
+        }
         fused = bool(optimizer.defaults["fused"])
         optimizer.state[parameter] = {
-            key: value.to(parameter.device) if key != "step" or fused else value for key, value in state.items()}
+            key: value.to(parameter.device) if key != "step" or fused else value for key, value in state.items()
+        }
     return step

@@ -4,5 +4,16 @@ from mmmamba.model.config import ATTENTION, MAMBA2, MixerConfig, ModelConfig, Ro
 from mmmamba.model.model import Model, Output, initialise
 from mmmamba.model.state import State
 
-__all__ = ["ATTENTION", "MAMBA2", "MixerConfig", "Model", "ModelConfig", "Output", "RopeScaling", "StackConfig", "State",
-           "VisionConfig", "initialise"]
+__all__ = [
+    "ATTENTION",
+    "MAMBA2",
+    "MixerConfig",
+    "Model",
+    "ModelConfig",
+    "Output",
+    "RopeScaling",
+    "StackConfig",
+    "State",
+    "VisionConfig",
+    "initialise",
+]

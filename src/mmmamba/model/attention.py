@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,7 +30,12 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads_count * self.head_dim, hidden_size, bias=stack.qkv_bias)
 
     def heads(
-        self, x: Tensor, state: KVState | None = None, *, rotation: Rotation, cu_seqlens: Tensor | None = None,
+        self,
+        x: Tensor,
+        state: KVState | None = None,
+        *,
+        rotation: Rotation,
+        cu_seqlens: Tensor | None = None,
         keep_state: bool = False,
     ) -> tuple[Tensor, KVState | None]:
         """The heads' outputs before W_o: x (b, l, d) → (b, l, h, p), and the cache if ``keep_state``."""
@@ -42,7 +49,12 @@ class Attention(nn.Module):
         return y, new if keep_state else None
 
     def forward(
-        self, x: Tensor, state: KVState | None = None, *, rotation: Rotation, cu_seqlens: Tensor | None = None,
+        self,
+        x: Tensor,
+        state: KVState | None = None,
+        *,
+        rotation: Rotation,
+        cu_seqlens: Tensor | None = None,
         keep_state: bool = False,
     ) -> tuple[Tensor, KVState | None]:
         """x (b, l, d) → (b, l, d) and the new cache; packed rows with ``cu_seqlens`` (s+1,) have b = 1."""
@@ -70,10 +82,11 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
         q1, k1, v1 = q[0].to(dtype), k[0].to(dtype), v[0].to(dtype)
         k1, v1 = k1.repeat_interleave(repeat, 1), v1.repeat_interleave(repeat, 1)
         n = layout.longest
-        return varlen_attn(q1, k1, v1, cu_seqlens, cu_seqlens, n, n, window_size=(-1, 0))[None]
+        y = varlen_attn(q1, k1, v1, cu_seqlens, cu_seqlens, n, n, window_size=(-1, 0))
+        return cast(Tensor, y)[None]
     if layout.longest * layout.sequences <= MAX_PADDING * layout.total:
         return layout.unpad(_causal(*(layout.pad(t[0]) for t in (q, k, v))))[None]
-    parts = zip(*(t.split(layout.lengths, dim=1) for t in (q, k, v)))
+    parts = zip(*(t.split(layout.lengths, dim=1) for t in (q, k, v)), strict=True)
     return torch.cat([_causal(*part) for part in parts], dim=1)
 
 
@@ -90,7 +103,11 @@ def _filled(layout: Layout) -> Tensor:
 
 
 def _continued(
-    q: Tensor, k: Tensor, v: Tensor, state: KVState, cu_seqlens: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: KVState,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, KVState]:
     """New tokens of s sequences behind their caches; the mask is (s, 1, new, cached + new)."""
     layout = None if cu_seqlens is None else layout_of(cu_seqlens)
@@ -98,8 +115,11 @@ def _continued(
         q, k, v = (layout.pad(t[0]) for t in (q, k, v))
     length, cached = q.shape[1], state.k.shape[1]
     new = _cache(k, v, None) if layout is None else KVState(k, v, _filled(layout))
-    joined = KVState(torch.cat([state.k, new.k.to(state.k.dtype)], 1), torch.cat([state.v, new.v.to(state.v.dtype)], 1),
-                     torch.cat([state.filled, new.filled], 1))
+    joined = KVState(
+        torch.cat([state.k, new.k.to(state.k.dtype)], 1),
+        torch.cat([state.v, new.v.to(state.v.dtype)], 1),
+        torch.cat([state.filled, new.filled], 1),
+    )
     order = torch.arange(cached + length, device=q.device) - cached
     causal = order <= torch.arange(length, device=q.device)[:, None]  # (new, cached + new)
     mask = (causal & joined.filled[:, None]) | (order == torch.arange(length, device=q.device)[:, None])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,19 +55,27 @@ class Layer(nn.Module):
         self.index = index
         self.input_norm = RMSNorm(config.hidden_size, stack.rms_norm_eps)
         self.mixer: Attention | Mamba2 = (
-            Attention(config.hidden_size, stack) if config.layer_map[index] == ATTENTION
-            else Mamba2(config.hidden_size, stack, config.mixer))
+            Attention(config.hidden_size, stack)
+            if config.layer_map[index] == ATTENTION
+            else Mamba2(config.hidden_size, stack, config.mixer)
+        )
         self.mlp_norm = RMSNorm(config.hidden_size, stack.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, stack.intermediate_size)
 
     def forward(
-        self, x: Tensor, state: LayerState | None = None, *, rotation: Rotation, cu_seqlens: Tensor | None = None,
-        keep_state: bool = False, observe: Observer | None = None,
+        self,
+        x: Tensor,
+        state: LayerState | None = None,
+        *,
+        rotation: Rotation,
+        cu_seqlens: Tensor | None = None,
+        keep_state: bool = False,
+        observe: Observer | None = None,
     ) -> tuple[Tensor, LayerState | None]:
         """x (b, l, d) → (b, l, d) and the layer's new state."""
         u = self.input_norm(x)
-        heads, new = self.mixer.heads(u, state, rotation=rotation, cu_seqlens=cu_seqlens,  # type: ignore[arg-type]
-                                      keep_state=keep_state)
+        mix: Any = self.mixer  # whose state is of its own kind
+        heads, new = mix.heads(u, state, rotation=rotation, cu_seqlens=cu_seqlens, keep_state=keep_state)
         if observe is not None:
             observe(self.index, u, heads, rotation)
         x = x + self.mixer.o_proj(heads.flatten(-2))

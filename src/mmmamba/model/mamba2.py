@@ -18,8 +18,8 @@ OPEN_GATE = 1.2784645  # SiLU(1.2784645) = 1
 
 
 class Mamba2(nn.Module):
-    """q, k, v as in attention; depthwise conv + activation on v | k | q; the SSD recurrence with x = v, B = k, C = q and
-    an input-dependent step size; per-head RMSNorm times a SiLU gate; W_o.
+    """q, k, v as in attention; depthwise conv + activation on v | k | q; the SSD recurrence with x = v, B = k, C = q
+    and an input-dependent step size; per-head RMSNorm times a SiLU gate; W_o.
 
     Follows the published modelling code (q/k/v projections, conv kernel 2, no D skip, norm before gate); see
     :class:`MixerConfig` for what our recipes may switch on.
@@ -67,15 +67,26 @@ class Mamba2(nn.Module):
             self.gate_proj.bias.fill_(OPEN_GATE)
 
     def heads(
-        self, x: Tensor, state: MambaState | None = None, *, rotation: Rotation, cu_seqlens: Tensor | None = None,
+        self,
+        x: Tensor,
+        state: MambaState | None = None,
+        *,
+        rotation: Rotation,
+        cu_seqlens: Tensor | None = None,
         keep_state: bool = False,
     ) -> tuple[Tensor, MambaState | None]:
         """The gated heads before W_o: x (b, l, d) → (b, l, h, p), and the state if ``keep_state``."""
         h, g, p = self.heads_count, self.groups, self.head_dim
         vkq = torch.cat([self.v_proj(x), self.k_proj(x), self.q_proj(x)], dim=-1)
         vkq, conv_state = causal_conv(
-            vkq, self.conv.weight, self.conv.bias, activation=self.config.conv_activation,
-            initial_state=None if state is None else state.conv, cu_seqlens=cu_seqlens, return_final_state=keep_state)
+            vkq,
+            self.conv.weight,
+            self.conv.bias,
+            activation=self.config.conv_activation,
+            initial_state=None if state is None else state.conv,
+            cu_seqlens=cu_seqlens,
+            return_final_state=keep_state,
+        )
         v, k, q = vkq.split([g * p, g * p, h * p], dim=-1)
         v, k, q = v.unflatten(-1, (g, p)), k.unflatten(-1, (g, p)), q.unflatten(-1, (h, p))
         if self.config.qk_norm:
@@ -84,9 +95,16 @@ class Mamba2(nn.Module):
             k, q = rotation(k), rotation(q)
         dt = self.step_size(x)
         wide = dt.dtype
-        y, ssm = ssd(v, dt, -torch.exp(self.A_log.to(wide)), k, q,
-                     initial_state=None if state is None else state.ssm, cu_seqlens=cu_seqlens,
-                     return_final_state=keep_state)
+        y, ssm = ssd(
+            v,
+            dt,
+            -torch.exp(self.A_log.to(wide)),
+            k,
+            q,
+            initial_state=None if state is None else state.ssm,
+            cu_seqlens=cu_seqlens,
+            return_final_state=keep_state,
+        )
         gate = self.gate_proj(x).unflatten(-1, (h, p))
         y = gated_norm(y, gate, self.norm.weight, self.config.norm_eps)
         if not keep_state:
@@ -101,7 +119,12 @@ class Mamba2(nn.Module):
             return F.softplus(F.linear(x.to(wide), self.dt_proj.weight.to(wide)) + self.dt_bias.to(wide))
 
     def forward(
-        self, x: Tensor, state: MambaState | None = None, *, rotation: Rotation, cu_seqlens: Tensor | None = None,
+        self,
+        x: Tensor,
+        state: MambaState | None = None,
+        *,
+        rotation: Rotation,
+        cu_seqlens: Tensor | None = None,
         keep_state: bool = False,
     ) -> tuple[Tensor, MambaState | None]:
         """x (b, l, d) → (b, l, d) and the new state; packed rows with ``cu_seqlens`` (s+1,) have b = 1."""

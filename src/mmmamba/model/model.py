@@ -1,4 +1,4 @@
-"""The one model class: embeddings → layers → norm → head. The teacher is the same class with every layer "attention"."""
+"""The one model class: embeddings → layers → norm → head. The teacher has "attention" in every layer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Output:
 
 
 class Model(nn.Module):
-    """Decoder-only multimodal network; ``config.layer_map`` says which layers are softmax attention and which Mamba-2."""
+    """Decoder-only multimodal network; ``config.layer_map`` says which layers are attention and which Mamba-2."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -65,22 +65,35 @@ class Model(nn.Module):
         else:
             rows = self.text_embeddings.num_embeddings
             special = input_ids >= rows
-            x = torch.where(special[..., None], self.special_embeddings((input_ids - rows).clamp(min=0)),
-                            self.text_embeddings(input_ids.clamp(max=rows - 1)))
+            x = torch.where(
+                special[..., None],
+                self.special_embeddings((input_ids - rows).clamp(min=0)),
+                self.text_embeddings(input_ids.clamp(max=rows - 1)),
+            )
         image = input_ids == self.config.img_context_token_id
         if pixel_values is None or self.vision is None:
             return x
         tokens = self.vision(pixel_values).flatten(0, 1)
         slots = image.flatten().nonzero()[:, 0]
         if slots.numel() != tokens.shape[0]:
-            raise ValueError(f"{slots.numel()} <IMG_CONTEXT> positions for {tokens.shape[0]} image tokens "
-                             f"({pixel_values.shape[0]} tiles)")
+            raise ValueError(
+                f"{slots.numel()} <IMG_CONTEXT> positions for {tokens.shape[0]} image tokens "
+                f"({pixel_values.shape[0]} tiles)"
+            )
         return x.flatten(0, 1).index_copy(0, slots, tokens.to(x.dtype)).view_as(x)
 
     def forward(
-        self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None, attention_mask: Tensor | None = None,
-        *, inputs_embeds: Tensor | None = None, cu_seqlens: Tensor | None = None, state: State | None = None,
-        logits: Literal["all", "last", "none"] = "all", return_state: bool = False, max_length: int | None = None,
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: State | None = None,
+        logits: Literal["all", "last", "none"] = "all",
+        return_state: bool = False,
+        max_length: int | None = None,
         observe: Observer | None = None,
     ) -> Output:
         """One pass over new tokens.
@@ -116,18 +129,24 @@ class Model(nn.Module):
         positions, seen, longest = self._positions(inputs_embeds, cu_seqlens, state)
         fixed = state.max_length if state is not None else max(max_length or 0, longest)
         if longest > fixed and self._dynamic():
-            log.warning("the text grew to %d tokens, past the %d that dynamic RoPE scaling was fixed for", longest, fixed)
+            log.warning(
+                "the text grew to %d tokens, past the %d that dynamic RoPE scaling was fixed for", longest, fixed
+            )
         turns = self._rotations(positions, fixed, inputs_embeds.dtype)
         x, new = inputs_embeds, []
         for layer in self.layers:
             old: LayerState | None = None if state is None else state.layers[layer.index]  # type: ignore[index]
             turn = turns[layer.index >= self.config.embedding.num_layers]  # type: ignore[operator]
-            x, kept_state = layer(x, old, rotation=turn, cu_seqlens=cu_seqlens, keep_state=return_state, observe=observe)
+            x, kept_state = layer(
+                x, old, rotation=turn, cu_seqlens=cu_seqlens, keep_state=return_state, observe=observe
+            )
             new.append(kept_state)
         hidden = self.norm(x)
         result: Tensor | None = None
         if logits == "last":
-            result = self.head(hidden[:, -1] if cu_seqlens is None else hidden[0].index_select(0, layout_of(cu_seqlens).last))
+            result = self.head(
+                hidden[:, -1] if cu_seqlens is None else hidden[0].index_select(0, layout_of(cu_seqlens).last)
+            )
         elif logits == "all":
             result = self.head(hidden)
         if kept is not None:
@@ -173,7 +192,7 @@ def _repad(packed: Tensor, kept: Tensor, shape: torch.Size) -> Tensor:
 
 @torch.no_grad()
 def initialise(model: Model, seed: int = 0) -> Model:
-    """Random weights for a model to be trained from scratch: N(0, 0.02), residual outputs divided by sqrt(2 · layers)."""
+    """Random weights for training from scratch: N(0, 0.02), residual outputs divided by sqrt(2 · layers)."""
     generator = torch.Generator().manual_seed(seed)
     shrink = (2 * model.config.num_layers) ** -0.5
     for name, module in model.named_modules():
@@ -181,7 +200,7 @@ def initialise(model: Model, seed: int = 0) -> Model:
             scale = 0.02 * (shrink if name.endswith(("o_proj", "mlp.down")) else 1.0)
             module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * scale)
             if getattr(module, "bias", None) is not None:
-                module.bias.zero_()  # type: ignore[union-attr]
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
         elif isinstance(module, VisionEmbedding):
             table = module.position_embedding
             table.copy_(torch.randn(table.shape, generator=generator) * 0.02)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class KVState:
-    """A softmax layer's cache for s sequences: rotated keys and values (s, L, g, p), and which slots are filled (s, L)."""
+    """A softmax layer's cache for s sequences: rotated keys and values (s, L, g, p), which slots are filled (s, L)."""
 
     k: Tensor
     v: Tensor

@@ -20,9 +20,15 @@ class VisionEmbedding(nn.Module):
         self.class_embedding = nn.Parameter(torch.zeros(1, 1, hidden_size))
         self.position_embedding = nn.Parameter(torch.zeros(1, 1 + config.patches_per_side**2, hidden_size))
         self.patch_embedding = nn.Conv2d(3, hidden_size, config.patch_size, stride=config.patch_size)
-        self.proj = nn.Sequential(
-            nn.Linear(hidden_size * config.shuffle**2, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size),
-        ) if config.use_pixel_shuffle_proj else None
+        self.proj = (
+            nn.Sequential(
+                nn.Linear(hidden_size * config.shuffle**2, hidden_size),
+                nn.GELU(),
+                nn.Linear(hidden_size, hidden_size),
+            )
+            if config.use_pixel_shuffle_proj
+            else None
+        )
 
     def positions(self, rows: int, columns: int) -> Tensor:
         """The position table (1, rows·columns, d), bicubically resized when the grid is not its own."""

@@ -7,6 +7,15 @@ from mmmamba.ops.norm import gated_norm, rms_norm
 from mmmamba.ops.ssd import ssd, ssd_chunked, ssd_reference, ssd_step
 
 __all__ = [
-    "Layout", "causal_conv", "causal_conv_step", "chunked_kl", "gated_norm", "layout_of", "rms_norm", "ssd",
-    "ssd_chunked", "ssd_reference", "ssd_step",
+    "Layout",
+    "causal_conv",
+    "causal_conv_step",
+    "chunked_kl",
+    "gated_norm",
+    "layout_of",
+    "rms_norm",
+    "ssd",
+    "ssd_chunked",
+    "ssd_reference",
+    "ssd_step",
 ]

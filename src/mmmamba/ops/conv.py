@@ -18,8 +18,14 @@ def _activate(y: Tensor, activation: str) -> Tensor:
 
 
 def causal_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str = "silu",
-    initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None, return_final_state: bool = False,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    activation: str = "silu",
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """y_t = activation(bias + sum_j weight[:, j] · x_{t-(k-1)+j}): ``weight[:, k-1]`` multiplies the current token.
 
@@ -38,11 +44,15 @@ def causal_conv(
     if initial_state is None:
         initial_state = x.new_zeros(rows, k - 1, x.shape[2])
     if tuple(initial_state.shape) != (rows, k - 1, x.shape[2]):
-        raise ValueError(f"conv: initial_state has shape {tuple(initial_state.shape)}, expected {(rows, k - 1, x.shape[2])}")
+        raise ValueError(
+            f"conv: initial_state has shape {tuple(initial_state.shape)}, expected {(rows, k - 1, x.shape[2])}"
+        )
     if cu_seqlens is None:
         past = torch.cat([initial_state.to(x.dtype), x], dim=1)  # (b, k-1+l, c)
-        y = sum(past[:, j:j + x.shape[1]] * weight[:, j] for j in range(k))
-        final = past[:, x.shape[1]:] if return_final_state else None
+        y = past[:, k - 1 :] * weight[:, k - 1]
+        for j in range(k - 1):
+            y = y + past[:, j : j + x.shape[1]] * weight[:, j]
+        final = past[:, x.shape[1] :] if return_final_state else None
     else:
         layout = layout_of(cu_seqlens)
         # Rows of the states first, then the tokens; each tap gathers from where its input lies.
@@ -59,8 +69,11 @@ def causal_conv(
         if return_final_state:
             lengths = torch.tensor(layout.lengths, device=x.device)[:, None]
             slot = lengths - (k - 1) + torch.arange(k - 1, device=x.device)  # (s, k-1), may reach into the old state
-            index = torch.where(slot >= 0, base + layout.starts[:, None] + slot,
-                                torch.arange(rows, device=x.device)[:, None] * (k - 1) + (k - 1) + slot)
+            index = torch.where(
+                slot >= 0,
+                base + layout.starts[:, None] + slot,
+                torch.arange(rows, device=x.device)[:, None] * (k - 1) + (k - 1) + slot,
+            )
             final = pool.index_select(0, index.flatten()).view(rows, k - 1, -1)
     if bias is not None:
         y = y + bias
@@ -68,7 +81,12 @@ def causal_conv(
 
 
 def causal_conv_step(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, *, activation: str = "silu",
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    *,
+    activation: str = "silu",
 ) -> tuple[Tensor, Tensor]:
     """One token for each row: x (b, c), state (b, k-1, c) → y (b, c), new state (b, k-1, c)."""
     y, new = causal_conv(x[:, None], weight, bias, activation=activation, initial_state=state, return_final_state=True)

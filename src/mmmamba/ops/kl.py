@@ -9,8 +9,12 @@ from torch.utils.checkpoint import checkpoint
 
 
 def _kl_sum(
-    student_hidden: Tensor, student_head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor,
-    weight: Tensor, temperature: float,
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    weight: Tensor,
+    temperature: float,
 ) -> Tensor:
     wide = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
     student = F.log_softmax((student_hidden @ student_head.T).to(wide) / temperature, dim=-1)
@@ -21,8 +25,14 @@ def _kl_sum(
 
 
 def chunked_kl(
-    student_hidden: Tensor, student_head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor, *,
-    weight: Tensor | None = None, temperature: float = 1.0, chunk: int = 4096,
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    *,
+    weight: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk: int = 4096,
 ) -> Tensor:
     """Sum over tokens of weight · KL(softmax(teacher/T) ‖ softmax(student/T)) · T² (paper stage 3; T = 1 there).
 

@@ -1,12 +1,13 @@
 """Where each token of a packed row belongs: the index tables that the packed operators share.
 
-A packed row holds ``s`` sequences behind one another, ``cu_seqlens`` (s+1,) their borders. The tables are worked out once
-per ``cu_seqlens`` tensor (one host copy) and remembered for as long as that tensor lives, so that the layers of a model
+A packed row holds ``s`` sequences behind one another, ``cu_seqlens`` (s+1,) their borders. The tables are worked out
+once per ``cu_seqlens`` tensor (one host copy) and remembered for as long as that tensor lives: the layers of a model
 share them.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -110,9 +111,11 @@ class Layout:
         gather = starts[order][rows][:, None] + torch.minimum(within, length_of - 1)
         scatter = torch.empty(self.total, dtype=torch.long)
         scatter[gather[valid]] = torch.arange(gather.numel()).view_as(gather)[valid]
-        move = (lambda t: t.to(self.device, non_blocking=True))
-        return ChunkTable(size=size, gather=move(gather), valid=move(valid), scatter=move(scatter), counts=counts,
-                          order=move(order))
+        def move(t):
+            return t.to(self.device, non_blocking=True)
+        return ChunkTable(
+            size=size, gather=move(gather), valid=move(valid), scatter=move(scatter), counts=counts, order=move(order)
+        )
 
 
 def layout_of(cu_seqlens: Tensor) -> Layout:
@@ -124,7 +127,7 @@ def layout_of(cu_seqlens: Tensor) -> Layout:
     layout = _LAYOUTS.get(cu_seqlens)
     if layout is None:
         borders = cu_seqlens.tolist()
-        lengths = [b - a for a, b in zip(borders, borders[1:])]
+        lengths = [b - a for a, b in itertools.pairwise(borders)]
         if not borders or borders[0] != 0 or any(n < 0 for n in lengths):
             raise ValueError(f"cu_seqlens must start at 0 and never fall, got {borders[:8]}…")
         layout = Layout(lengths, cu_seqlens.device)
@@ -138,5 +141,5 @@ def uniform_layout(rows: int, length: int, device: torch.device) -> Layout:
 
 
 def remember_lengths(cu_seqlens: Tensor, lengths: list[int]) -> None:
-    """Tell the layout of ``cu_seqlens`` from lengths that the host knows, so that nothing is read back from a device."""
+    """Tell the layout of ``cu_seqlens`` from lengths that the host knows: nothing is read back from a device."""
     _LAYOUTS[cu_seqlens] = Layout(lengths, cu_seqlens.device)

@@ -43,10 +43,17 @@ def _layout(x: Tensor, cu_seqlens: Tensor | None) -> Layout:
 
 
 def ssd_reference(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *,
-    initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None, return_final_state: bool = False,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The recurrence one token at a time, in the inputs' own precision (float64 in tests). Same contract as :func:`ssd`."""
+    """The recurrence one token at a time, in the inputs' own precision. Same contract as :func:`ssd`."""
     layout = _layout(x, cu_seqlens)
     _check(x, dt, A, B, C, initial_state, layout.sequences)
     h, p, n = C.shape[2], x.shape[3], C.shape[3]
@@ -68,8 +75,15 @@ def ssd_reference(
 
 
 def ssd_chunked(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *,
-    initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None, return_final_state: bool = False,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_final_state: bool = False,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor | None]:
     """The recurrence as matrix products inside chunks and a recurrence between them. Same contract as :func:`ssd`.
@@ -89,8 +103,15 @@ def _fitting(longest: int) -> int:
 
 
 def _chunked(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None,
-    layout: Layout, return_final_state: bool, q: int,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None,
+    layout: Layout,
+    return_final_state: bool,
+    q: int,
 ) -> tuple[Tensor, Tensor | None]:
     g, p, h, n = x.shape[2], x.shape[3], C.shape[2], C.shape[3]
     r = h // g
@@ -101,7 +122,9 @@ def _chunked(
     def cut(t: Tensor) -> Tensor:  # (b, l, …) → (c, q, …)
         return t.flatten(0, 1).index_select(0, table.gather.flatten()).view(c, q, *t.shape[2:])
 
-    dt_c = torch.where(table.valid[..., None], cut(dt.to(work)), 0).transpose(1, 2)  # (c, h, q); 0 leaves the state alone
+    dt_c = torch.where(table.valid[..., None], cut(dt.to(work)), 0).transpose(
+        1, 2
+    )  # (c, h, q); 0 leaves the state alone
     x_c = cut(x).to(work).transpose(1, 2)  # (c, g, q, p)
     B_c = cut(B).to(work).transpose(1, 2)  # (c, g, q, n)
     C_c = cut(C).to(work).view(c, q, g, r, n).permute(0, 2, 3, 1, 4)  # (c, g, r, q, n)
@@ -130,7 +153,7 @@ def _chunked(
             finished.append(carry[count:])
             carry = carry[:count]
         entering.append(carry)
-        carry = carry * decay[row:row + count] + added[row:row + count]
+        carry = carry * decay[row : row + count] + added[row : row + count]
         row += count
     if len(table.counts) > 1 or initial_state is not None:
         before = torch.cat(entering) if entering else carry[:0]  # (c, h, p, n)
@@ -168,8 +191,15 @@ def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tens
 
 
 def ssd(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *,
-    initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None, return_final_state: bool = False,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The state space recurrence over whole sequences.
 
@@ -193,5 +223,6 @@ def ssd(
         _check(x, dt, A, B, C, initial_state, x.shape[0])
         y, state = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], initial_state)
         return y[:, None], state if return_final_state else None
-    return ssd_chunked(x, dt, A, B, C, initial_state=initial_state, cu_seqlens=cu_seqlens,
-                       return_final_state=return_final_state)
+    return ssd_chunked(
+        x, dt, A, B, C, initial_state=initial_state, cu_seqlens=cu_seqlens, return_final_state=return_final_state
+    )

@@ -1,0 +1,236 @@
+"""``mmmamba VERB …``: one flat table of verbs, nothing else.
+
+Each verb is a plain function in the module that does the work; its docstring is the help and its signature the options
+(parameters before the ``*`` are positional). A verb's module is imported only when that verb is called.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, get_origin, get_type_hints
+
+from mmmamba.errors import UserError
+
+OK, USAGE, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """A verb: where its function is, what the overview says of it, and how to go on when it was interrupted."""
+
+    function: str  # "module:name"
+    summary: str
+    example: str
+    go_on: str = "run the same command to start again"
+
+
+VERBS: Mapping[str, Verb | Mapping[str, Verb]] = {
+    "teach": Verb(
+        function="mmmamba.distill.teach:teach",
+        summary="train a small softmax teacher from scratch, as a recipe says",
+        example="mmmamba teach nano-teacher --out runs/nano-teacher",
+        go_on="add --resume to the same command to go on from the last checkpoint",
+    ),
+    "distill": Verb(
+        function="mmmamba.distill.distill:distill",
+        summary="turn a teacher into a linear or hybrid student, as a recipe says",
+        example="mmmamba distill nano-linear --out runs/nano-linear",
+        go_on="add --resume to the same command to go on from the last checkpoint",
+    ),
+    "eval": Verb(
+        function="mmmamba.evaluation.evaluate:evaluate",
+        summary="measure what a model can do, alone or against another",
+        example="mmmamba eval nano-linear --against nano-teacher",
+    ),
+    "chat": Verb(
+        function="mmmamba.inference.chat:chat",
+        summary="ask a model about pictures",
+        example='mmmamba chat nano-linear --image photo.png "What is in the picture?"',
+        go_on="run the same command for a new conversation",
+    ),
+    "data": {
+        "build": Verb(
+            function="mmmamba.data.build:build",
+            summary="make the built-in training and test data",
+            example="mmmamba data build --out data/nano",
+            go_on="run the same command; finished sources are kept",
+        ),
+        "convert": Verb(
+            function="mmmamba.evaluation.converters:convert_dataset",
+            summary="convert a public benchmark's files to our JSONL",
+            example="mmmamba data convert pope coco_pope_random.json --image-root val2014 --out pope.jsonl",
+        ),
+    },
+    "demo": Verb(
+        function="mmmamba.demo:demo",
+        summary="the whole story in small: teacher, distillation, student, comparison",
+        example="mmmamba demo",
+    ),
+    "version": Verb(
+        function="mmmamba.cli:version",
+        summary="print the versions of mmmamba and of what it stands on",
+        example="mmmamba version",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code (0 done, 2 wrong usage or input, 130 interrupted)."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    verb: Verb | None = None
+    try:
+        if args[:1] == ["--version"]:
+            args = ["version"]
+        verb, name, rest = _find(VERBS, "mmmamba", args)
+        code = OK if verb is None else _call(verb, name, rest)
+        sys.stdout.flush()  # here, so that a closed pipe is met inside this `try`
+        return code
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: {verb.go_on if verb else Verb.go_on}", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) has gone. Python flushes stdout once more at exit: give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+def version() -> None:
+    """Print the versions of mmmamba and of what it stands on, for a bug report."""
+    import platform
+    from importlib.metadata import version as installed
+
+    import mmmamba
+
+    print(f"mmmamba {mmmamba.__version__}")
+    print(f"python {platform.python_version()} ({platform.platform()})")
+    for package in ("torch", "numpy", "tokenizers", "safetensors", "pillow"):
+        print(f"{package} {installed(package)}")
+
+
+def _find(
+    verbs: Mapping[str, Verb | Mapping[str, Verb]], prog: str, args: list[str]
+) -> tuple[Verb | None, str, list[str]]:
+    """(verb, its full name, its arguments); the verb is None when the overview was asked for, and printed."""
+    if not args:
+        print(_overview(verbs, prog), file=sys.stderr)
+        raise UserError(f"{prog} needs a verb: {', '.join(verbs)}")
+    word, *rest = args
+    if word in ("-h", "--help"):
+        print(_overview(verbs, prog))
+        return None, prog, rest
+    if word not in verbs:
+        nearest = difflib.get_close_matches(word, verbs, n=1, cutoff=0.4)
+        hint = f"did you mean '{nearest[0]}'?" if nearest else f"known: {', '.join(verbs)}"
+        raise UserError(f"{prog} has no verb '{word}' ({hint})")
+    found = verbs[word]
+    return (found, f"{prog} {word}", rest) if isinstance(found, Verb) else _find(found, f"{prog} {word}", rest)
+
+
+def _overview(verbs: Mapping[str, Verb | Mapping[str, Verb]], prog: str) -> str:
+    """What ``mmmamba --help`` prints: each verb in a line, with a worked example under it."""
+    lines = [f"usage: {prog} VERB …", ""]
+    if prog == "mmmamba":
+        import mmmamba
+
+        lines += [str(mmmamba.__doc__).splitlines()[0], ""]
+    for word, entry in verbs.items():
+        leaves = {word: entry} if isinstance(entry, Verb) else {f"{word} {sub}": verb for sub, verb in entry.items()}
+        for name, verb in leaves.items():
+            lines += [f"  {name:<13} {verb.summary}", f"  {'':<13}   {verb.example}"]
+    return "\n".join([*lines, "", f"{prog} VERB --help explains a verb and its options."])
+
+
+def _call(verb: Verb, name: str, args: Sequence[str]) -> int:
+    """Parse ``args`` by the signature of the verb's function, and call it."""
+    import tyro
+
+    module, _, attribute = verb.function.partition(":")
+    function = getattr(importlib.import_module(module), attribute)
+    if "-h" in args or "--help" in args:
+        # Not left to tyro's `description`, which joins and breaks lines as it likes and wraps none.
+        print(_description(function, verb, name), end="\n\n")
+    try:
+        tyro.cli(
+            _from_command_line(function),
+            prog=name,
+            args=args,
+            description="",
+            config=(tyro.conf.PositionalMetavarFromFieldName, tyro.conf.DisallowNone),
+        )
+    except SystemExit as done:  # tyro leaves this way after --help (0) and after wrong usage (2)
+        return done.code if isinstance(done.code, int) else USAGE
+    return OK
+
+
+def _from_command_line(function: Callable[..., Any]) -> Callable[..., None]:
+    """``function`` with a signature that says to tyro what the command line should look like.
+
+    Parameters before the ``*`` become positional; a list or tuple after it becomes an option to repeat
+    (``--image a.png --image b.png``), so that no option swallows the positional after it.
+    """
+    import tyro
+
+    signature = inspect.signature(function)
+    hints = get_type_hints(function, include_extras=True)
+    several_defaults: dict[str, Any] = {}
+    parameters = []
+    for parameter in signature.parameters.values():
+        hint, default = hints[parameter.name], parameter.default
+        if default is None:
+            hint = Annotated[hint, tyro.conf.arg(help_behavior_hint="(optional)")]
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            hint = Annotated[hint, tyro.conf.Positional]
+        elif _is_several(hints[parameter.name]):
+            hint = Annotated[hint, tyro.conf.UseAppendAction]
+            if default and default is not parameter.empty:
+                # tyro would append to the default; what is given here replaces it.
+                several_defaults[parameter.name] = default
+                shown = " ".join(str(item) for item in default)
+                hint = Annotated[hint, tyro.conf.arg(help_behavior_hint=f"(repeatable; default: {shown})")]
+                parameter = parameter.replace(default=type(default)())
+        parameters.append(parameter.replace(annotation=hint))
+
+    def call(*args: Any, **options: Any) -> None:
+        for name, default in several_defaults.items():
+            options[name] = options.get(name) or default
+        function(*args, **options)
+
+    call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    call.__doc__ = _joined_entries(function.__doc__ or "")
+    call.__name__ = function.__name__
+    return call
+
+
+def _is_several(hint: Any) -> bool:
+    origin = get_origin(hint) or hint
+    return isinstance(origin, type) and issubclass(origin, Sequence) and not issubclass(origin, (str, bytes))
+
+
+def _description(function: Callable[..., Any], verb: Verb, name: str) -> str:
+    """The docstring up to its ``Args:``, wrapped for this terminal, with an example in any case."""
+    lines = inspect.cleandoc(function.__doc__ or verb.summary).splitlines()
+    sections = ("Args:", "Returns:", "Raises:", "Yields:")
+    text = "\n".join(lines[: next((i for i, line in enumerate(lines) if line in sections), len(lines))]).strip()
+    if f"{name} " not in text:
+        text += f"\n\nFor example:\n\n    {verb.example}"
+    width = min(100, shutil.get_terminal_size().columns)
+    paragraphs = text.replace("::\n", ":\n").replace("``", "`").split("\n\n")
+    return "\n\n".join(part if part.startswith(" ") else textwrap.fill(part, width) for part in paragraphs)
+
+
+def _joined_entries(docstring: str) -> str:
+    """``docstring`` with each entry under ``Args:`` on one line, so that the help wraps it to the terminal alone."""
+    return re.sub(r"\n {8,}(?=\S)", " ", inspect.cleandoc(docstring))

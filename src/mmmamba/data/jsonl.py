@@ -1,0 +1,174 @@
+"""InternVL-style JSONL, indexed by byte offset and read one line at a time."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmmamba.data.samples import GPT, HUMAN, ROLES, SYSTEM, BadSample, Sample, Turn
+from mmmamba.errors import UserError
+
+_KNOWN_KEYS = ("id", "image", "video", "conversations")
+
+
+class JsonlDataset:
+    """A sequence of :class:`Sample`. The file is scanned once for line starts and never held in memory.
+
+    No file handle is kept, so one instance can be pickled, forked and used by many workers at once. Blank lines are
+    passed over; every other line must be a record.
+
+    Args:
+        path: the JSONL file (UTF-8).
+        image_root: folder that relative image paths start from; the file's own folder when omitted.
+    """
+
+    def __init__(self, path: str | Path, image_root: str | Path | None = None) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UserError(f"{path}: no such data file" if not self.path.exists() else f"{path}: not a file")
+        self.image_root = Path(image_root if image_root is not None else self.path.parent).absolute()
+        if image_root is not None and not self.image_root.is_dir():
+            raise UserError(f"{image_root}: no such image folder")
+        #: (n,) byte offset, byte length and 1-based line number of each record.
+        self._starts, self._lengths, self._lines = _index(self.path)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def where(self, index: int) -> str:
+        """``file.jsonl:LINE`` of record ``index``."""
+        return f"{self.path}:{self._lines[index]}"
+
+    def __getitem__(self, index: int) -> Sample:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{self.path}: record {index} of {len(self)}")
+        with open(self.path, "rb") as file:
+            file.seek(int(self._starts[index]))
+            line = file.read(int(self._lengths[index]))
+        return parse(line, where=self.where(index), image_root=self.image_root)
+
+
+def _index(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    starts, lengths, lines = array("q"), array("q"), array("q")
+    offset = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.isspace():
+                starts.append(offset)
+                lengths.append(len(line))
+                lines.append(number)
+            offset += len(line)
+    return tuple(np.array(column, dtype=np.int64) for column in (starts, lengths, lines))  # type: ignore[return-value]
+
+
+def parse(line: bytes, *, where: str, image_root: Path) -> Sample:
+    """One JSON line as a :class:`Sample`; whatever is wrong with it is a :class:`BadSample` that names the field."""
+    record = _load_object(line, where)
+    if record.get("video") is not None:
+        raise BadSample(f"{where}: 'video': video samples need a later version of mmmamba")
+    return Sample(
+        id=_identity(record, where),
+        turns=_turns(record, where),
+        images=_images(record, where, image_root),
+        where=where,
+        extra={key: value for key, value in record.items() if key not in _KNOWN_KEYS},
+    )
+
+
+def _load_object(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise BadSample(f"{where}: not UTF-8 text (byte {error.start} of the line)") from error
+    except RecursionError as error:
+        raise BadSample(f"{where}: not usable JSON: nested too deeply") from error
+    except ValueError as error:
+        raise BadSample(f"{where}: not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise BadSample(f"{where}: the line must be a JSON object, got {_kind(record)}")
+    return record
+
+
+def _identity(record: dict[str, Any], where: str) -> str:
+    value = record.get("id")
+    if value is None:
+        return where.rpartition(":")[2]
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise BadSample(f"{where}: 'id' must be a string or a number, got {_kind(value)}")
+    return _encodable(str(value), where, "id")
+
+
+def _images(record: dict[str, Any], where: str, image_root: Path) -> tuple[str, ...]:
+    value = record.get("image")
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return (_image_path(value, where, "image", image_root),)
+    if not isinstance(value, list):
+        raise BadSample(f"{where}: 'image' must be a path or a list of paths, got {_kind(value)}")
+    return tuple(_image_path(item, where, f"image[{i}]", image_root) for i, item in enumerate(value))
+
+
+def _image_path(value: Any, where: str, name: str, image_root: Path) -> str:
+    if not isinstance(value, str):
+        raise BadSample(f"{where}: '{name}' must be a path, got {_kind(value)}")
+    if not value or "\0" in value:
+        raise BadSample(f"{where}: '{name}' must be a path, got {value!r}")
+    return str(image_root / _encodable(value, where, name))
+
+
+def _turns(record: dict[str, Any], where: str) -> tuple[Turn, ...]:
+    if "conversations" not in record:
+        raise BadSample(f"{where}: 'conversations' is missing")
+    items = record["conversations"]
+    if not isinstance(items, list):
+        raise BadSample(f"{where}: 'conversations' must be a list of turns, got {_kind(items)}")
+    turns = tuple(_turn(item, where, f"conversations[{i}]") for i, item in enumerate(items))
+    first = 1 if turns and turns[0].role == SYSTEM else 0
+    if len(turns) == first:
+        raise BadSample(f"{where}: 'conversations' is empty" + (" after its system turn" if first else ""))
+    for i, turn in enumerate(turns[first:]):
+        expected = HUMAN if i % 2 == 0 else GPT
+        if turn.role != expected:
+            raise BadSample(
+                f"{where}: 'conversations[{first + i}].from' must be '{expected}' here, got '{turn.role}' "
+                "(an optional 'system' turn first, then 'human' and 'gpt' in alternation)"
+            )
+    return turns
+
+
+def _turn(item: Any, where: str, name: str) -> Turn:
+    if not isinstance(item, dict):
+        raise BadSample(f"{where}: '{name}' must be an object with 'from' and 'value', got {_kind(item)}")
+    for key in ("from", "value"):
+        if key not in item:
+            raise BadSample(f"{where}: '{name}.{key}' is missing")
+    role, text = item["from"], item["value"]
+    if not isinstance(role, str) or role not in ROLES:
+        raise BadSample(f"{where}: '{name}.from' must be one of {', '.join(ROLES)}, got {_short(role)}")
+    if not isinstance(text, str):
+        raise BadSample(f"{where}: '{name}.value' must be a string, got {_kind(text)}")
+    return Turn(role, _encodable(text, where, f"{name}.value"))
+
+
+def _encodable(text: str, where: str, name: str) -> str:
+    """JSON may hold half of a surrogate pair, which no tokenizer and no file system can take."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadSample(f"{where}: '{name}' holds a lone surrogate at character {error.start}") from error
+    return text
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true/false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."

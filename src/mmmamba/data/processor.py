@@ -1,0 +1,225 @@
+"""Samples and chat turns as what the model reads: token ids, labels and tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from PIL import Image
+
+from mmmamba.data.images import load_image, to_rgb
+from mmmamba.data.samples import GPT, HUMAN, BadSample, Sample, Turn
+from mmmamba.data.template import (
+    IMAGE_CONTEXT,
+    IMAGE_END,
+    IMAGE_START,
+    Piece,
+    add_missing_marks,
+    count_marks,
+    get_template,
+)
+from mmmamba.data.tiling import tile
+from mmmamba.data.tokenizer import Tokenizer
+from mmmamba.errors import UserError
+from mmmamba.model.config import ModelConfig
+
+#: Label of a token that no loss counts.
+UNSCORED = -100
+
+
+@dataclass
+class Encoded:
+    """One sample, ready to be batched.
+
+    Attributes:
+        input_ids: int32 (l,)
+        labels: int32 (l,), unshifted; the assistant's answers with their end marks are scored, the rest is -100.
+        tiles: uint8 (t, H, W, 3), in the order of the ``<IMG_CONTEXT>`` positions.
+        cut: tokens of the text's tail that did not fit into ``max_length``.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    tiles: np.ndarray
+    id: str = ""
+    where: str = ""
+    cut: int = 0
+
+
+class Processor:
+    """Tokenizer, template and image settings of one model.
+
+    Every piece of text between two special tokens is tokenised by itself, and an answer apart from its header, so a
+    conversation's ids are those of its prompt, then of each generated answer and each :meth:`continuation` in turn.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | tokenizers.Tokenizer, config: ModelConfig) -> None:
+        self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.from_bpe(tokenizer)
+        self.config = config
+        self.template = get_template(config.template)
+        self._mark_ids = {mark: self.tokenizer.token_id(mark) for mark in self.template.marks()}
+        if config.img_context_token_id not in (-1, self._mark_ids[IMAGE_CONTEXT]):
+            raise UserError(
+                f"the model's img_context_token_id is {config.img_context_token_id}, "
+                f"but its tokenizer gives {IMAGE_CONTEXT} the id {self._mark_ids[IMAGE_CONTEXT]}"
+            )
+        if self.tokenizer.vocab_size > config.vocab_size:
+            raise UserError(
+                f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model's vocab_size is {config.vocab_size}"
+            )
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> Processor:
+        """The processor of a checkpoint folder or a built-in model."""
+        from mmmamba.checkpoints import read_config, resolve  # checkpoints stand above data
+
+        path = resolve(folder)
+        return cls(Tokenizer.from_folder(path), read_config(path))
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer files; the rest of a processor is in the checkpoint's own ``config.json``."""
+        self.tokenizer.save(folder)
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer: the end mark first, then the end of text and the start of another turn."""
+        ids = (self._mark_ids[self.template.end], self.config.eos_token_id, self._mark_ids[self.template.start])
+        return tuple(dict.fromkeys(ids))
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        return self.tokenizer.decode(ids, skip_special)
+
+    def encode(
+        self,
+        sample: Sample,
+        *,
+        max_length: int | None = None,
+        max_tiles: int | None = None,
+        answer: bool = True,
+    ) -> Encoded:
+        """A whole conversation to train on or, with ``answer=False``, the prompt for its last answer.
+
+        Args:
+            max_length: longest sequence. A conversation's text is cut at its tail (``cut`` counts the tokens); a
+                prompt, or a picture that does not fit, is a :class:`BadSample`.
+            max_tiles: most tiles a picture may take, thumbnail not counted; the model's own setting when omitted.
+        """
+        turns = sample.turns
+        if not answer and turns[-1].role == GPT:
+            turns = turns[:-1]
+        if answer and not any(turn.role == GPT for turn in turns):
+            raise BadSample(f"{sample.where}: 'conversations' has no 'gpt' turn, so nothing is scored")
+        encoded = self._conversation(turns, sample.images, sample.where, max_tiles, reply=not answer)
+        encoded.id = sample.id
+        return encoded if max_length is None else self._fit(encoded, max_length, cut_tail=answer)
+
+    def prompt(
+        self, turns: Sequence[Turn], images: Sequence[Image.Image | str | Path] = (), *, max_tiles: int | None = None
+    ) -> Encoded:
+        """The prompt of a conversation that ends with a human turn."""
+        if not turns or turns[-1].role != HUMAN:
+            raise UserError("a prompt must end with a human turn")
+        return self._conversation(turns, images, "prompt", max_tiles, reply=True)
+
+    def continuation(
+        self, turn: Turn, images: Sequence[Image.Image | str | Path] = (), *, max_tiles: int | None = None
+    ) -> Encoded:
+        """What follows a finished answer when the human says ``turn``; pictures without a mark go before its text.
+
+        (prompt ids) + (answer ids with the end mark) + (these ids) are the ids of the prompt of the whole
+        conversation, in which a mark for each picture stands in its own turn.
+        """
+        tiles = self._tiles([turn], images, "turn", max_tiles)
+        (marked,) = add_missing_marks([turn], len(images))
+        pieces = self.template.pieces([marked], system_message="", reply=True)
+        return self._encoded(pieces, tiles, "turn", bos=False)
+
+    def _conversation(
+        self,
+        turns: Sequence[Turn],
+        images: Sequence[Image.Image | str | Path],
+        where: str,
+        max_tiles: int | None,
+        *,
+        reply: bool,
+    ) -> Encoded:
+        tiles = self._tiles(turns, images, where, max_tiles)
+        marked = add_missing_marks(turns, len(images))
+        pieces = self.template.pieces(marked, system_message=self.config.system_message, reply=reply)
+        return self._encoded(pieces, tiles, where, bos=True)
+
+    def _encoded(self, pieces: Sequence[Piece], tiles: Sequence[np.ndarray], where: str, *, bos: bool) -> Encoded:
+        ids: list[int] = [self.config.bos_token_id] if bos else []
+        scored: list[tuple[int, int]] = []
+        pictures = iter(tiles)
+        for piece in pieces:
+            start = len(ids)
+            if piece.kind == "mark":
+                ids.append(self._mark_ids[piece.text])
+            elif piece.kind == "text":
+                ids.extend(self.tokenizer.encode(piece.text, allow_special=False))
+            else:
+                ids.extend(self._image_ids(len(next(pictures))))
+            if piece.scored:
+                scored.append((start, len(ids)))
+        input_ids = np.array(ids, dtype=np.int32)
+        labels = np.full(len(ids), UNSCORED, dtype=np.int32)
+        for start, stop in scored:
+            labels[start:stop] = input_ids[start:stop]
+        return Encoded(input_ids, labels, np.concatenate(tiles) if tiles else self._no_tiles(), where=where)
+
+    def _image_ids(self, tiles: int) -> list[int]:
+        assert self.config.vision is not None  # _tiles refuses pictures without it
+        context = [self._mark_ids[IMAGE_CONTEXT]] * (tiles * self.config.vision.tokens_per_tile)
+        return [self._mark_ids[IMAGE_START], *context, self._mark_ids[IMAGE_END]]
+
+    def _no_tiles(self) -> np.ndarray:
+        side = self.config.vision.image_size if self.config.vision else 0
+        return np.empty((0, side, side, 3), dtype=np.uint8)
+
+    def _tiles(
+        self,
+        turns: Sequence[Turn],
+        images: Sequence[Image.Image | str | Path],
+        where: str,
+        max_tiles: int | None,
+    ) -> list[np.ndarray]:
+        """uint8 (t, H, W, 3) of each picture."""
+        marks = count_marks(turns)
+        if marks > len(images):
+            raise BadSample(f"{where}: 'conversations' has {marks} <image> marks for {len(images)} images")
+        vision = self.config.vision
+        if vision is None and images:
+            raise BadSample(f"{where}: 'image': this model reads text only")
+        if vision is None:
+            return []
+        config = self.config
+        least, most = config.min_dynamic_patch, config.max_dynamic_patch if max_tiles is None else max_tiles
+        if most < 1:
+            raise UserError(f"max_tiles must be at least 1, got {most}")
+        if not config.dynamic_image_size:
+            least = most = 1
+        tiles = []
+        for image in images:
+            picture = to_rgb(image) if isinstance(image, Image.Image) else load_image(image, where)
+            tiles.append(tile(picture, vision.image_size, most, min(least, most), config.use_thumbnail))
+        return tiles
+
+    def _fit(self, encoded: Encoded, max_length: int, *, cut_tail: bool) -> Encoded:
+        cut = len(encoded.input_ids) - max_length
+        if cut <= 0:
+            return encoded
+        where, length = encoded.where, len(encoded.input_ids)
+        if not cut_tail:
+            raise BadSample(f"{where}: the prompt takes {length} tokens, more than max_length {max_length}")
+        image_ids = (self._mark_ids[IMAGE_CONTEXT], self._mark_ids[IMAGE_END])
+        if np.isin(encoded.input_ids[max_length:], image_ids).any():
+            raise BadSample(f"{where}: 'image': the image tokens do not fit into max_length {max_length}")
+        labels = encoded.labels[:max_length]
+        if (labels == UNSCORED).all():
+            raise BadSample(f"{where}: nothing is scored within max_length {max_length} (the sample takes {length})")
+        ids = encoded.input_ids[:max_length]
+        return Encoded(ids, labels, encoded.tiles, encoded.id, where, encoded.cut + cut)

@@ -1,0 +1,45 @@
+"""What one training or test record is, once read: turns of text and the pictures they speak of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from mmmamba.errors import UserError
+
+HUMAN = "human"
+GPT = "gpt"
+SYSTEM = "system"
+ROLES = (HUMAN, GPT, SYSTEM)
+
+#: Stands for a picture inside a human turn's text.
+IMAGE_MARK = "<image>"
+
+
+class BadSample(UserError):
+    """A record that cannot be used; the message opens with its ``file:line`` and names the field."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One utterance. ``role`` is ``human``, ``gpt`` or ``system``; ``<image>`` marks count in human turns only."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One record: an optional system turn, then human and gpt turns in alternation.
+
+    Attributes:
+        images: paths of the pictures, absolute, in the order of their marks.
+        where: ``file.jsonl:12``, for error messages.
+        extra: every other key of the record (ability, choices, ...), as it was read.
+    """
+
+    id: str
+    turns: tuple[Turn, ...]
+    images: tuple[str, ...] = ()
+    where: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)

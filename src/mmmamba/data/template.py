@@ -1,0 +1,120 @@
+"""How a conversation becomes a prompt: the one place that knows the marks, the roles and the system message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from mmmamba.data.samples import GPT, HUMAN, IMAGE_MARK, SYSTEM, Turn
+from mmmamba.errors import UserError
+
+IMAGE_START = "<img>"
+IMAGE_END = "</img>"
+IMAGE_CONTEXT = "<IMG_CONTEXT>"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a prompt that is tokenised by itself.
+
+    ``mark`` pieces are single special tokens; all other text, whatever it looks like, is plain. An ``image`` piece
+    stands for one picture's tokens and has no text.
+    """
+
+    kind: str
+    text: str = ""
+    scored: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """A chat format of the form ``<start>role NEWLINE text<end>`` without anything between turns."""
+
+    name: str
+    system_message: str
+    start: str = "<|im_start|>"
+    end: str = "<|im_end|>"
+    system_role: str = "system\n"
+    user_role: str = "user\n"
+    assistant_role: str = "assistant\n"
+
+    def marks(self) -> tuple[str, ...]:
+        """Every special token that a prompt may contain."""
+        return (self.start, self.end, IMAGE_START, IMAGE_END, IMAGE_CONTEXT)
+
+    def pieces(self, turns: Sequence[Turn], *, system_message: str | None = None, reply: bool) -> list[Piece]:
+        """The whole conversation; with ``reply`` the assistant's header follows, for the model to go on from.
+
+        Args:
+            system_message: None for the template's own, "" for no system turn. A system turn among ``turns`` goes
+                before either.
+        """
+        message = self.system_message if system_message is None else system_message
+        if turns and turns[0].role == SYSTEM:
+            message, turns = turns[0].text, turns[1:]
+        pieces: list[Piece] = []
+        if message:
+            pieces += [Piece("mark", self.start), Piece("text", self.system_role + message), Piece("mark", self.end)]
+        for turn in turns:
+            pieces += self._answer(turn.text) if turn.role == GPT else self._question(turn.text)
+        return pieces + (self.reply_header() if reply else [])
+
+    def reply_header(self) -> list[Piece]:
+        return [Piece("mark", self.start), Piece("text", self.assistant_role)]
+
+    def _question(self, text: str) -> list[Piece]:
+        first, *rest = text.split(IMAGE_MARK)
+        pieces = [Piece("mark", self.start), Piece("text", self.user_role + first)]
+        for after in rest:
+            pieces.append(Piece("image"))
+            if after:
+                pieces.append(Piece("text", after))
+        return [*pieces, Piece("mark", self.end)]
+
+    def _answer(self, text: str) -> list[Piece]:
+        # The header and the answer are tokenised apart, because in generation the answer follows a finished header.
+        scored = [Piece("text", text, scored=True)] if text else []
+        return self.reply_header() + scored + [Piece("mark", self.end, scored=True)]
+
+
+def render(pieces: Sequence[Piece], image_tokens: Sequence[int] = ()) -> str:
+    """The prompt as one string; ``image_tokens`` has the number of ``<IMG_CONTEXT>`` of each picture, in order."""
+    counts: Iterator[int] = iter(image_tokens)
+    return "".join(
+        IMAGE_START + IMAGE_CONTEXT * next(counts) + IMAGE_END if piece.kind == "image" else piece.text
+        for piece in pieces
+    )
+
+
+def count_marks(turns: Sequence[Turn]) -> int:
+    """Pictures that the human turns ask for."""
+    return sum(turn.text.count(IMAGE_MARK) for turn in turns if turn.role == HUMAN)
+
+
+def add_missing_marks(turns: Sequence[Turn], images: int) -> tuple[Turn, ...]:
+    """Put ``<image>`` lines before the first human turn until there is a mark for each of ``images`` pictures."""
+    missing = images - count_marks(turns)
+    if missing <= 0:
+        return tuple(turns)
+    first = next(i for i, turn in enumerate(turns) if turn.role == HUMAN)
+    marked = Turn(HUMAN, f"{IMAGE_MARK}\n" * missing + turns[first].text)
+    return (*turns[:first], marked, *turns[first + 1 :])
+
+
+_TEMPLATES = (
+    Template(
+        name="internlm2-chat",
+        system_message=(
+            "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，"
+            "英文名叫InternVL, 是一个有用无害的人工智能助手。"
+        ),
+    ),
+)
+
+
+def get_template(name: str) -> Template:
+    """The template called ``name``."""
+    for template in _TEMPLATES:
+        if template.name == name:
+            return template
+    raise UserError(f"unknown template '{name}' (known: {', '.join(t.name for t in _TEMPLATES)})")

@@ -1,0 +1,1 @@
+"""Evaluation by generation: suites of questions, scoring rules, and reports."""

@@ -1,0 +1,110 @@
+"""Byte-level BPE: every text comes back, and text never becomes a special token."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmmamba.data.tokenizer import SPECIALS, Tokenizer, train_bpe
+from mmmamba.errors import UserError
+
+TEXTS = ["What colour is the cat?", "How many red circles are there? 12", "图里有什么？"] * 4
+TOKENIZER = Tokenizer.from_bpe(train_bpe(TEXTS, 300))
+SPECIAL_IDS = set(range(len(SPECIALS)))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text())
+def test_any_text_round_trips(text):
+    ids = TOKENIZER.encode(text, allow_special=False)
+    assert TOKENIZER.decode(ids) == text
+    assert not SPECIAL_IDS.intersection(ids)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from([*SPECIALS, "a", " ", "<", "|im_end|>", "猫", "🎉", "7", "\n"])).map("".join))
+def test_special_tokens_are_plain_in_plain_text(text):
+    plain, special = TOKENIZER.encode(text, allow_special=False), TOKENIZER.encode(text)
+    assert not SPECIAL_IDS.intersection(plain)
+    assert TOKENIZER.decode(plain) == text
+    assert TOKENIZER.decode(special, skip_special=False) == text
+
+
+def test_specials_have_the_first_ids():
+    assert [TOKENIZER.token_id(token) for token in SPECIALS] == list(range(8))
+    assert TOKENIZER.encode("<s>a</s>")[0] == 1 and TOKENIZER.encode("<s>a</s>")[-1] == 2
+    assert TOKENIZER.decode([1, *TOKENIZER.encode("a"), 4]) == "a"
+
+
+def test_digits_stand_alone():
+    assert len(TOKENIZER.encode("1234")) == 4
+
+
+def test_training_learns_and_repeats():
+    assert TOKENIZER.vocab_size == 300
+    assert len(TOKENIZER.encode("What colour is the cat?")) < 23
+    assert train_bpe(TEXTS, 300).to_str() == TOKENIZER.definition
+
+
+def test_vocabulary_too_small():
+    with pytest.raises(UserError, match="256 bytes and 8 specials take 264"):
+        train_bpe(TEXTS, 263)
+
+
+def test_save_and_load(tmp_path):
+    TOKENIZER.save(tmp_path / "a")
+    Tokenizer.from_folder(tmp_path / "a").save(tmp_path / "b")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    config = json.loads((tmp_path / "a" / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert (config["bos_token"], config["eos_token"], config["pad_token"]) == ("<s>", "</s>", "</s>")
+    assert Tokenizer.from_folder(tmp_path / "b").encode("cat 12 <s>") == TOKENIZER.encode("cat 12 <s>")
+
+
+def test_transformers_reads_what_is_saved(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    TOKENIZER.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "<|im_start|>user\nWhat colour? 猫<|im_end|>"
+    assert theirs.encode(text, add_special_tokens=False) == TOKENIZER.encode(text)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (1, 2)
+
+
+def test_pickling_keeps_plain_text_plain():
+    copy = pickle.loads(pickle.dumps(TOKENIZER))
+    assert copy.encode("<s>", allow_special=False) == TOKENIZER.encode("<s>", allow_special=False) != [1]
+
+
+def test_added_tokens_of_other_makers_are_special_too():
+    """An added token that its maker didn't call special would otherwise be found in any text."""
+    content = json.loads(TOKENIZER.definition)
+    for token in content["added_tokens"]:
+        token["special"] = False
+    other = Tokenizer(json.dumps(content))
+    assert other.encode("<img>", allow_special=False) == TOKENIZER.encode("<img>", allow_special=False)
+
+
+def test_unknown_token():
+    with pytest.raises(UserError, match="no token '<box>'"):
+        TOKENIZER.token_id("<box>")
+
+
+@pytest.mark.parametrize("files, reason", [
+    ({}, "no tokenizer.json$"),
+    ({"tokenizer.model": ""}, "there is a sentencepiece tokenizer.model"),
+    ({"tokenizer.json": "{"}, "tokenizer.json: not a usable tokenizer definition"),
+    ({"tokenizer.json": "[]"}, "tokenizer.json: not a usable tokenizer definition"),
+    ({"tokenizer.json": "{}"}, "tokenizer.json: not a usable tokenizer definition"),
+    ({"tokenizer.json": TOKENIZER.definition, "tokenizer_config.json": "{"}, "tokenizer_config.json: not JSON"),
+    ({"tokenizer.json": TOKENIZER.definition, "tokenizer_config.json": "[]"}, "must be a JSON object"),
+])  # fmt: skip
+def test_bad_folders(tmp_path, files, reason):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=reason):
+        Tokenizer.from_folder(tmp_path)
