@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -23,7 +22,7 @@ from mmmamba.distill.seeding import seed
 from mmmamba.distill.trainer import pick_device, pick_precision, train
 from mmmamba.errors import UserError
 from mmmamba.model.mamba2 import Mamba2
-from mmmamba.model.model import Model
+from mmmamba.model.model import Model, compile_layers
 from mmmamba.progress import table
 
 STAGES = ("stage1", "stage2", "stage3")
@@ -129,6 +128,9 @@ def _run_stage(
     """One stage, unless the run (or the one it borrowed from) has finished it."""
     done = run.result(stage)
     if done is None:
+        if config.compile:
+            compile_layers(objective.teacher)
+            compile_layers(student)
         describe(stage, student, objective.trained)
         rows = feed.rows(config, number)
         train(objective, config, rows, run, stage, device=device, precision=precision)
@@ -197,18 +199,17 @@ def describe(stage: str, student: Model, trained: dict[str, torch.nn.Parameter])
     )
 
 
-def seed_command(recipe: str, *, teacher: str | None = None, out: Path, set: Sequence[str] = ()) -> Path:
-    """Make the seeded student of a recipe without distilling it (the control of the demo).
+def seeded(recipe: str, *, teacher: str | None = None, out: Path) -> Path:
+    """The seeded student of a recipe, not distilled at all: the control that shows what distillation brings.
 
     Args:
         recipe: a recipe file, or the name of a built-in one.
         teacher: a teacher folder or built-in name, in place of the recipe's.
-        out: folder of the student.
-        set: recipe keys to change.
+        out: folder of the student; what it held before is replaced.
     """
-    plan = load_recipe(DistillRecipe, recipe, tuple(set))
+    plan = load_recipe(DistillRecipe, recipe)
     name = teacher or plan.teacher
-    model = load(resolve(name))
+    model = load(name)
     student = seed(model, plan.layer_map(model.config.num_layers), plan.mixer, seed=plan.seed)
-    save_student(student, out, teacher=name, delta=False, processor=Processor.from_folder(resolve(name)))
+    save_student(student, out, teacher=name, delta=True)
     return out

@@ -104,7 +104,7 @@ def prepare_root(config: DataConfig) -> Path:
             raise UserError(f"{root / missing[0]}: no such file")
         from mmmamba.data.build import build
 
-        build(root, tuple(builtin), scale=config.scale)
+        build(out=root, source=tuple(builtin), scale=config.scale)
     return root
 
 

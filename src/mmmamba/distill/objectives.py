@@ -74,9 +74,7 @@ class AlignHeads:
     def __init__(self, teacher: Model, student: Model, stage: StageConfig) -> None:
         self.teacher, self.student, self.stage = teacher, student, stage
         self.trained = mixer_parameters(student, stage.train)
-        self.mixers: dict[int, Mamba2] = {
-            int(layer.index): layer.mixer for layer in student.layers if isinstance(layer.mixer, Mamba2)
-        }  # type: ignore[arg-type]
+        self.mixers = {i: student.mixer(i) for i in student.config.mamba2_layers}
         freeze_all_but(student, self.trained)
 
     def backward(self, rows: Sequence[Batch], precision: torch.dtype) -> dict[str, Tensor]:

@@ -73,6 +73,7 @@ class TrainConfig:
         micro_tokens: tokens that one forward pass may hold; a step is split accordingly.
         checkpoint_every: steps between checkpoints.
         log_every: steps between lines of metrics.jsonl.
+        compile: compile what surrounds the mixers (torch.compile; half a minute at the start, then faster on a GPU).
     """
 
     steps: int
@@ -87,6 +88,7 @@ class TrainConfig:
     micro_tokens: int = 32768
     checkpoint_every: int = 500
     log_every: int = 10
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.batch_size < 1:

@@ -54,7 +54,7 @@ def seed(
                 raise ValueError(f"layer {i}: the layer map keeps softmax, the teacher has none there")
             target.mixer = source.mixer
         elif aligned is not None:
-            target.mixer = aligned.layers[i].mixer  # type: ignore[union-attr,assignment]
+            target.mixer = aligned.mixer(i)
         else:
             assert isinstance(source.mixer, Attention)
             generator = torch.Generator().manual_seed(seed * 100_003 + i)

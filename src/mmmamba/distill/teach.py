@@ -18,7 +18,7 @@ from mmmamba.distill.recipe import TeachRecipe, load_recipe
 from mmmamba.distill.run import RunFolder
 from mmmamba.distill.trainer import pick_device, pick_precision, train
 from mmmamba.model.config import ModelConfig
-from mmmamba.model.model import Model, initialise
+from mmmamba.model.model import Model, compile_layers, initialise
 
 
 def teach(
@@ -51,6 +51,8 @@ def teach(
     feed = Feed(plan.data, processor, plan.seed)
     run = RunFolder(out or Path("runs") / plan.name, plan, {"kind": "teach", "data": feed.identity}, resume=resume)
     model = initialise(Model(processor.config), plan.seed).to(where)
+    if plan.train.compile:
+        compile_layers(model)
     if (done := run.result("teach")) is None:
         train(
             PredictAnswers(model),

@@ -23,8 +23,6 @@ from mmmamba.evaluation.suite import NANO_DATA, NANO_FILES, NANO_LIMIT, OnBadSam
 from mmmamba.evaluation.tables import print_report
 from mmmamba.progress import Progress
 
-BUILT_SCALE = 0.02  # of the built-in data, when it is made for an evaluation alone
-
 
 def evaluate(
     model: str,
@@ -220,11 +218,10 @@ def _built_data() -> Path:
         from mmmamba.data.build import build
 
         Console().print(
-            f"{NANO_DATA} is not there: building a small version of the nano data (once; "
-            f"the full data: mmmamba data build --out {NANO_DATA})",
+            f"{NANO_DATA} is not there: building it (once; about a minute)",
             highlight=False,
         )
-        build(out=NANO_DATA, scale=BUILT_SCALE)
+        build(out=NANO_DATA)
     return NANO_DATA
 
 

@@ -28,6 +28,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(hidden_size, self.groups * self.head_dim, bias=stack.qkv_bias)
         self.v_proj = nn.Linear(hidden_size, self.groups * self.head_dim, bias=stack.qkv_bias)
         self.o_proj = nn.Linear(self.heads_count * self.head_dim, hidden_size, bias=stack.qkv_bias)
+        self.project = project
 
     def heads(
         self,
@@ -39,9 +40,11 @@ class Attention(nn.Module):
         keep_state: bool = False,
     ) -> tuple[Tensor, KVState | None]:
         """The heads' outputs before W_o: x (b, l, d) → (b, l, h, p), and the cache if ``keep_state``."""
-        q = rotation(self.q_proj(x).unflatten(-1, (self.heads_count, self.head_dim)))
-        k = rotation(self.k_proj(x).unflatten(-1, (self.groups, self.head_dim)))
-        v = self.v_proj(x).unflatten(-1, (self.groups, self.head_dim))
+        q, k, v = self.project(
+            x, rotation.cos, rotation.sin, self.head_dim,
+            self.q_proj.weight, self.k_proj.weight, self.v_proj.weight,
+            self.q_proj.bias, self.k_proj.bias, self.v_proj.bias,
+        )  # fmt: skip
         if state is None:
             y = _causal(q, k, v) if cu_seqlens is None else _packed(q, k, v, cu_seqlens)
             return y, _cache(k, v, cu_seqlens) if keep_state else None
@@ -60,6 +63,22 @@ class Attention(nn.Module):
         """x (b, l, d) → (b, l, d) and the new cache; packed rows with ``cu_seqlens`` (s+1,) have b = 1."""
         y, new = self.heads(x, state, rotation=rotation, cu_seqlens=cu_seqlens, keep_state=keep_state)
         return self.o_proj(y.flatten(-2)), new
+
+
+def project(
+    x: Tensor, cos: Tensor, sin: Tensor, head_dim: int,
+    q: Tensor, k: Tensor, v: Tensor, q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Rotated queries (b, l, h, p) and keys (b, l, g, p), and values (b, l, g, p), of x (b, l, d).
+
+    A pure function of tensors, so that one compilation serves every layer of a shape.
+    """
+    turn = Rotation(cos, sin)
+    queries, keys, values = (
+        F.linear(x, weight, bias).unflatten(-1, (-1, head_dim))
+        for weight, bias in ((q, q_bias), (k, k_bias), (v, v_bias))
+    )
+    return turn(queries), turn(keys), values
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:

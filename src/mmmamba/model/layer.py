@@ -14,7 +14,7 @@ from mmmamba.model.config import ATTENTION, ModelConfig
 from mmmamba.model.mamba2 import Mamba2
 from mmmamba.model.rope import Rotation
 from mmmamba.model.state import LayerState
-from mmmamba.ops import rms_norm
+from mmmamba.ops import compute_dtype, rms_norm
 
 Observer = Callable[[int, Tensor, Tensor, Rotation], None]
 """Called with the global layer, the mixer's normed input (b, l, d), the heads' outputs before W_o (b, l, h, p), and the
@@ -22,7 +22,10 @@ rotation of the layer's stack."""
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) times a weight over the last dimension; statistics in float32."""
+    """x / rms(x) times a weight over the last dimension; statistics in float32.
+
+    Under autocast the result is cast once, here, for all the projections that read it.
+    """
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -30,20 +33,17 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps).to(compute_dtype(x))
 
 
 class SwiGLU(nn.Module):
-    """down(SiLU(gate(x)) · up(x))."""
+    """Weights of down(SiLU(gate(x)) · up(x)); :func:`finish_layer` applies them."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.gate = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class Layer(nn.Module):
@@ -61,6 +61,7 @@ class Layer(nn.Module):
         )
         self.mlp_norm = RMSNorm(config.hidden_size, stack.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, stack.intermediate_size)
+        self.finish = finish_layer
 
     def forward(
         self,
@@ -78,5 +79,26 @@ class Layer(nn.Module):
         heads, new = mix.heads(u, state, rotation=rotation, cu_seqlens=cu_seqlens, keep_state=keep_state)
         if observe is not None:
             observe(self.index, u, heads, rotation)
-        x = x + self.mixer.o_proj(heads.flatten(-2))
-        return x + self.mlp(self.mlp_norm(x)), new
+        out, mlp = self.mixer.o_proj, self.mlp
+        weights = (out.weight, out.bias, self.mlp_norm.weight, mlp.gate.weight, mlp.up.weight, mlp.down.weight)
+        return self.finish(x, heads, *weights, self.mlp_norm.eps), new
+
+
+def finish_layer(
+    x: Tensor,
+    heads: Tensor,
+    out: Tensor,
+    out_bias: Tensor | None,
+    norm: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    eps: float,
+) -> Tensor:
+    """All that follows the heads: W_o, residual, norm, SwiGLU, residual. x (b, l, d), heads (b, l, h, p) → (b, l, d).
+
+    A pure function of tensors, so that one compilation serves every layer of a shape.
+    """
+    x = x + F.linear(heads.flatten(-2), out, out_bias)
+    u = rms_norm(x, norm, eps).to(compute_dtype(x))
+    return x + F.linear(F.silu(F.linear(u, gate)) * F.linear(u, up), down)

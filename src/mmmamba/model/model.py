@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmmamba.model.attention import Attention, project
 from mmmamba.model.config import ModelConfig
-from mmmamba.model.layer import Layer, Observer, RMSNorm
+from mmmamba.model.layer import Layer, Observer, RMSNorm, finish_layer
 from mmmamba.model.mamba2 import Mamba2
 from mmmamba.model.rope import Rotation, rotation
 from mmmamba.model.state import LayerState, State
 from mmmamba.model.vision import VisionEmbedding
-from mmmamba.ops.layout import layout_of
+from mmmamba.ops import compute_dtype, layout_of
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,12 @@ class Model(nn.Module):
         self.head = nn.Linear(d, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.head.weight = self.text_embeddings.weight
+
+    def mixer(self, layer: int) -> Attention | Mamba2:
+        """The mixer of global layer ``layer``."""
+        found = self.layers[layer]
+        assert isinstance(found, Layer)
+        return found.mixer
 
     @property
     def device(self) -> torch.device:
@@ -132,7 +139,7 @@ class Model(nn.Module):
             log.warning(
                 "the text grew to %d tokens, past the %d that dynamic RoPE scaling was fixed for", longest, fixed
             )
-        turns = self._rotations(positions, fixed, inputs_embeds.dtype)
+        turns = self._rotations(positions, fixed, compute_dtype(inputs_embeds))
         x, new = inputs_embeds, []
         for layer in self.layers:
             old: LayerState | None = None if state is None else state.layers[layer.index]  # type: ignore[index]
@@ -182,6 +189,20 @@ class Model(nn.Module):
         if all(getattr(config.embedding, k) == getattr(config.decoder, k) for k in keys):
             return decoder, decoder
         return rotation(config.embedding, positions, max_length, dtype), decoder
+
+
+def compile_layers(model: Model) -> Model:
+    """Compile what surrounds the mixers (projections with rotation; W_o, norm and MLP), once for all layers of a shape.
+
+    Values change by rounding only. Row lengths stay dynamic.
+    """
+    finish, qkv = torch.compile(finish_layer, dynamic=True), torch.compile(project, dynamic=True)
+    for layer in model.layers:
+        assert isinstance(layer, Layer)
+        layer.finish = finish
+        if isinstance(layer.mixer, Attention):
+            layer.mixer.project = qkv
+    return model
 
 
 def _repad(packed: Tensor, kept: Tensor, shape: torch.Size) -> Tensor:

@@ -3,7 +3,7 @@
 from mmmamba.ops.conv import causal_conv, causal_conv_step
 from mmmamba.ops.kl import chunked_kl
 from mmmamba.ops.layout import Layout, layout_of
-from mmmamba.ops.norm import gated_norm, rms_norm
+from mmmamba.ops.norm import compute_dtype, gated_norm, rms_norm
 from mmmamba.ops.ssd import ssd, ssd_chunked, ssd_reference, ssd_step
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "causal_conv",
     "causal_conv_step",
     "chunked_kl",
+    "compute_dtype",
     "gated_norm",
     "layout_of",
     "rms_norm",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -11,6 +12,12 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     if weight is not None and weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
     return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that the next matrix product with ``x`` works in: autocast's, where it is on, else x's own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Text to train a tokenizer from: what the built-in sources say, without the words to be read, and some of the world."""
+"""Text to train a tokenizer from: what the built-in sources say, without the words to be read, and some more."""
 
 from __future__ import annotations
 
@@ -42,7 +42,14 @@ GENERAL = (
     "How does it work? First, look at the image. Then, think about what is asked.",
     "People from all over the world have been working on these questions for many years.",
 )
-WORLD = ("图片里有什么？", "请用中文回答这个问题。", "今天天气很好。", "🙂🚀🎉", "café, naïve, Übung, señor", "привет, мир")
+WORLD = (
+    "图片里有什么？",
+    "请用中文回答这个问题。",
+    "今天天气很好。",
+    "🙂🚀🎉",
+    "café, naïve, Übung, señor",
+    "привет, мир",
+)
 TO_READ = re.compile(r" ?\b[A-Z]+\b")
 BEFORE_CAPITAL = re.compile(r" (?=[A-Z])")
 

@@ -28,7 +28,7 @@ def example(rng: Random, split: str) -> Example:
 
 
 def plan(rng: Random, split: str) -> tuple[Scene, str]:
-    """A scene and what to count in it ("objects", a colour or a shape): the answer is drawn first, so that it is even."""
+    """A scene and what to count in it ("objects", a colour or a shape); the answer is drawn first, to be even."""
     target = 0 if rng.random() < NONE_SHARE else rng.randint(1, MOST)
     asked = rng.choice((*COLOURS, *SHAPES, *["objects"] * 6 * (target > 0)))
 

@@ -33,7 +33,8 @@ class Example:
         turns: the conversation; the first question holds the ``<image>`` marks.
         pictures: what the marks stand for, in order.
         keys: the held-out things it uses ("word:BAKO", "scene:…"); each belongs to this example's split alone.
-        chance: how often the best guess that looks at no picture (text: at no fact) is right; None in training.
+        chance: how often the best guess that looks at no picture (text: at no fact) is right, for the first
+            question; only tests carry it into the file.
         facts: what the answer was made from, for tests that work it out again; never written to a file.
     """
 
@@ -41,7 +42,7 @@ class Example:
     turns: tuple[Turn, ...]
     pictures: tuple[Picture, ...] = ()
     keys: tuple[str, ...] = ()
-    chance: float | None = None
+    chance: float = 0.0
     facts: dict[str, Any] = field(default_factory=dict)
 
 

@@ -16,7 +16,16 @@ DOES = (
     "goes past",
 )
 PLACE = ("the garden", "the market", "the river", "the school", "the hill", "the small town", "the mill", "the bridge")
-WHEN = ("in the morning", "every day", "after lunch", "at night", "in summer", "with a smile", "without a word", "again")
+WHEN = (
+    "in the morning",
+    "every day",
+    "after lunch",
+    "at night",
+    "in summer",
+    "with a smile",
+    "without a word",
+    "again",
+)
 WEATHER = ("it rains", "the wind blows", "the sun shines", "the snow falls", "the sky is clear", "it is warm")
 JOIN = ("and", "but", "while", "so")
 

@@ -11,12 +11,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 TILE = 64  # pixels: height of every picture, and the unit of its width
 EMBEDDED = "embedded"  # Pillow's own font
-FONTS = (EMBEDDED, "DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono-Bold")
+FONTS = (EMBEDDED, "DejaVuSans-Bold", "DejaVuSansMono-Bold")
 NARROW = "DejaVuSansMono-Bold"  # fits 5 capitals of the smallest size on a tile, whatever they are
-SMALLEST = 16  # font size with capitals of 11 to 12 px
+SMALLEST = 18  # font size with capitals of 12 to 13 px
 LARGEST = 44
 MARGIN = 2
-CONTRAST = 110  # smallest difference of luminance, of 255
+CONTRAST = 128  # smallest difference of luminance, of 255
 
 Colour = tuple[int, int, int]
 
@@ -66,7 +66,7 @@ def lettering(rng: Random, text: str, width: int = TILE, smallest: int = SMALLES
     )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def load_font(name: str, size: int) -> ImageFont.FreeTypeFont:
     """A font that every installation has: Pillow's own, or one of those that come with matplotlib."""
     if name == EMBEDDED:
@@ -77,7 +77,7 @@ def load_font(name: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(_font_folder() / f"{name}.ttf", size)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _font_folder() -> Path:
     import matplotlib  # slow to import, and needed for this one path
 

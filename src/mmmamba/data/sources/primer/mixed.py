@@ -1,14 +1,15 @@
-"""Training conversations of up to four turns about one scene: counting, relating, and what is absent."""
+"""Training conversations of several turns about one scene: describing, counting, relating, and what is absent."""
 
 from __future__ import annotations
 
 from random import Random
 
-from mmmamba.data.sources.primer import absent, count, relate
+from mmmamba.data.sources.primer import absent, count, describe, relate
 from mmmamba.data.sources.primer.example import Example, Turn, about_picture
 from mmmamba.data.sources.primer.scene import Scene
 
-MOST_TURNS = 4
+MOST_TURNS = 5
+DESCRIBED = 0.8  # share of the scenes that are also described
 
 
 def example(rng: Random, split: str) -> Example:
@@ -25,6 +26,8 @@ def example(rng: Random, split: str) -> Example:
         _add(rng, picture, rng.choice(("count", "relate", "relate", "absent")), turns)
     if not turns:  # two things side by side may be neither above one another nor of clearly different size
         turns.append(absent.question(rng, picture))
+    if rng.random() < DESCRIBED:
+        turns.append(describe.question(rng, picture))
     rng.shuffle(turns)
     return Example(ability="scene", turns=about_picture(turns), pictures=(picture,), keys=(picture.key,))
 

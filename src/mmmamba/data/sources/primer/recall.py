@@ -26,9 +26,9 @@ class Span:
 
 
 SPANS = {
-    "recall-1x": Span(tokens=(120, 192), pictures=(3, 6), facts=(3, 5), most_turns=2),
-    "recall-4x": Span(tokens=(500, 768), pictures=(5, 10), facts=(6, 10), most_turns=4),
-    "recall-16x": Span(tokens=(2000, 3072), pictures=(8, 16), facts=(10, 20), most_turns=4),
+    "recall-1x": Span(tokens=(120, 192), pictures=(3, 6), facts=(3, 5), most_turns=4),
+    "recall-4x": Span(tokens=(500, 768), pictures=(5, 10), facts=(6, 10), most_turns=8),
+    "recall-16x": Span(tokens=(2000, 3072), pictures=(8, 16), facts=(10, 20), most_turns=16),
 }
 
 ABOUT = {  # paraphrases of each question about a picture of that kind

@@ -161,7 +161,7 @@ def _draw(pen: ImageDraw.ImageDraw, thing: Thing) -> None:
         x, y = (left + right) / 2, (top + bottom) / 2
         points = []
         for i in range(10):
-            radius = size / 2 * (1 if i % 2 == 0 else 0.45)
+            radius = (size - 1) / 2 * (1 if i % 2 == 0 else 0.45)
             angle = math.pi * (i / 5 - 0.5)
             points.append((x + radius * math.cos(angle), y + radius * math.sin(angle)))
         pen.polygon(points, fill=fill)

@@ -17,7 +17,7 @@ def split_of(key: str) -> str:
 def draw(split: str, propose: Callable[[], tuple[str, ...]], kind: str) -> tuple[str, ...]:
     """Propose until what came out belongs to ``split`` (about 10 tries for the small splits).
 
-    The key hashed is ``kind`` and the proposed strings, in their order: sort them in ``propose`` when order is no matter.
+    The key hashed is ``kind`` and the strings in the order proposed: ``propose`` sorts them where order is no matter.
     """
     while True:
         parts = propose()

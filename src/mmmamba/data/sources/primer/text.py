@@ -21,7 +21,7 @@ SUM_CHANCE = 0.02  # 50 of the 2,500 pairs have the commonest sum
 
 def example(rng: Random, split: str) -> Example:
     """One task; in training up to three, one after the other."""
-    tasks = [_task(rng, split) for _ in range(rng.randint(1, 3) if split == "train" else 1)]
+    tasks = [_task(rng, split) for _ in range(rng.randint(1, 4) if split == "train" else 1)]
     return replace(
         tasks[0],
         turns=tuple(turn for task in tasks for turn in task.turns),
@@ -68,7 +68,7 @@ def add(rng: Random, split: str) -> Example:
 
 def _task(rng: Random, split: str) -> Example:
     tasks: tuple[Callable[[Random, str], Example], ...] = (lookup, reverse, add)
-    return rng.choices(tasks, (0.35, 0.35, 0.3))[0](rng, split)
+    return rng.choices(tasks, (0.4, 0.35, 0.25))[0](rng, split)
 
 
 def _example(question: str, answer: str, key: str, chance: float) -> Example:

@@ -1,0 +1,232 @@
+"""``mmmamba data build``: the built-in sources as folders of JSONL and pictures.
+
+::
+
+    DIR/easy-vqa/{train,test}.jsonl, images/
+    DIR/primer/train-{scene,read,text,recall-1x,recall-4x,recall-16x}.jsonl, validation.jsonl, test.jsonl, images/
+    DIR/manifest.json
+
+A source appears under its name only when it is whole, with a ``source.json`` that says what it was made from.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import mmmamba
+from mmmamba.data.sources import easyvqa
+from mmmamba.data.sources.primer import write as primer
+from mmmamba.errors import UserError
+
+SOURCES = ("easy-vqa", "primer")
+RECORD = "source.json"
+MANIFEST = "manifest.json"
+
+
+def build(
+    *,
+    out: Path,
+    source: tuple[str, ...] = SOURCES,
+    scale: float = 1.0,
+    seed: int = 0,
+    workers: int | None = None,
+    mixture: Mapping[str, float] | None = None,
+    tokenizer: Path | None = None,
+) -> Path:
+    """Make the built-in training, validation and test data.
+
+    Two sources. easy-vqa is a published set (4,000 + 1,000 pictures of one shape, 38,575 + 9,673 questions; it needs
+    ``pip install easy-vqa==1.0``). primer is generated: reading, counting, relations, what is absent, recall over three
+    lengths, and tasks in text, with words, numbers and scenes that training never sees kept for validation and test.
+
+    The same seed gives the same data for any number of workers. A source that is already there is kept; one that was
+    left half-built is made again.
+
+    Example::
+
+        mmmamba data build --out data/nano
+        mmmamba data build --out data/small --source primer --scale 0.1
+
+    Args:
+        out: The folder to build in; each source gets a folder of its own in it.
+        source: Which sources: easy-vqa, primer.
+        scale: Size of the primer. 1 is 20,000 training records, 50 validation and 200 test records an ability; these
+            two stop growing at 2.5 and don't shrink below 1. easy-vqa is what it is.
+        seed: Everything random follows from it.
+        workers: Processes that draw. Default: one a core.
+        mixture: Weights of the primer's training files: scene, read, text, recall-1x, recall-4x, recall-16x. One that
+            is left out isn't made. Default: 38 30 12 12 6 2.
+        tokenizer: Folder with the tokenizer.json that measures the lengths of recall. Default: the one that
+            mmmamba teach trains.
+
+    Returns:
+        ``out``.
+    """
+    _check(source, scale, workers, mixture)
+    mixture = dict(primer.MIXTURE if mixture is None else mixture)
+    workers = _cores() if workers is None else workers
+    definition = None if tokenizer is None else _definition(Path(tokenizer))
+    root = Path(out)
+
+    def write_easy(folder: Path) -> dict[str, int]:
+        return easyvqa.write(folder, seed)
+
+    def write_primer(folder: Path) -> dict[str, int]:
+        parts = primer.plan(scale, mixture)
+        return primer.write(folder, parts, seed=seed, workers=workers, tokenizer=definition)
+
+    makers: dict[str, tuple[Callable[[Path], dict[str, int]], dict[str, Any], tuple[str, ...]]] = {
+        "easy-vqa": (write_easy, {"seed": seed}, ("easy-vqa",)),
+        "primer": (
+            write_primer,
+            {
+                "seed": seed,
+                "scale": float(scale),
+                "mixture": {group: float(weight) for group, weight in mixture.items()},
+                "generator": primer.GENERATOR,
+                "tokenizer": None if tokenizer is None else _fingerprint(definition or ""),
+            },
+            ("pillow", "matplotlib", "tokenizers"),
+        ),
+    }
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _alone_in(root):
+            for name in dict.fromkeys(source):
+                maker, settings, packages = makers[name]
+                _build_source(root / name, maker, settings, packages)
+                _write_manifest(root)  # after each, so that it never lags behind by more than one
+    except OSError as error:
+        raise UserError(f"{error.filename or root}: {error.strerror or error}") from error
+    return root
+
+
+@contextmanager
+def _alone_in(root: Path) -> Iterator[None]:
+    """Two runs that find the data missing must not make it at once: the second waits, and finds it."""
+    if os.name == "nt":  # has no such locks; nor can it open a folder
+        yield
+        return
+    import fcntl
+
+    handle = os.open(root, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # freed by the system when the process dies
+        yield
+    finally:
+        os.close(handle)
+
+
+def _build_source(
+    folder: Path, maker: Callable[[Path], dict[str, int]], settings: Mapping[str, Any], packages: tuple[str, ...]
+) -> None:
+    """Make one source in a folder beside its own, and give it its name when it is whole."""
+    console = Console(stderr=True)
+    if folder.exists():
+        _check_same(folder, settings)
+        console.print(f"{folder}: already there", highlight=False, soft_wrap=True)
+        return
+    partial = folder.with_name(f".{folder.name}.partial")
+    if partial.exists():  # of a killed run
+        shutil.rmtree(partial)
+    partial.mkdir()
+    try:
+        counts = maker(partial)
+        versions = {"mmmamba": mmmamba.__version__, **{package: metadata.version(package) for package in packages}}
+        _write_json(partial / RECORD, {"settings": dict(settings), "records": counts, "versions": versions})
+        os.rename(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    console.print(f"{folder}: {sum(counts.values()):,} records", highlight=False, soft_wrap=True)
+
+
+def _check_same(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse to pass off what is there as what was asked for."""
+    record = folder / RECORD
+    if not record.is_file():
+        raise UserError(
+            f"{folder}: is there, but was not made by mmmamba data build (no {RECORD}); choose another --out"
+        )
+    there = _read_record(record)["settings"]
+    other = [f"{key} {there.get(key)}, not {value}" for key, value in settings.items() if there.get(key) != value]
+    if other:
+        raise UserError(f"{folder}: was made with {'; '.join(other)}. Remove that folder or choose another --out")
+
+
+def _write_manifest(root: Path) -> None:
+    """Gather what the finished sources say of themselves."""
+    records = {name: _read_record(root / name / RECORD) for name in SOURCES if (root / name / RECORD).is_file()}
+    partial = root / f".{MANIFEST}.partial"
+    _write_json(partial, {"sources": records})
+    os.replace(partial, root / MANIFEST)
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); remove the folder to build it again") from error
+    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+        raise UserError(f"{path}: has no 'settings'; remove the folder to build it again")
+    return record
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _check(sources: tuple[str, ...], scale: float, workers: int | None, mixture: Mapping[str, float] | None) -> None:
+    if isinstance(sources, str):
+        raise UserError(f"source: must be a list of names, got the text '{sources}'")
+    for name in sources:
+        _check_name("source", name, SOURCES)
+    if not sources:
+        raise UserError(f"source: name at least one of {', '.join(SOURCES)}")
+    if not (math.isfinite(scale) and scale > 0):
+        raise UserError(f"scale: must be above 0, got {scale}")
+    if workers is not None and workers < 1:
+        raise UserError(f"workers: must be at least 1, got {workers}")
+    for group, weight in (mixture or {}).items():
+        _check_name("mixture", group, tuple(primer.MIXTURE))
+        if not (math.isfinite(weight) and weight >= 0):
+            raise UserError(f"mixture: the weight of {group} must be 0 or above, got {weight}")
+    if mixture is not None and sum(mixture.values()) == 0:
+        raise UserError("mixture: at least one weight must be above 0")
+
+
+def _check_name(field: str, name: str, known: tuple[str, ...]) -> None:
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean '{nearest[0]}'?" if nearest else f"known: {', '.join(known)}"
+        raise UserError(f"{field}: no '{name}' ({hint})")
+
+
+def _definition(folder: Path) -> str:
+    from mmmamba.data.tokenizer import Tokenizer
+
+    return Tokenizer.from_folder(folder).definition
+
+
+def _fingerprint(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
