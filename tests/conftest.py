@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmmamba.model import MixerConfig, Model, ModelConfig, StackConfig, VisionConfig, initialise
+from mmmamba.model import MixerConfig, Model, initialise
+from tiny import SPECIALS, WORDS, make_config
 
 GOLDEN = Path(__file__).parent / "golden"
-SPECIALS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
-WORDS = ["what colour is the shape in the picture ?", "how many red circles are there ?", "is it left of the square ?"]
-
-
 @pytest.fixture(scope="session")
 def golden():
     """``golden(name)`` → (tensors, json) of one golden file."""
@@ -26,24 +22,6 @@ def golden():
         return load_file(GOLDEN / f"{name}.safetensors"), json.loads((GOLDEN / f"{name}.json").read_text())
 
     return read
-
-
-def make_config(layer_map: tuple[str, ...] = (), mixer: MixerConfig | None = None, **changes: Any) -> ModelConfig:
-    """The golden geometry: hidden 64, 4 heads, 2 groups, head dim 16, 2 + 3 layers, 56-px tiles of 14-px patches."""
-    stack = StackConfig(num_layers=2, intermediate_size=96, num_heads=4, num_kv_heads=2, head_dim=16, rms_norm_eps=1e-5)
-    config = ModelConfig(
-        hidden_size=64,
-        vocab_size=320,
-        embedding=stack,
-        decoder=replace(stack, num_layers=3, intermediate_size=128, rms_norm_eps=1e-6),
-        vision=VisionConfig(image_size=56, patch_size=14),
-        layer_map=layer_map,
-        mixer=mixer or MixerConfig(),
-        img_context_token_id=SPECIALS.index("<IMG_CONTEXT>"),
-        system_message="",
-        max_dynamic_patch=4,
-    )
-    return replace(config, **changes)
 
 
 @pytest.fixture
@@ -73,3 +51,21 @@ def tiny_processor():
     from mmmamba.data.tokenizer import train_bpe
 
     return Processor(train_bpe(WORDS * 4, 320, SPECIALS), make_config())
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory, tiny_processor) -> Path:
+    """The tiny model as a HoVLE folder. Tests must leave it as it is."""
+    from mmmamba.checkpoints import save_hovle
+
+    folder = tmp_path_factory.mktemp("teachers") / "tiny"
+    save_hovle(initialise(Model(make_config()), 0), tiny_processor, folder, dtype=torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory) -> Path:
+    """A JSONL of six samples, with its pictures beside it. Tests must leave it as it is."""
+    from small_run import make_data
+
+    return make_data(tmp_path_factory.mktemp("data"))

@@ -167,6 +167,14 @@ def test_help_of_a_verb(verb: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Returns" not in out and "Nothing that" not in out
 
 
+def test_parsing_calls_nothing(verb: Any) -> None:
+    verb(example)
+    calls.clear()
+    call = cli.parse(["try", "nano", "--limit", "3"])
+    assert calls == []
+    assert call() == {} and calls[0]["limit"] == 3
+
+
 @pytest.mark.parametrize("args", [[], ["nano", "--lmit", "3"], ["nano", "--limit", "x"], ["nano", "why?", "more"]])
 def test_wrong_usage(args: list[str], verb: Any, capsys: pytest.CaptureFixture[str]) -> None:
     verb(example)

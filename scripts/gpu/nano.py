@@ -5,7 +5,8 @@
     python scripts/gpu/nano.py eval   --keep OUT
 
 Everything is a plain ``mmmamba`` command line, printed before it runs; each run resumes where it stopped. ``--minutes``
-picks the number of steps from the speed of the first 150, to fit a time limit; the recipes hold what was chosen.
+picks the number of steps from the speed of the first ones, to fit a time limit; the recipes hold what was chosen.
+What is finished is installed among the package's assets, students as deltas in bfloat16.
 """
 
 from __future__ import annotations
@@ -16,105 +17,120 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+ASSETS = ROOT / "src" / "mmmamba" / "assets"
+LOGS = ROOT / "runs" / "logs"
 DATA = "data/nano-large"
+PROBE = 80  # steps that tell the speed; the first half pays for compilation
 
 
-def mmmamba(*arguments: str, log: Path) -> subprocess.Popen[bytes]:
-    """Start one command of the package, its output in a log file."""
-    print("+ mmmamba", *arguments, flush=True)
+def start(name: str, *command: str) -> subprocess.Popen[bytes]:
+    """Start a Python command, its output in a log of that name."""
+    print("+", *command, flush=True)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{os.environ.get('PYTHONPATH', '')}"}
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file:
-        return subprocess.Popen([sys.executable, "-m", "mmmamba", *arguments], cwd=ROOT, env=environment, stdout=file,
+    LOGS.mkdir(parents=True, exist_ok=True)
+    with (LOGS / f"{name}.log").open("ab") as file:
+        return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=file,
                                 stderr=subprocess.STDOUT)  # fmt: skip
 
 
-def finish(running: dict[str, subprocess.Popen[bytes]], logs: Path) -> None:
+def mmmamba(name: str, *arguments: str) -> subprocess.Popen[bytes]:
+    return start(name, "-m", "mmmamba", *arguments)
+
+
+def finish(**running: subprocess.Popen[bytes]) -> None:
     """Wait for all, show the end of each log, and fail if one failed."""
     for name, process in running.items():
         process.wait()
-        lines = (logs / f"{name}.log").read_text(errors="replace").splitlines()
-        print(f"--- {name} (exit {process.returncode})", *lines[-6:], sep="\n", flush=True)
+        lines = (LOGS / f"{name}.log").read_text(errors="replace").splitlines()
+        print(f"--- {name} (exit {process.returncode})", *lines[-4:], sep="\n", flush=True)
     failed = [name for name, process in running.items() if process.returncode]
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 
 
-def teach(arguments: argparse.Namespace, logs: Path) -> None:
-    names = ["nano-teacher", "pico-teacher"]
+def install(name: str, keep: str | None) -> None:
+    """Put a finished model among the assets (a student as a delta), and pack it with its metrics into ``keep``."""
+    run, asset = ROOT / "runs" / name, ASSETS / name
+    shutil.rmtree(asset, ignore_errors=True)
+    if "teacher" in name:
+        shutil.copytree(run / "model", asset)
+    else:
+        code = (
+            "import sys, torch; from mmmamba.checkpoints import load, save_student; "
+            "save_student(load(sys.argv[1]), sys.argv[2], teacher=sys.argv[3], delta=True, dtype=torch.bfloat16)"
+        )
+        teacher = json.loads((run / "manifest.json").read_text())["teacher"]["path"]
+        finish(**{f"install-{name}": start(f"install-{name}", "-c", code, str(run / "model"), str(asset), teacher)})
+    if keep:
+        with tarfile.open(Path(keep) / f"{name}.tar.gz", "w:gz") as archive:
+            archive.add(asset, name)
+            archive.add(run / "metrics.jsonl", f"{name}.metrics.jsonl")
+
+
+def build() -> None:
+    finish(data=mmmamba("data", "data", "build", "--out", DATA, "--scale", "20"))
+
+
+def teach(arguments: argparse.Namespace) -> None:
     began = time.monotonic()
-    finish({"data": mmmamba("data", "build", "--out", DATA, "--scale", "25", log=logs / "data.log")}, logs)
+    build()
     print(f"data: {time.monotonic() - began:.0f} s", flush=True)
     # The encoded caches are made once, by the first run that wants them.
-    cache = mmmamba("teach", names[0], "--out", "runs/cache", "--set", "train.steps=1", log=logs / "cache.log")
-    finish({"cache": cache}, logs)
+    finish(cache=mmmamba("cache", "teach", "nano-teacher", "--out", "runs/cache", "--set", "train.steps=1", "--set",
+                         "train.compile=false"))  # fmt: skip
     print(f"cache: {time.monotonic() - began:.0f} s", flush=True)
-    steps = {}
+    few = ["--set", "data.workers=5"]
+    pico = mmmamba("pico-teacher", "teach", "pico-teacher", "--resume", *few)
+    steps: list[str] = []
     if arguments.minutes:
-        probes = {}
-        for name in names:
-            shutil.rmtree(ROOT / f"runs/speed-{name}", ignore_errors=True)
-            probes[name] = mmmamba("teach", name, "--out", f"runs/speed-{name}", "--set", "train.steps=150", "--set",
-                                   "train.log_every=50", "--set", "data.workers=5", log=logs / f"{name}.log")  # fmt: skip
-        finish(probes, logs)
-        left = arguments.minutes * 60
-        for name in names:
-            last = json.loads((ROOT / f"runs/speed-{name}/metrics.jsonl").read_text().splitlines()[-1])
-            steps[name] = int(left * 50 * last["tokens_per_s"] / last["tokens"] / 500) * 500
-        print(f"steps: {steps}", flush=True)
-    running = {}
-    for name in names:
-        override = ["--set", f"train.steps={steps[name]}", "--set", "data.workers=5"] if name in steps else []
-        running[name] = mmmamba("teach", name, "--resume", *override, log=logs / f"{name}.log")
-    try:
-        finish(running, logs)
-    finally:
-        for name in names:
-            keep(arguments.keep, name)
+        finish(probe=mmmamba("probe", "teach", "nano-teacher", "--out", "runs/probe", *few, "--set",
+                             f"train.steps={PROBE}", "--set", f"train.log_every={PROBE // 2}"))  # fmt: skip
+        last = json.loads((ROOT / "runs/probe/metrics.jsonl").read_text().splitlines()[-1])
+        rate = PROBE // 2 * last["tokens_per_s"] / last["tokens"]
+        steps = ["--set", f"train.steps={int(arguments.minutes * 60 * rate / 500) * 500}"]
+        print(f"{rate:.1f} steps/s: {steps}, {time.monotonic() - began:.0f} s", flush=True)
+    nano = mmmamba("nano-teacher", "teach", "nano-teacher", "--resume", *few, *steps)
+    finish(**{"pico-teacher": pico})
+    install("pico-teacher", arguments.keep)
+    finish(**{"nano-teacher": nano})
+    install("nano-teacher", arguments.keep)
     print(f"all: {time.monotonic() - began:.0f} s", flush=True)
 
 
-def distil(arguments: argparse.Namespace, logs: Path) -> None:
+def distil(arguments: argparse.Namespace) -> None:
     began = time.monotonic()
-    finish({"data": mmmamba("data", "build", "--out", DATA, "--scale", "25", log=logs / "data.log")}, logs)
+    build()
     extra = [x for item in arguments.set for x in ("--set", item)]
     for kind in ("linear", "hybrid"):  # the hybrid takes stages 1 and 2 from the linear run beside it
         names = [name.format(kind) for name in arguments.recipes]
-        running = {name: mmmamba("distill", name, "--resume", *extra, log=logs / f"{name}.log") for name in names}
-        finish(running, logs)
+        finish(**{name: mmmamba(name, "distill", name, "--resume", *extra) for name in names})
         print(f"{kind}: {time.monotonic() - began:.0f} s", flush=True)
         for name in names:
-            keep(arguments.keep, name)
+            install(name, arguments.keep)
 
 
-def evaluate(arguments: argparse.Namespace, logs: Path) -> None:
+def evaluate(arguments: argparse.Namespace) -> None:
+    running = {}
     for name in arguments.models:
-        against = ["--against", "nano-teacher"] if "teacher" not in name else []
-        model = f"runs/{name}/model" if (ROOT / f"runs/{name}/model").is_dir() else name
-        finish({name: mmmamba("eval", model, *against, "--data-dir", DATA, "--limit", str(arguments.limit), "--out",
-                              f"runs/eval-{name}", "--overwrite", log=logs / f"eval-{name}.log")}, logs)  # fmt: skip
-        if arguments.keep:
-            shutil.copy(ROOT / f"runs/eval-{name}/results.md", Path(arguments.keep) / f"eval-{name}.md")
-
-
-def keep(target: str | None, name: str) -> None:
-    """Copy what a run is worth keeping for into ``target``."""
-    if target is None:
-        return
-    run = ROOT / "runs" / name
-    for path in (run / "metrics.jsonl", *sorted((run / "model").glob("*"))):
-        if path.is_file():
-            shutil.copy(path, Path(target) / f"{name}.{path.name}")
+        against = [] if "teacher" in name else ["--against", "nano-teacher"]
+        running[f"eval-{name}"] = mmmamba(f"eval-{name}", "eval", name, *against, "--data-dir", DATA, "--limit",
+                                          str(arguments.limit), "--overwrite")  # fmt: skip
+    finish(**running)
+    if arguments.keep:
+        for name in arguments.models:
+            for file in ("results.md", "results.json"):
+                shutil.copy(ROOT / f"runs/eval-{name}/{file}", Path(arguments.keep) / f"eval-{name}.{file}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("teach", "distil", "eval"))
-    parser.add_argument("--minutes", type=float, help="fit the teachers' training into this time")
+    parser.add_argument("--minutes", type=float, help="fit the nano teacher's training into this time")
     parser.add_argument("--keep", help="folder for the results worth keeping")
     parser.add_argument("--limit", type=int, default=200, help="questions an ability")
     parser.add_argument("--set", action="append", default=[], help="recipe keys to change, e.g. stage3.lr=1e-3")
@@ -122,8 +138,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["nano-teacher", "nano-linear", "nano-hybrid",
                                                         "nano-linear-paper", "nano-hybrid-paper"])  # fmt: skip
     arguments = parser.parse_args()
-    logs = ROOT / "runs" / "logs"
-    {"teach": teach, "distil": distil, "eval": evaluate}[arguments.what](arguments, logs)
+    {"teach": teach, "distil": distil, "eval": evaluate}[arguments.what](arguments)
 
 
 if __name__ == "__main__":

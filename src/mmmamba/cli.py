@@ -16,6 +16,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, get_origin, get_type_hints
 
 from mmmamba.errors import UserError
@@ -91,9 +92,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args[:1] == ["--version"]:
             args = ["version"]
         verb, name, rest = _find(VERBS, "mmmamba", args)
-        code = OK if verb is None else _call(verb, name, rest)
+        if verb is not None:
+            try:
+                call = _parse(verb, name, rest)
+            except SystemExit as done:  # tyro leaves this way after --help (0) and after wrong usage (2)
+                return done.code if isinstance(done.code, int) else USAGE
+            call()
         sys.stdout.flush()  # here, so that a closed pipe is met inside this `try`
-        return code
+        return OK
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
@@ -104,6 +110,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) has gone. Python flushes stdout once more at exit: give it somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+
+
+def parse(argv: Sequence[str]) -> partial[Any]:
+    """The call that a command line asks for, not made: its function (``func``) and arguments (``args``, ``keywords``).
+
+    Raises:
+        UserError: when there is no such verb.
+        SystemExit: when help is asked for (0) or the arguments are wrong (2); either has been printed then.
+    """
+    verb, name, rest = _find(VERBS, "mmmamba", list(argv))
+    if verb is None:
+        raise SystemExit(OK)
+    return _parse(verb, name, rest)
 
 
 def version() -> None:
@@ -152,8 +171,8 @@ def _overview(verbs: Mapping[str, Verb | Mapping[str, Verb]], prog: str) -> str:
     return "\n".join([*lines, "", f"{prog} VERB --help explains a verb and its options."])
 
 
-def _call(verb: Verb, name: str, args: Sequence[str]) -> int:
-    """Parse ``args`` by the signature of the verb's function, and call it."""
+def _parse(verb: Verb, name: str, args: Sequence[str]) -> partial[Any]:
+    """``args`` by the signature of the verb's function: the call, not made yet."""
     import tyro
 
     module, _, attribute = verb.function.partition(":")
@@ -161,21 +180,17 @@ def _call(verb: Verb, name: str, args: Sequence[str]) -> int:
     if "-h" in args or "--help" in args:
         # Not left to tyro's `description`, which joins and breaks lines as it likes and wraps none.
         print(_description(function, verb, name), end="\n\n")
-    try:
-        tyro.cli(
-            _from_command_line(function),
-            prog=name,
-            args=args,
-            description="",
-            config=(tyro.conf.PositionalMetavarFromFieldName, tyro.conf.DisallowNone),
-        )
-    except SystemExit as done:  # tyro leaves this way after --help (0) and after wrong usage (2)
-        return done.code if isinstance(done.code, int) else USAGE
-    return OK
+    return tyro.cli(
+        _from_command_line(function),
+        prog=name,
+        args=args,
+        description="",
+        config=(tyro.conf.PositionalMetavarFromFieldName, tyro.conf.DisallowNone),
+    )
 
 
-def _from_command_line(function: Callable[..., Any]) -> Callable[..., None]:
-    """``function`` with a signature that says to tyro what the command line should look like.
+def _from_command_line(function: Callable[..., Any]) -> Callable[..., partial[Any]]:
+    """What binds ``function`` to its arguments, with a signature that says to tyro how the command line should look.
 
     Parameters before the ``*`` become positional; a list or tuple after it becomes an option to repeat
     (``--image a.png --image b.png``), so that no option swallows the positional after it.
@@ -202,16 +217,16 @@ def _from_command_line(function: Callable[..., Any]) -> Callable[..., None]:
                 parameter = parameter.replace(default=type(default)())
         parameters.append(parameter.replace(annotation=hint))
 
-    def call(*args: Any, **options: Any) -> None:
+    def bind(*args: Any, **options: Any) -> partial[Any]:
         for name, default in several_defaults.items():
             options[name] = options.get(name) or default
-        function(*args, **options)
+        return partial(function, *args, **options)
 
-    call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    call.__doc__ = _joined_entries(function.__doc__ or "")
-    call.__name__ = function.__name__
-    return call
+    bind.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    bind.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    bind.__doc__ = _joined_entries(function.__doc__ or "")
+    bind.__name__ = function.__name__
+    return bind
 
 
 def _is_several(hint: Any) -> bool:

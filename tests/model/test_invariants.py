@@ -19,7 +19,7 @@ KINDS = {"teacher": ((), None), "linear": (LINEAR, None), "hybrid": (HYBRID, Non
 
 @pytest.fixture(params=KINDS, scope="module")
 def model(request):
-    from conftest import make_config
+    from tiny import make_config
 
     layer_map, mixer = KINDS[request.param]
     model = initialise(Model(make_config(layer_map, mixer)), 3).double().eval()
@@ -123,7 +123,7 @@ def test_images_must_match_their_positions(tiny_model):
 def test_scaled_rotary_bases(caplog):
     from dataclasses import replace
 
-    from conftest import make_config
+    from tiny import make_config
 
     config = make_config()
     stretched = replace(config.decoder, rope_scaling=RopeScaling(type="dynamic", factor=2.0), max_position_embeddings=8)
@@ -142,7 +142,7 @@ def test_scaled_rotary_bases(caplog):
 
 
 def test_special_embeddings_extend_the_text_table():
-    from conftest import make_config
+    from tiny import make_config
 
     model = Model(make_config(text_vocab_size=300, special_token_maps={"<a>": 300, "<b>": 301}))
     x = model.embed(torch.tensor([[5, 301]]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -160,7 +161,8 @@ def write_atomically(path: str | Path, writer: Callable[[Path], object], *, fold
     """Write a file or a folder so that a crash or a full disk leaves the old one as it was.
 
     ``writer`` fills a temporary sibling, which is flushed to the disk and then renamed to ``path``. A file is replaced
-    in one step; an existing folder is first moved aside, so give folders that matter a name of their own.
+    in one step; an existing folder is first moved aside, and :func:`clear_leftovers` puts it back should the process
+    be killed just then.
 
     Args:
         path: where the file or folder ends up; its parents are made.
@@ -178,7 +180,7 @@ def write_atomically(path: str | Path, writer: Callable[[Path], object], *, fold
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(temporary)  # the leftover of a killed process that had our number
+        clear_leftovers(path.parent, path.name)
         if folder:
             temporary.mkdir()
         writer(temporary)
@@ -192,6 +194,44 @@ def write_atomically(path: str | Path, writer: Callable[[Path], object], *, fold
         with contextlib.suppress(OSError):  # don't hide the error that brought us here
             _remove(temporary)
     return path
+
+
+_LEFTOVER = re.compile(r"\.(.+)\.(tmp|old)-(\d+)")
+
+
+def clear_leftovers(folder: Path, name: str | None = None) -> None:
+    """Clear away what killed writers left in ``folder`` (of ``name`` only, if given).
+
+    Half-written siblings are removed. A folder that was moved aside comes back if nothing took its place. What belongs
+    to a process of this machine that still lives is left alone.
+    """
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
+        found = _LEFTOVER.fullmatch(entry.name)
+        if found is None or name not in (None, found[1]) or _alive(int(found[3])):
+            continue
+        target = folder / found[1]
+        if found[2] == "old" and not target.exists():
+            entry.rename(target)
+        else:
+            _remove(entry)
+
+
+def _alive(pid: int) -> bool:
+    """Whether another process has this number (where that can't be asked without harm: yes).
+
+    Our own number on a leftover is that of an earlier process: in a container every run may have the same one.
+    """
+    if pid == os.getpid():
+        return False
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # somebody else's; no number that a process can have
+        return True
+    return True
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

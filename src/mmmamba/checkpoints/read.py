@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from mmmamba.checkpoints import hovle, release, student
-from mmmamba.checkpoints.io import CONFIG, Weights, cast, check_tensors, read_json, read_weights, weight_files
+from mmmamba.checkpoints.io import (
+    CONFIG,
+    Weights,
+    cast,
+    check_tensors,
+    clear_leftovers,
+    read_json,
+    read_weights,
+    weight_files,
+)
 from mmmamba.errors import UserError
 from mmmamba.model.config import ModelConfig
 from mmmamba.model.model import Model
@@ -60,6 +69,8 @@ def resolve(path: str | Path) -> Path:
             raise UserError(f"the built-in model '{builtin.name}' is not part of this installation {_known()}")
         return builtin
     folder = Path(path).expanduser()
+    if not folder.exists() and folder.name:
+        clear_leftovers(folder.parent, folder.name)  # a writer may have been killed after moving the old one aside
     if not folder.exists():
         raise UserError(f"'{path}' is neither a folder nor a built-in model {_known()}")
     if not folder.is_dir():

@@ -90,7 +90,8 @@ class EncodedCache:
             try:
                 self._make(source, mark, workers, on_bad_sample)
             except OSError as error:
-                raise UserError(f"{self.path}: cannot write the cache: {error}") from error
+                hint = "a recipe with data.cache=false needs none"
+                raise UserError(f"{self.path}: cannot write the cache: {error} ({hint})") from error
         meta = json.loads((self.path / _META).read_text(encoding="utf-8"))
         self._bad: dict[int, str] = {int(row): message for row, message in meta["bad"]}
         if self._bad and on_bad_sample == "stop":

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from mmmamba.data.processor import Processor
 from mmmamba.distill.feed import Feed
 from mmmamba.distill.objectives import AlignHeads, MatchLogits
 from mmmamba.distill.recipe import MIXER_PARAMETERS, DistillRecipe, SourceConfig, StageConfig, load_recipe
-from mmmamba.distill.run import RunFolder, digest
+from mmmamba.distill.run import TENSORS, RunFolder, digest
 from mmmamba.distill.seeding import seed
 from mmmamba.distill.trainer import pick_device, pick_precision, train
 from mmmamba.errors import UserError
@@ -85,7 +86,10 @@ def distill(
             "data": feed.identity,
             "stage1": plan.stage1,
             "stage2": plan.stage2,
+            "places": [str(path.resolve()) for path in feed.paths],  # pictures are read from beside the files
             "max_length": plan.data.max_length,
+            "max_tiles": plan.data.max_tiles,
+            "on_bad_sample": plan.data.on_bad_sample,
             "device": where.type,
             "precision": str(dtype),
         }
@@ -110,6 +114,7 @@ def distill(
         raise UserError(f"{folder}: the teacher's files changed while the run was under way; the student is not saved")
     target = run.path / "model"
     save_student(student, target, teacher=plan.teacher, delta=False, processor=processor)
+    run.report_skipped()
     print(target)
     return target
 
@@ -134,7 +139,7 @@ def _run_stage(
         describe(stage, student, objective.trained)
         rows = feed.rows(config, number)
         train(objective, config, rows, run, stage, device=device, precision=precision)
-        run.finish(stage, mixers(student), steps=config.steps, bad_samples=rows.bad_samples)
+        run.finish(stage, mixers(student), steps=config.steps)
     else:
         restore(student, done)
 
@@ -165,16 +170,27 @@ def _borrow_alignment(run: RunFolder, alignment: str) -> None:
         sibling = manifest.parent
         if sibling == run.path.resolve():
             continue
-        found = read_json(manifest)
+        found = _readable(manifest)
         if found.get("alignment") != alignment or not {"stage1", "stage2"} <= set(found.get("stages", {})):
+            continue
+        if not all((sibling / "checkpoints" / stage / TENSORS).is_file() for stage in STAGES[:2]):
             continue
         for stage in STAGES[:2]:
             write_atomically(
                 run.checkpoints / stage, functools.partial(shutil.copytree, sibling / "checkpoints" / stage)
             )
             run.manifest["stages"][stage] = {**found["stages"][stage], "from": str(sibling)}
-        run.note()
+        run.note(skipped={stage: found.get("skipped", {}).get(stage, []) for stage in STAGES[:2]})
+        print(f"stages 1 and 2 are those of {sibling}", file=sys.stderr)
         return
+
+
+def _readable(manifest: Path) -> dict[str, Any]:
+    """A neighbour's manifest; empty where it is damaged, which is no affair of this run."""
+    try:
+        return read_json(manifest)
+    except UserError:
+        return {}
 
 
 def describe(stage: str, student: Model, trained: dict[str, torch.nn.Parameter]) -> None:

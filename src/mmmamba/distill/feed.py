@@ -90,8 +90,9 @@ class _Rows:
             prefetch=4,
             on_bad_sample=self.feed.config.on_bad_sample,
         )
-        yield from loader
-        self.bad_samples = loader.bad_samples
+        for rows in loader:
+            self.bad_samples = loader.bad_samples
+            yield rows
 
 
 def prepare_root(config: DataConfig) -> Path:

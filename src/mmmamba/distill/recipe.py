@@ -16,8 +16,16 @@ from mmmamba.model.config import ATTENTION, MAMBA2, MixerConfig
 
 T = TypeVar("T")
 
-MIXER_PARAMETERS = ("A_log", "dt_bias", "dt_proj", "conv", "gate_proj", "norm", "q_proj", "k_proj", "v_proj", "o_proj")
+MIXER_PARAMETERS = ("A_log", "dt_bias", "dt_proj", "conv", "gate_proj", "norm", "q_proj", "k_proj", "v_proj")
 RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def _at_least(least: float, config: Any, *names: str) -> None:
+    """Refuse a number that is too small; None (the default of some) is not a number."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +51,7 @@ class DataConfig:
         sources: the mixture.
         max_length: tokens of a sample; a longer text tail is cut.
         max_tiles: tiles of a picture (default: the model's own limit).
-        cache: encode every sample once into memory-mapped arrays beside the run.
+        cache: encode every sample once into memory-mapped arrays, in a folder .cache beside the JSONL file.
         workers: loader processes (default: none on one or two cores, else up to 8).
         on_bad_sample: stop, or skip and list.
     """
@@ -56,6 +64,12 @@ class DataConfig:
     cache: bool = False
     workers: int | None = None
     on_bad_sample: Literal["stop", "skip"] = "stop"
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("sources is empty")
+        _at_least(1, self, "max_length", "max_tiles")
+        _at_least(0, self, "workers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +107,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.steps < 0 or self.batch_size < 1:
             raise ValueError(f"steps ({self.steps}) must be at least 0 and batch_size ({self.batch_size}) at least 1")
+        _at_least(1, self, "micro_tokens", "checkpoint_every", "log_every")
+        _at_least(0, self, "lr", "warmup", "decay", "weight_decay")
+        if not self.clip > 0:
+            raise ValueError(f"clip must be greater than 0, got {self.clip}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {', '.join(map(str, self.betas))}")
         if not 0 <= self.warmup + self.decay <= 1:
             raise ValueError(f"warmup + decay is {self.warmup + self.decay}, must lie in [0, 1]")
 
@@ -126,6 +146,11 @@ class StageConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _at_least(0, self, "prompt_weight", "supervised")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be greater than 0, got {self.temperature}")
+        if not self.train:
+            raise ValueError("train names no parameter; to leave a stage out, set its steps to 0")
         wrong = [name for name in (*self.train, *self.lr_scale) if name not in MIXER_PARAMETERS]
         if wrong:
             raise ValueError(f"unknown mixer parameter {wrong[0]!r}, must be among {', '.join(MIXER_PARAMETERS)}")
@@ -172,6 +197,8 @@ class DistillRecipe:
         outside = [i for i in keep if not 0 <= i < num_layers]
         if outside:
             raise UserError(f"recipe {self.name}: layers names layer {outside[0]}, the teacher has 0…{num_layers - 1}")
+        if len(set(keep)) == num_layers:
+            raise UserError(f"recipe {self.name}: layers keeps softmax in all {num_layers} layers: nothing to distil")
         return tuple(ATTENTION if i in keep else MAMBA2 for i in range(num_layers))
 
 

@@ -8,7 +8,7 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,20 @@ import yaml
 from torch import Tensor
 
 import mmmamba
-from mmmamba.checkpoints.io import read_json, read_safetensors, write_atomically, write_json, write_safetensors
+from mmmamba.checkpoints.io import (
+    clear_leftovers,
+    read_json,
+    read_safetensors,
+    write_atomically,
+    write_json,
+    write_safetensors,
+)
 from mmmamba.config import to_dict
+from mmmamba.data.batching import Skipped
 from mmmamba.errors import UserError
 
 TENSORS = "tensors.safetensors"
+SHOWN = 20  # skipped samples that are printed; the manifest has them all
 
 
 def digest(data: Any) -> str:
@@ -71,8 +80,15 @@ class RunFolder:
                     f"{self.path}: holds this run already; add --resume to go on with it, or give another --out"
                 )
             self.manifest = found
+            clear_leftovers(self.path)
+            clear_leftovers(self.checkpoints)
+            for stage in self.manifest["stages"]:
+                self._drop_steps(stage)
         else:
-            if self.path.is_dir() and any(self.path.iterdir()):
+            # A run that was killed before its manifest was there has left its recipe at most.
+            for name in ("recipe.yaml", "manifest.json"):
+                clear_leftovers(self.path, name)
+            if self.path.is_dir() and any(entry.name != "recipe.yaml" for entry in self.path.iterdir()):
                 raise UserError(f"{self.path}: is not empty and not a run; give another --out")
             self.manifest = {
                 "fingerprint": self.fingerprint,
@@ -92,6 +108,31 @@ class RunFolder:
         """Add entries to the manifest."""
         self.manifest.update(to_dict(entries))
         self._write_manifest()
+
+    # ------------------------------------------------------------------ skipped samples
+
+    def skip(self, stage: str, samples: Sequence[Skipped]) -> None:
+        """List bad samples of ``stage`` that were left out, each once, whatever was listed before a kill."""
+        listed = self.manifest.setdefault("skipped", {}).get(stage, [])
+        known = {entry["where"] for entry in listed}
+        new = [{"where": bad.where, "reason": bad.reason} for bad in samples if bad.where not in known]
+        if new:
+            self.manifest["skipped"][stage] = [*listed, *new]
+            self._write_manifest()
+
+    def skipped(self) -> dict[str, str]:
+        """``file:line`` → reason of every sample that a stage left out."""
+        stages = self.manifest.get("skipped", {}).values()
+        return {entry["where"]: entry["reason"] for stage in stages for entry in stage}
+
+    def report_skipped(self) -> None:
+        """Say on stderr which samples were left out, if any."""
+        skipped = self.skipped()
+        if skipped:
+            shown = [f"  {where}: {reason}" for where, reason in list(skipped.items())[:SHOWN]]
+            if len(skipped) > SHOWN:
+                shown.append(f"  … and {len(skipped) - SHOWN} more, all in {self._manifest}")
+            print(f"skipped {len(skipped)} bad sample{'s' * (len(skipped) > 1)}:", *shown, sep="\n", file=sys.stderr)
 
     # ------------------------------------------------------------------ metrics
 
@@ -149,6 +190,9 @@ class RunFolder:
         write_atomically(self.checkpoints / stage, lambda p: write_safetensors(p / TENSORS, tensors), folder=True)
         self.manifest["stages"][stage] = to_dict(facts)
         self._write_manifest()
+        self._drop_steps(stage)
+
+    def _drop_steps(self, stage: str) -> None:
         for _, path in self._steps(stage):
             shutil.rmtree(path, ignore_errors=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,7 @@ def teach(
     out: Path | None = None,
     resume: bool = False,
     set: tuple[str, ...] = (),
+    on_bad_sample: Literal["stop", "skip"] | None = None,
     device: str = "auto",
     precision: Literal["auto", "fp32", "bf16"] = "auto",
 ) -> Path:
@@ -39,6 +41,7 @@ def teach(
         out: the run folder (default: runs/NAME).
         resume: go on with a run that was interrupted.
         set: recipe keys to change, e.g. --set train.steps=100.
+        on_bad_sample: stop at the first bad sample, or skip and list them.
         device: auto, cpu, cuda, cuda:1, ….
         precision: fp32, or bf16 passes over fp32 weights; auto picks bf16 on a GPU.
 
@@ -46,6 +49,8 @@ def teach(
         the folder of the finished teacher, RUN/model.
     """
     plan = load_recipe(TeachRecipe, recipe, set)
+    if on_bad_sample is not None:
+        plan = replace(plan, data=replace(plan.data, on_bad_sample=on_bad_sample))
     where = pick_device(device)
     processor = make_processor(plan)
     feed = Feed(plan.data, processor, plan.seed)
@@ -70,6 +75,7 @@ def teach(
                 parameter.copy_(done[name])
     target = run.path / "model"
     save_hovle(model, processor, target)
+    run.report_skipped()
     print(target)
     return target
 

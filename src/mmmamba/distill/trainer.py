@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from mmmamba.data.batching import Batch
+from mmmamba.data.batching import Batch, Skipped
 from mmmamba.distill.objectives import Objective
 from mmmamba.distill.recipe import TrainConfig
 from mmmamba.distill.run import RunFolder
@@ -18,17 +18,26 @@ from mmmamba.errors import UserError
 from mmmamba.ops.layout import remember_lengths
 from mmmamba.progress import Progress
 
-Rows = Callable[[int], Iterator[Sequence[Batch]]]
-"""``rows(start_step)`` yields the rows of each step from there on."""
+
+class Rows(Protocol):
+    """``rows(start_step)`` yields the rows of each step from there on; ``bad_samples``: what it left out so far."""
+
+    bad_samples: list[Skipped]
+
+    def __call__(self, start: int) -> Iterator[Sequence[Batch]]: ...
 
 
 def pick_device(device: str = "auto") -> torch.device:
     """``auto``: the GPU if there is one, else the CPU."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no GPU here")
-    return torch.device(device)
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"--device {device}: must be auto, cpu, cuda or cuda:N") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {device}: PyTorch sees {torch.cuda.device_count() or 'no'} GPU here")
+    return found
 
 
 def pick_precision(precision: str, device: torch.device) -> torch.dtype:
@@ -77,8 +86,10 @@ def train(
             count = sum(row.tokens for row in batch)
             tokens += count
             done = step + 1
-            if done % config.log_every == 0 or done == config.steps:
-                means = _means(recent, stage, done)
+            saves = done % config.checkpoint_every == 0 and done < config.steps
+            # Also where a checkpoint is due: a resumed run then logs the same means over the same steps.
+            if done % config.log_every == 0 or done == config.steps or saves:
+                means = _means(recent, norm, stage, done)
                 now = time.monotonic()
                 run.log(
                     {
@@ -93,8 +104,10 @@ def train(
                 )
                 bar.update(done, tokens=tokens, lr=rate, **means)
                 recent, tokens, since = [], 0, now
-            if done % config.checkpoint_every == 0 and done < config.steps:
+            if saves:
+                run.skip(stage, rows.bad_samples)
                 run.save_step(stage, done, _snapshot(objective.trained, optimizer))
+    run.skip(stage, rows.bad_samples)
 
 
 def _move(row: Batch, device: torch.device) -> Batch:
@@ -125,12 +138,14 @@ def _optimizer(
     return optimizer, [scale for _, scale in groups]
 
 
-def _means(recent: Sequence[dict[str, Tensor]], stage: str, step: int) -> dict[str, float]:
+def _means(recent: Sequence[dict[str, Tensor]], norm: Tensor, stage: str, step: int) -> dict[str, float]:
     if not recent:
         return {}
     means = {key: float(torch.stack([entry[key] for entry in recent]).mean()) for key in recent[-1]}
-    if not math.isfinite(means["loss"]):
-        raise UserError(f"{stage}, step {step}: the loss is {means['loss']}; lower the learning rate or the clip norm")
+    # The last step's gradients too: they have spoilt the weights, which no checkpoint may take over.
+    for name, value in {**means, "gradient's norm": float(norm)}.items():
+        if not math.isfinite(value):
+            raise UserError(f"{stage}, step {step}: the {name} is {value}; lower the learning rate or the clip norm")
     return means
 
 

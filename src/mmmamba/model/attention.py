@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
 from mmmamba.model.config import StackConfig
-from mmmamba.model.rope import Rotation
+from mmmamba.model.rope import Rotation, rotate
 from mmmamba.model.state import KVState
 from mmmamba.ops.layout import Layout, layout_of
 
@@ -73,12 +73,11 @@ def project(
 
     A pure function of tensors, so that one compilation serves every layer of a shape.
     """
-    turn = Rotation(cos, sin)
     queries, keys, values = (
         F.linear(x, weight, bias).unflatten(-1, (-1, head_dim))
         for weight, bias in ((q, q_bias), (k, k_bias), (v, v_bias))
     )
-    return turn(queries), turn(keys), values
+    return rotate(queries, cos, sin), rotate(keys, cos, sin), values
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:

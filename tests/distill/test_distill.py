@@ -1,0 +1,227 @@
+"""The whole verb, in this process: what a run leaves, what it borrows from a neighbour, and that teachers stay."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import small_run
+from mmmamba.checkpoints import load
+from mmmamba.data.processor import Processor
+from mmmamba.distill.distill import distill, seeded
+from mmmamba.distill.feed import Feed
+from mmmamba.distill.objectives import AlignHeads, MatchLogits
+from mmmamba.distill.recipe import DataConfig, SourceConfig, StageConfig
+from mmmamba.distill.run import RunFolder
+from mmmamba.distill.seeding import seed
+from mmmamba.distill.trainer import _optimizer
+from mmmamba.errors import UserError
+from mmmamba.model import ATTENTION, MAMBA2
+
+
+def go(out: Path, teacher: Path, data: Path, *, resume: bool = False, **changes: Any) -> Path:
+    """Distil a small recipe into ``out``, of two steps a stage."""
+    two = {f"stage{i}__steps": 2 for i in (1, 2, 3)}
+    plan = small_run.recipe(**{**two, **changes})
+    out.parent.mkdir(parents=True, exist_ok=True)
+    recipe = small_run.write_recipe(out.parent / f"{out.name}.yaml", plan)
+    return distill(str(recipe), teacher=str(teacher), data=(data,), out=out, resume=resume, device="cpu")
+
+
+def manifest(run: Path) -> dict[str, Any]:
+    return json.loads((run / "manifest.json").read_text())
+
+
+def stages(run: Path) -> list[str]:
+    """The stages that the run went through itself."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return sorted({json.loads(line)["stage"] for line in lines})
+
+
+@pytest.fixture(scope="module")
+def linear(tmp_path_factory, teacher_folder, small_data) -> Path:
+    """A finished linear run. Tests copy it."""
+    run = tmp_path_factory.mktemp("linear") / "linear"
+    go(run, teacher_folder, small_data)
+    return run
+
+
+# ---------------------------------------------------------------------------------------------- what a run leaves
+
+
+def test_a_finished_run(linear, teacher_folder):
+    files = {str(path.relative_to(linear)) for path in linear.rglob("*") if path.is_file()}
+    assert files == {
+        "recipe.yaml",
+        "manifest.json",
+        "metrics.jsonl",
+        *(f"checkpoints/stage{i}/tensors.safetensors" for i in (1, 2, 3)),
+        *(f"model/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")),
+    }
+    assert set(manifest(linear)["stages"]) == {"stage1", "stage2", "stage3"}
+    student, teacher = load(linear / "model"), load(teacher_folder)
+    assert student.config.layer_map == (MAMBA2,) * 5
+    ours, theirs = student.state_dict(), teacher.state_dict()
+    kept = [name for name in theirs if ".mixer." not in name or "o_proj" in name]
+    assert all(torch.equal(ours[name], theirs[name]) for name in kept), "what is frozen is the teacher's to the bit"
+    moved = [name for name in theirs if name not in kept]
+    assert not any(torch.equal(ours[name], theirs[name]) for name in moved), "q, k, v were trained"
+    assert Processor.from_folder(linear / "model").config == student.config
+
+
+def test_the_model_is_written_again_by_a_resumed_run(linear, teacher_folder, small_data, tmp_path):
+    run = shutil.copytree(linear, tmp_path / "linear")
+    before = small_run.hashes(run)
+    shutil.rmtree(run / "model")
+    go(run, teacher_folder, small_data, resume=True)
+    after = small_run.hashes(run)
+    del before["manifest.json"], after["manifest.json"]  # names the teacher's place
+    assert after == before
+
+
+def test_the_seeded_control_is_where_a_run_starts(teacher_folder, small_data, tmp_path):
+    """No step at all: the student of a run is the seeded one, to the bit."""
+    none = {f"stage{i}__steps": 0 for i in (1, 2, 3)}
+    model = go(tmp_path / "run", teacher_folder, small_data, layers="hybrid:4", **none)
+    seeded(str(tmp_path / "run.yaml"), teacher=str(teacher_folder), out=tmp_path / "control")
+    control, untrained = load(tmp_path / "control").state_dict(), load(model).state_dict()
+    assert all(torch.equal(control[name], untrained[name]) for name in control) and control.keys() == untrained.keys()
+
+
+# ---------------------------------------------------------------------------------------------- the teacher stays
+
+
+def test_the_teachers_files_are_the_same_after_every_stage(teacher_folder, small_data, tmp_path, monkeypatch):
+    before = small_run.hashes(teacher_folder)
+    seen = []
+    finish = RunFolder.finish
+
+    def checked(self: RunFolder, stage: str, *args: Any, **facts: Any) -> None:
+        finish(self, stage, *args, **facts)
+        seen.append(stage)
+        assert small_run.hashes(teacher_folder) == before, stage
+
+    monkeypatch.setattr(RunFolder, "finish", checked)
+    go(tmp_path / "run", teacher_folder, small_data, layers="hybrid:2")
+    assert seen == ["stage1", "stage2", "stage3"] and small_run.hashes(teacher_folder) == before
+
+
+@pytest.mark.parametrize("kind", ["align", "match linear", "match hybrid"])
+def test_the_teachers_tensors_are_the_same_after_every_step(kind, teacher_folder, small_data):
+    teacher = load(teacher_folder)
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    config = StageConfig(steps=3, batch_size=3, lr=0.1, train=tuple(small_run.STAGE2), weight_decay=0.5)
+    layer_map = (ATTENTION, MAMBA2) * 2 + (MAMBA2,) if kind.endswith("hybrid") else None
+    student = seed(teacher, layer_map)
+    objective = (AlignHeads if kind == "align" else MatchLogits)(teacher, student, config)
+    data = DataConfig(sources=(SourceConfig(path=str(small_data)),), workers=0)
+    feed = Feed(data, Processor.from_folder(teacher_folder), 0)
+    optimizer, _ = _optimizer(objective.trained, config, torch.device("cpu"))
+    for rows in feed.rows(config, 0)(0):
+        start = {name: p.detach().clone() for name, p in objective.trained.items()}
+        optimizer.zero_grad()
+        objective.backward(rows, torch.float32)
+        optimizer.step()
+        assert not any(torch.equal(p, start[name]) for name, p in objective.trained.items()), "everything moves"
+        assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+    assert all(p.grad is None for name, p in teacher.named_parameters())
+
+
+def test_a_teacher_that_changes_under_the_run_is_noticed(teacher_folder, small_data, tmp_path, monkeypatch):
+    teacher = shutil.copytree(teacher_folder, tmp_path / "teacher")
+    finish = RunFolder.finish
+
+    def meddle(self: RunFolder, stage: str, *args: Any, **facts: Any) -> None:
+        finish(self, stage, *args, **facts)
+        text = (teacher / "config.json").read_text()
+        (teacher / "config.json").write_text(text + " ")
+
+    monkeypatch.setattr(RunFolder, "finish", meddle)
+    with pytest.raises(UserError, match="the teacher's files changed while the run was under way"):
+        go(tmp_path / "run", teacher, small_data)
+    assert not (tmp_path / "run" / "model").exists()
+
+
+# ---------------------------------------------------------------------------------------------- borrowed stages
+
+
+def test_a_hybrid_beside_a_linear_run_takes_its_stages_over(linear, teacher_folder, small_data, tmp_path, capsys):
+    shutil.copytree(linear, tmp_path / "linear")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "manifest.json").write_text("{")  # no affair of this run
+    go(tmp_path / "hybrid", teacher_folder, small_data, layers="hybrid:4", name="hybrid")
+    assert f"stages 1 and 2 are those of {tmp_path / 'linear'}" in capsys.readouterr().err
+    found = manifest(tmp_path / "hybrid")
+    assert [found["stages"][f"stage{i}"].get("from") for i in (1, 2, 3)] == [str(tmp_path / "linear")] * 2 + [None]
+    assert stages(tmp_path / "hybrid") == ["stage3"]
+    # Alone, it comes to the same students, bit for bit.
+    go(tmp_path / "alone" / "hybrid", teacher_folder, small_data, layers="hybrid:4", name="hybrid")
+    assert stages(tmp_path / "alone" / "hybrid") == ["stage1", "stage2", "stage3"]
+    for part in ("checkpoints/stage2/tensors.safetensors", "model/model.safetensors"):
+        borrowed, own = ((tmp_path / run / part).read_bytes() for run in ("hybrid", "alone/hybrid"))
+        assert borrowed == own, part
+    # And what was borrowed does not hang on the neighbour any more.
+    shutil.rmtree(tmp_path / "linear")
+    go(tmp_path / "hybrid", teacher_folder, small_data, layers="hybrid:4", name="hybrid", resume=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"mixer": {"rope": True}},
+        {"stage1__lr": 2e-3},
+        {"stage2__steps": 3},
+        {"data__max_length": 100},
+        {"data__max_tiles": 1},
+        {"data__on_bad_sample": "skip"},
+        {"data": "other bytes"},
+        {"data": "another place"},
+        {"teacher": "other weights"},
+        {"linear": "stage 2 unfinished"},
+        {"linear": "checkpoints thrown away"},
+    ],
+    ids=lambda changes: "-".join(map(str, *changes.items())),
+)
+def test_nothing_is_borrowed_when_anything_differs(linear, teacher_folder, small_data, tmp_path, changes):
+    run = shutil.copytree(linear, tmp_path / "runs" / "linear")
+    data, teacher = small_data, teacher_folder
+    changes = dict(changes)
+    if "data" in changes:  # relative picture paths: the same bytes elsewhere may show other pictures
+        data = shutil.copytree(small_data.parent, tmp_path / "data") / small_data.name
+        if changes.pop("data") == "other bytes":
+            data.write_text(data.read_text().replace("red", "blue"))
+    if changes.pop("teacher", None):
+        teacher = shutil.copytree(teacher_folder, tmp_path / "teacher")
+        (teacher / "config.json").write_text((teacher / "config.json").read_text() + "\n")
+    broken = changes.pop("linear", None)
+    if broken == "stage 2 unfinished":
+        content = manifest(run)
+        del content["stages"]["stage2"]
+        (run / "manifest.json").write_text(json.dumps(content))
+    elif broken:
+        shutil.rmtree(run / "checkpoints")
+    go(tmp_path / "runs" / "hybrid", teacher, data, layers="hybrid:4", **changes)
+    assert stages(tmp_path / "runs" / "hybrid") == ["stage1", "stage2", "stage3"]
+
+
+# ---------------------------------------------------------------------------------------------- many sources
+
+
+def test_a_cache_changes_nothing_but_the_time(teacher_folder, small_data, tmp_path):
+    folder = shutil.copytree(small_data.parent, tmp_path / "data")
+    records = [{"id": "x", "conversations": small_run.conversation(f"{i} ?", "red")} for i in range(3)]
+    other = small_run.write_jsonl(folder / "other.jsonl", records)
+    sources = [{"path": small_data.name, "weight": 2}, {"path": other.name}]
+    models = []
+    for cache in (False, True):
+        plan = small_run.recipe(data={"root": str(folder), "sources": sources, "cache": cache, "workers": 0})
+        path = small_run.write_recipe(tmp_path / f"{cache}.yaml", plan)
+        models.append(distill(str(path), teacher=str(teacher_folder), out=tmp_path / f"run-{cache}", device="cpu"))
+    assert (models[0] / "model.safetensors").read_bytes() == (models[1] / "model.safetensors").read_bytes()
+    assert len(list((folder / ".cache").iterdir())) == 4  # two caches and their locks

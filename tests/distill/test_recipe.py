@@ -1,0 +1,189 @@
+"""Recipes: the shipped ones load strictly; a mistake in one names the key and the nearest right one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import small_run
+from mmmamba.config import from_dict, load_yaml, to_dict
+from mmmamba.distill.recipe import (
+    RECIPES,
+    DistillRecipe,
+    StageConfig,
+    TeachRecipe,
+    TrainConfig,
+    find_recipe,
+    load_recipe,
+)
+from mmmamba.errors import UserError
+from mmmamba.model.config import ATTENTION, MAMBA2, MixerConfig
+
+SHIPPED = sorted(RECIPES.glob("*.yaml"))
+
+
+def kind_of(path: Path) -> type[DistillRecipe] | type[TeachRecipe]:
+    return TeachRecipe if "train" in load_yaml(path) else DistillRecipe
+
+
+def small(**changes) -> DistillRecipe:
+    return from_dict(DistillRecipe, small_run.recipe(**changes), where="small.yaml")
+
+
+def test_recipes_are_shipped():
+    assert {kind_of(path) for path in SHIPPED} == {TeachRecipe, DistillRecipe}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_recipe_loads_strictly_and_is_named_like_its_file(path):
+    plan = load_recipe(kind_of(path), path.stem)
+    assert plan.name == path.stem
+    assert from_dict(kind_of(path), to_dict(plan), where="again") == plan
+    if isinstance(plan, DistillRecipe):
+        assert len(plan.layer_map(8)) == 8
+
+
+@pytest.mark.parametrize("kind", ["linear", "hybrid"])
+@pytest.mark.parametrize("family", ["nano", "pico"])
+def test_linear_and_hybrid_of_a_family_differ_in_their_layers_alone(family, kind):
+    """So that the hybrid can take stages 1 and 2 over from the linear run."""
+    plan = load_recipe(DistillRecipe, f"{family}-{kind}")
+    other = load_recipe(DistillRecipe, f"{family}-linear")
+    for field in ("teacher", "mixer", "seed", "data", "stage1", "stage2"):
+        assert getattr(plan, field) == getattr(other, field), field
+
+
+@pytest.mark.parametrize("path", [p for p in SHIPPED if p.stem.endswith("-paper")], ids=lambda path: path.stem)
+def test_the_papers_recipes_follow_the_paper(path):
+    plan = load_recipe(DistillRecipe, path)
+    assert plan.mixer == MixerConfig()
+    new = {"A_log", "dt_bias", "dt_proj", "conv", "gate_proj", "norm"}
+    inherited = {"q_proj", "k_proj", "v_proj"}
+    assert [set(s.train) for s in (plan.stage1, plan.stage2)] == [new, new | inherited]
+    assert set(plan.stage3.train) == (new | inherited) - {"A_log", "dt_bias"}
+    for stage in (plan.stage1, plan.stage2, plan.stage3):
+        assert (stage.clip, stage.prompt_weight, stage.supervised, stage.temperature) == (5.0, 1.0, 0.0, 1.0)
+    assert plan.stage1.loss_scale == plan.stage2.loss_scale == 1000
+
+
+# ---------------------------------------------------------------------------------------------- layer map
+
+
+@pytest.mark.parametrize(
+    ("layers", "softmax"),
+    [("linear", []), ("hybrid:4", [0, 4]), ("hybrid:3", [0, 3, 6]), ([], []), ([2, 7], [2, 7])],
+)
+def test_layer_map(layers, softmax):
+    layer_map = small(layers=layers).layer_map(8)
+    assert [i for i, kind in enumerate(layer_map) if kind == ATTENTION] == list(softmax)
+    assert set(layer_map) <= {ATTENTION, MAMBA2} and len(layer_map) == 8
+
+
+@pytest.mark.parametrize("layers", ["linar", "hybrid", "hybrid:", "hybrid:0", "hybrid:-1", "hybrid:x", "softmax:2"])
+def test_a_wrong_layer_map_says_what_it_may_be(layers):
+    with pytest.raises(UserError, match=r"recipe small: layers must be 'linear', 'hybrid:K' or a list, got"):
+        small(layers=layers).layer_map(8)
+
+
+@pytest.mark.parametrize("layer", [8, -1])
+def test_a_layer_that_the_teacher_lacks_is_named(layer):
+    with pytest.raises(UserError, match=rf"layers names layer {layer}, the teacher has 0…7"):
+        small(layers=[0, layer]).layer_map(8)
+
+
+@pytest.mark.parametrize("layers", ["hybrid:1", list(range(8))])
+def test_something_must_be_left_to_distil(layers):
+    with pytest.raises(UserError, match="layers keeps softmax in all 8 layers: nothing to distil"):
+        small(layers=layers).layer_map(8)
+
+
+# ---------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stage1__stepz": 3}, r"unknown key 'stage1.stepz' \(did you mean 'steps'\?\)"),
+        ({"mixer": {"ropee": True}}, r"unknown key 'mixer.ropee' \(did you mean 'rope'\?\)"),
+        ({"data__sources": [{"pth": "x"}]}, r"unknown key 'data.sources\[0\].pth' \(did you mean 'path'\?\)"),
+        ({"techer": "x"}, r"unknown key 'techer' \(did you mean 'teacher'\?\)"),
+        ({"seed": "abc"}, r"'seed' must be int, got 'abc' \(str\)"),
+        ({"stage2__lr": "fast"}, r"'stage2.lr' must be a number, got 'fast' \(str\)"),
+        ({"stage3__steps": 1.5}, r"'stage3.steps' must be int, got 1.5 \(float\)"),
+        ({"stage3__reduction": "sum"}, r"'stage3.reduction' must be .*'mean'.*'published'.*, got 'sum'"),
+        ({"stage1__train": ["conv", "o_proj"]}, r"'stage1': unknown mixer parameter 'o_proj', must be among A_log, "),
+        ({"stage1__lr_scale": {"vonc": 2.0}}, r"'stage1': unknown mixer parameter 'vonc'"),
+        ({"stage1__warmup": 0.8, "stage1__decay": 0.8}, r"'stage1': warmup \+ decay is 1.6, must lie in \[0, 1\]"),
+        ({"stage1__steps": -1}, r"'stage1': steps \(-1\) must be at least 0"),
+        ({"stage1__log_every": 0}, r"'stage1': log_every must be at least 1, got 0"),
+        ({"stage1__lr": -1.0}, r"'stage1': lr must be at least 0, got -1.0"),
+        ({"stage1__clip": 0}, r"'stage1': clip must be greater than 0"),
+        ({"stage1__betas": [0.9, 1]}, r"'stage1': betas must lie in \[0, 1\), got 0.9, 1"),
+        ({"stage1__train": []}, r"'stage1': train names no parameter; to leave a stage out, set its steps to 0"),
+        ({"stage3__temperature": 0}, r"'stage3': temperature must be greater than 0"),
+        ({"data__sources": []}, r"'data': sources is empty"),
+        ({"data__workers": -1}, r"'data': workers must be at least 0, got -1"),
+        ({"data__max_length": 0}, r"'data': max_length must be at least 1, got 0"),
+        ({"stage1__checkpoint_every": 0}, r"'stage1': checkpoint_every must be at least 1, got 0"),
+        ({"data__on_bad_sample": "ignore"}, r"'data.on_bad_sample' must be .*'stop'.*'skip'.*, got 'ignore'"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named(tmp_path, changes, message):
+    path = small_run.write_recipe(tmp_path / "mine.yaml", small_run.recipe(**changes))
+    with pytest.raises(UserError, match=message) as error:
+        load_recipe(DistillRecipe, path)
+    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+def test_a_missing_key_is_named(tmp_path):
+    plan = small_run.recipe()
+    del plan["stage2"]["lr"]
+    with pytest.raises(UserError, match=r"missing required key 'stage2.lr'"):
+        load_recipe(DistillRecipe, small_run.write_recipe(tmp_path / "mine.yaml", plan))
+
+
+def test_overrides_are_as_strict_as_the_file(tmp_path):
+    path = small_run.write_recipe(tmp_path / "mine.yaml", small_run.recipe())
+    plan = load_recipe(DistillRecipe, path, ["stage3.steps=100", "seed=7", "mixer.rope=true"])
+    assert (plan.stage3.steps, plan.seed, plan.mixer.rope) == (100, 7, True)
+    with pytest.raises(UserError, match=r"'stage3.stepz'.*did you mean 'steps'"):
+        load_recipe(DistillRecipe, path, ["stage3.stepz=100"])
+
+
+def test_an_unknown_recipe_lists_the_built_in_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where there is no folder "recipes"
+    with pytest.raises(UserError, match="nano-lniear: no such recipe file; built-in recipes: ") as error:
+        find_recipe("nano-lniear")
+    assert all(path.stem in str(error.value) for path in SHIPPED)
+    assert find_recipe("nano-linear") == find_recipe("recipes/nano-linear.yaml") == RECIPES / "nano-linear.yaml"
+
+
+# ---------------------------------------------------------------------------------------------- schedule
+
+
+def train_config(**changes) -> TrainConfig:
+    return TrainConfig(**{"steps": 100, "batch_size": 1, "lr": 1.0, "warmup": 0.1, "decay": 0.2, **changes})
+
+
+def test_the_schedule_rises_stays_and_falls():
+    config = train_config()
+    factors = [config.factor(step) for step in range(100)]
+    assert factors[0] == pytest.approx(1 / 11) and factors[9] == pytest.approx(10 / 11)
+    assert set(factors[10:80]) == {1.0}
+    assert factors[80] == pytest.approx(20 / 21) and factors[99] == pytest.approx(1 / 21)
+    assert factors[:11] == sorted(factors[:11]) and factors[79:] == sorted(factors[79:], reverse=True)
+
+
+@pytest.mark.parametrize("shares", [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5)])
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_no_step_is_wasted_on_a_rate_of_zero(shares, steps):
+    config = train_config(steps=steps, warmup=shares[0], decay=shares[1])
+    assert all(0 < config.factor(step) <= 1 for step in range(steps))
+    if shares == (0.0, 0.0):
+        assert {config.factor(step) for step in range(steps)} == {1.0}
+
+
+def test_stage_defaults_are_the_papers():
+    stage = StageConfig(steps=1, batch_size=1, lr=1.0, train=("conv",))
+    assert (stage.prompt_weight, stage.reduction, stage.supervised, stage.temperature) == (1.0, "mean", 0.0, 1.0)
