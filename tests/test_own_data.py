@@ -136,6 +136,7 @@ def test_own_data_from_distill_to_chat(name, album, teacher_folder, tmp_path, ca
     command += ["--max-new-tokens", "2"] if name == "tiny" else ["--max-new-tokens", "2", "--limit", "4"]
     assert cli.main([*map(str, command)]) == 0
     assert json.loads((tmp_path / "e" / "results.json").read_text())
+    capsys.readouterr()
     said = (tmp_path / "e" / "predictions-model.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(said) == (samples if name == "tiny" else 4)
 
