@@ -1,12 +1,12 @@
 """Make the shipped models on one GPU: teachers, then the students of every nano recipe, then their evaluation.
 
-    python scripts/gpu/nano.py teach  --minutes 6 --keep OUT      # nano-teacher and pico-teacher, side by side
-    python scripts/gpu/nano.py distil --keep OUT                  # the four nano recipes, two families side by side
+    python scripts/gpu/nano.py teach  --keep OUT                          # nano-teacher
+    python scripts/gpu/nano.py teach  --keep OUT --recipes pico-teacher
+    python scripts/gpu/nano.py distil --keep OUT                          # the four nano recipes, side by side
     python scripts/gpu/nano.py eval   --keep OUT
 
-Everything is a plain ``mmmamba`` command line, printed before it runs; each run resumes where it stopped. ``--minutes``
-picks the number of steps from the speed of the first ones, to fit a time limit; the recipes hold what was chosen.
-What is finished is installed among the package's assets, students as deltas in bfloat16.
+Everything is a plain ``mmmamba`` command line, printed before it runs; each run resumes where it stopped. What is
+finished is installed among the package's assets, students as deltas in bfloat16, and packed into OUT.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ ROOT = Path(__file__).resolve().parents[2]
 ASSETS = ROOT / "src" / "mmmamba" / "assets"
 LOGS = ROOT / "runs" / "logs"
 DATA = "data/nano-large"
-PROBE = 80  # steps that tell the speed; the first half pays for compilation
 
 
 def start(name: str, *command: str) -> subprocess.Popen[bytes]:
@@ -72,6 +71,10 @@ def install(name: str, keep: str | None) -> None:
             archive.add(run / "metrics.jsonl", f"{name}.metrics.jsonl")
 
 
+def overrides(arguments: argparse.Namespace) -> list[str]:
+    return [word for item in arguments.set for word in ("--set", item)]
+
+
 def build() -> None:
     finish(data=mmmamba("data", "data", "build", "--out", DATA, "--scale", "20"))
 
@@ -80,32 +83,22 @@ def teach(arguments: argparse.Namespace) -> None:
     began = time.monotonic()
     build()
     print(f"data: {time.monotonic() - began:.0f} s", flush=True)
-    # The encoded caches are made once, by the first run that wants them.
+    # The encoded caches are made once, before anything is timed.
     finish(cache=mmmamba("cache", "teach", "nano-teacher", "--out", "runs/cache", "--set", "train.steps=1", "--set",
                          "train.compile=false"))  # fmt: skip
     print(f"cache: {time.monotonic() - began:.0f} s", flush=True)
-    few = ["--set", "data.workers=5"]
-    pico = mmmamba("pico-teacher", "teach", "pico-teacher", "--resume", *few)
-    steps: list[str] = []
-    if arguments.minutes:
-        finish(probe=mmmamba("probe", "teach", "nano-teacher", "--out", "runs/probe", *few, "--set",
-                             f"train.steps={PROBE}", "--set", f"train.log_every={PROBE // 2}"))  # fmt: skip
-        last = json.loads((ROOT / "runs/probe/metrics.jsonl").read_text().splitlines()[-1])
-        rate = PROBE // 2 * last["tokens_per_s"] / last["tokens"]
-        steps = ["--set", f"train.steps={int(arguments.minutes * 60 * rate / 500) * 500}"]
-        print(f"{rate:.1f} steps/s: {steps}, {time.monotonic() - began:.0f} s", flush=True)
-    nano = mmmamba("nano-teacher", "teach", "nano-teacher", "--resume", *few, *steps)
-    finish(**{"pico-teacher": pico})
-    install("pico-teacher", arguments.keep)
-    finish(**{"nano-teacher": nano})
-    install("nano-teacher", arguments.keep)
-    print(f"all: {time.monotonic() - began:.0f} s", flush=True)
+    extra = overrides(arguments)
+    running = {name: mmmamba(name, "teach", name, "--resume", *extra) for name in arguments.recipes}
+    for name, process in running.items():
+        finish(**{name: process})
+        install(name, arguments.keep)
+        print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
 
 
 def distil(arguments: argparse.Namespace) -> None:
     began = time.monotonic()
     build()
-    extra = [x for item in arguments.set for x in ("--set", item)]
+    extra = overrides(arguments)
     for kind in ("linear", "hybrid"):  # the hybrid takes stages 1 and 2 from the linear run beside it
         names = [name.format(kind) for name in arguments.recipes]
         finish(**{name: mmmamba(name, "distill", name, "--resume", *extra) for name in names})
@@ -130,14 +123,16 @@ def evaluate(arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("teach", "distil", "eval"))
-    parser.add_argument("--minutes", type=float, help="fit the nano teacher's training into this time")
     parser.add_argument("--keep", help="folder for the results worth keeping")
     parser.add_argument("--limit", type=int, default=200, help="questions an ability")
     parser.add_argument("--set", action="append", default=[], help="recipe keys to change, e.g. stage3.lr=1e-3")
-    parser.add_argument("--recipes", nargs="*", default=["nano-{}", "nano-{}-paper"])
+    parser.add_argument("--recipes", nargs="*", help="teach: teachers to train side by side (default: nano-teacher); "
+                        "distil: families ({} stands for linear, then hybrid; default: nano-{} nano-{}-paper)")
     parser.add_argument("--models", nargs="*", default=["nano-teacher", "nano-linear", "nano-hybrid",
                                                         "nano-linear-paper", "nano-hybrid-paper"])  # fmt: skip
     arguments = parser.parse_args()
+    if not arguments.recipes:
+        arguments.recipes = ["nano-teacher"] if arguments.what == "teach" else ["nano-{}", "nano-{}-paper"]
     {"teach": teach, "distil": distil, "eval": evaluate}[arguments.what](arguments)
 
 

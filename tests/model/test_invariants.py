@@ -138,7 +138,7 @@ def test_scaled_rotary_bases(caplog):
     linear = replace(config.decoder, rope_scaling=RopeScaling(type="linear", factor=2.0))
     slow = Model(replace(config, decoder=linear)).eval()
     slow.load_state_dict(model.state_dict())
-    assert float((slow(text).logits - whole).abs().max()) > 1e-4
+    assert float((slow(text).logits - whole).detach().abs().max()) > 1e-4
 
 
 def test_special_embeddings_extend_the_text_table():
@@ -158,3 +158,9 @@ def test_bad_geometry_is_refused():
         ModelConfig(hidden_size=8, vocab_size=9, embedding=stack, decoder=stack, layer_map=("attention",) * 3)
     with pytest.raises(ValueError, match="must be"):
         ModelConfig(hidden_size=8, vocab_size=9, embedding=stack, decoder=stack, layer_map=("attention", "rwkv"))
+
+
+@pytest.mark.parametrize("wrong", [{"conv_kernel": 1}, {"dt_min": 0.0}, {"dt_min": 0.2}, {"norm_eps": 0.0}])
+def test_impossible_mixers_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        MixerConfig(**wrong)

@@ -75,6 +75,9 @@ def distill(
     folder = resolve(plan.teacher)
     source_hash = fingerprint(folder)
     model = load(folder, device=where)
+    if model.config.mamba2_layers:
+        layer = model.config.mamba2_layers[0]
+        raise UserError(f"{folder}: layer {layer} is Mamba-2; a teacher has softmax attention in every layer")
     layer_map = plan.layer_map(model.config.num_layers)
     processor = Processor.from_folder(folder)
     feed = Feed(plan.data, processor, plan.seed)

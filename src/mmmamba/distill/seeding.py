@@ -35,7 +35,8 @@ def seed(
         aligned: a student of the same teacher whose mixers are taken over instead of fresh ones.
 
     Raises:
-        ValueError: when the layer map asks for attention where the teacher has none, or has the wrong length.
+        ValueError: when the layer map asks for attention where the teacher has none, or has the wrong length; when the
+            teacher has no attention to inherit from.
     """
     layer_map = tuple(layer_map) if layer_map is not None else (MAMBA2,) * teacher.config.num_layers
     mixer = mixer or MixerConfig()
@@ -56,7 +57,8 @@ def seed(
         elif aligned is not None:
             target.mixer = aligned.mixer(i)
         else:
-            assert isinstance(source.mixer, Attention)
+            if not isinstance(source.mixer, Attention):
+                raise ValueError(f"layer {i}: the teacher has no attention there to inherit from")
             generator = torch.Generator().manual_seed(seed * 100_003 + i)
             target.mixer = _inherit(source.mixer, config, i, generator)
     return student

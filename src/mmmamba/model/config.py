@@ -95,6 +95,14 @@ class MixerConfig:
     dt_max: float = 0.1
     norm_eps: float = 1e-5
 
+    def __post_init__(self) -> None:
+        if not 2 <= self.conv_kernel <= 4:
+            raise ValueError(f"conv_kernel must be 2, 3 or 4, got {self.conv_kernel}")
+        if not 0 < self.dt_min <= self.dt_max:
+            raise ValueError(f"dt_min ({self.dt_min}) and dt_max ({self.dt_max}) must satisfy 0 < dt_min <= dt_max")
+        if self.norm_eps <= 0:
+            raise ValueError(f"norm_eps must be positive, got {self.norm_eps}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
