@@ -67,8 +67,9 @@ def furnished(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) ->
         shutil.copytree(teacher_folder, place / "assets" / name)
     student = mmmamba.seed(teacher, mixer=MixerConfig(rope=True))
     hybrid = mmmamba.seed(teacher, ("attention", *("mamba2",) * 4), MixerConfig(rope=True))
-    for name, model in {"nano-linear": student, "nano-hybrid": hybrid}.items():
-        save_student(model, place / "assets" / name, teacher=teacher_folder, delta=False)
+    for size in ("nano", "pico"):
+        for name, model in {"linear": student, "hybrid": hybrid}.items():
+            save_student(model, place / "assets" / f"{size}-{name}", teacher=teacher_folder, delta=False)
 
     room = place / "room"
     pairs = [(before, word) for command in COMMANDS for before, word in pairwise(command.words)]
@@ -163,7 +164,7 @@ def test_make_command_exists(command: Command) -> None:
 
 
 def test_a_wrong_command_would_be_seen(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for wrong in ("distill pico-linear --no-such-option", "eval", "chat nano-linear a b"):
+    for wrong in ("distill pico-linear --no-such-option", "eval", "chat pico-linear a b"):
         with pytest.raises(SystemExit) as done:
             cli.parse(wrong.split())
         assert done.value.code == 2

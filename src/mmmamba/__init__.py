@@ -4,8 +4,8 @@ The Python API mirrors the command line::
 
     import mmmamba
 
-    model = mmmamba.load("nano-linear")
-    processor = mmmamba.load_processor("nano-linear")
+    model = mmmamba.load("pico-linear")
+    processor = mmmamba.load_processor("pico-linear")
 
 Names are imported when they are first used, so that ``import mmmamba`` and ``mmmamba --help`` stay fast.
 """

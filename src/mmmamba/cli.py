@@ -44,18 +44,18 @@ VERBS: Mapping[str, Verb | Mapping[str, Verb]] = {
     "distill": Verb(
         function="mmmamba.distill.distill:distill",
         summary="turn a teacher into a linear or hybrid student, as a recipe says",
-        example="mmmamba distill nano-linear --out runs/nano-linear",
+        example="mmmamba distill pico-linear --out runs/pico-linear",
         go_on="add --resume to the same command to go on from the last checkpoint",
     ),
     "eval": Verb(
         function="mmmamba.evaluation.evaluate:evaluate",
         summary="measure what a model can do, alone or against another",
-        example="mmmamba eval nano-linear --against nano-teacher",
+        example="mmmamba eval pico-linear --against pico-teacher",
     ),
     "chat": Verb(
         function="mmmamba.inference.chat:chat",
         summary="ask a model about pictures",
-        example='mmmamba chat nano-linear --image photo.png "What is in the picture?"',
+        example='mmmamba chat pico-linear --image photo.png "What is in the picture?"',
         go_on="run the same command for a new conversation",
     ),
     "data": {

@@ -98,7 +98,7 @@ class Chat:
 
 
 def chat(
-    model: str = "nano-linear",
+    model: str = "pico-linear",
     question: str | None = None,
     *,
     image: tuple[Path, ...] = (),
@@ -116,10 +116,10 @@ def chat(
     With a question, the answer is printed as it is generated and the command ends. Without one, a conversation begins:
     each question adds to what the model remembers, and only the new text is read. For example:
 
-        mmmamba chat nano-linear --image picture.png "What is in the picture?"
+        mmmamba chat pico-linear --image picture.png "What is in the picture?"
 
     Args:
-        model: A checkpoint folder, or the name of a built-in model such as nano-teacher, nano-linear or nano-hybrid.
+        model: A checkpoint folder, or the name of a built-in model such as nano-teacher, pico-linear or pico-hybrid.
         question: What to ask. Leave it out for a conversation.
         image: A picture to show with the (first) question. Repeat the option for several pictures.
         temperature: 0 always takes the most likely token. 1 draws from the model's own distribution; lower is more
