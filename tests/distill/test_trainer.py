@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from mmmamba.data.batching import Batch, Skipped
+from mmmamba.device import pick_device, pick_precision
 from mmmamba.distill.recipe import TrainConfig
 from mmmamba.distill.run import RunFolder
-from mmmamba.distill.trainer import pick_device, pick_precision, train
+from mmmamba.distill.trainer import train
 from mmmamba.errors import UserError
 
 ROW = Batch(
@@ -172,9 +173,9 @@ def test_device_and_precision(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert pick_device() == pick_device("cpu") == torch.device("cpu")
     for device in ("cuda", "cuda:1"):
-        with pytest.raises(UserError, match=f"--device {device}: PyTorch sees no GPU here"):
+        with pytest.raises(UserError, match=f"--device {device}: PyTorch sees no CUDA GPU here"):
             pick_device(device)
-    with pytest.raises(UserError, match="--device gpu: must be auto, cpu, cuda or cuda:N"):
+    with pytest.raises(UserError, match="--device gpu: must be auto, cpu, cuda, cuda:N or mps"):
         pick_device("gpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -280,5 +280,5 @@ def test_contradictory_options_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("device", ["gpu0", "cuda:99"])
 def test_a_device_that_is_not_there_is_named(device: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"device '{device}'"):
+    with pytest.raises(UserError, match=f"--device {device}"):
         predict.load_model(tmp_path, device=device)

@@ -15,12 +15,13 @@ from torch import Tensor
 from mmmamba.checkpoints import fingerprint, load, resolve, save_student
 from mmmamba.checkpoints.io import read_json, write_atomically
 from mmmamba.data.processor import Processor
+from mmmamba.device import pick_device, pick_precision
 from mmmamba.distill.feed import Feed
 from mmmamba.distill.objectives import AlignHeads, MatchLogits
 from mmmamba.distill.recipe import MIXER_PARAMETERS, DistillRecipe, SourceConfig, StageConfig, load_recipe
 from mmmamba.distill.run import TENSORS, RunFolder, digest
 from mmmamba.distill.seeding import seed
-from mmmamba.distill.trainer import pick_device, pick_precision, train
+from mmmamba.distill.trainer import train
 from mmmamba.errors import UserError
 from mmmamba.model.mamba2 import Mamba2
 from mmmamba.model.model import Model, compile_layers

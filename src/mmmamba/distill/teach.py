@@ -13,11 +13,12 @@ from mmmamba.config import from_dict
 from mmmamba.data.processor import Processor
 from mmmamba.data.sources.primer.corpus import corpus_texts
 from mmmamba.data.tokenizer import SPECIALS, Tokenizer, train_bpe
+from mmmamba.device import pick_device, pick_precision
 from mmmamba.distill.feed import Feed
 from mmmamba.distill.objectives import PredictAnswers
 from mmmamba.distill.recipe import TeachRecipe, load_recipe
 from mmmamba.distill.run import RunFolder
-from mmmamba.distill.trainer import pick_device, pick_precision, train
+from mmmamba.distill.trainer import train
 from mmmamba.model.config import ModelConfig
 from mmmamba.model.model import Model, compile_layers, initialise
 

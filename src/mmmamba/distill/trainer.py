@@ -27,26 +27,6 @@ class Rows(Protocol):
     def __call__(self, start: int) -> Iterator[Sequence[Batch]]: ...
 
 
-def pick_device(device: str = "auto") -> torch.device:
-    """``auto``: the GPU if there is one, else the CPU."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f"--device {device}: must be auto, cpu, cuda or cuda:N") from error
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {device}: PyTorch sees {torch.cuda.device_count() or 'no'} GPU here")
-    return found
-
-
-def pick_precision(precision: str, device: torch.device) -> torch.dtype:
-    """``auto``: bfloat16 passes over float32 weights on a GPU, float32 on a CPU."""
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
-    return torch.bfloat16 if precision == "bf16" else torch.float32
-
-
 def train(
     objective: Objective,
     config: TrainConfig,

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from mmmamba.checkpoints import load, resolve
 from mmmamba.data.processor import UNSCORED, Encoded, Processor
 from mmmamba.data.samples import BadSample
-from mmmamba.errors import UserError
+from mmmamba.device import pick_device, pick_dtype
 from mmmamba.evaluation.suite import Item, OnBadSample, Suite, bad_sample_note
 from mmmamba.inference.engine import generate
 from mmmamba.inference.likelihood import Score, score
@@ -57,20 +56,9 @@ class Answers:
 
 def load_model(name: str | Path, *, device: str = "auto", dtype: str = "auto") -> Loaded:
     """Read a model and its processor. ``auto``: a GPU where there is one; bfloat16 on it and float32 elsewhere."""
-    where = _device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    numbers = ("bfloat16" if where.type == "cuda" else "float32") if dtype == "auto" else dtype
-    model = load(name, dtype=getattr(torch, numbers), device=where)
+    where = pick_device(device)
+    model = load(name, dtype=pick_dtype(dtype, where), device=where)
     return Loaded(model.eval(), Processor.from_folder(resolve(name)))
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"device '{name}': PyTorch knows no such device; use cpu or cuda") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device '{name}': this machine has {torch.cuda.device_count()} CUDA GPUs that PyTorch can use")
-    return device
 
 
 def answer(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from PIL import Image
 from rich.console import Console
 from rich.markup import escape
@@ -18,6 +17,7 @@ from mmmamba.checkpoints import load
 from mmmamba.data.images import load_image
 from mmmamba.data.processor import UNSCORED, Encoded, Processor
 from mmmamba.data.samples import Turn
+from mmmamba.device import pick_device, pick_dtype
 from mmmamba.errors import UserError
 from mmmamba.inference.engine import Stream, stream
 from mmmamba.inference.sampling import Sampling
@@ -138,9 +138,8 @@ def chat(
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
     images = [load_image(path, "chat") for path in image]
-    where = _device(device)
-    numbers = ("bfloat16" if where.type == "cuda" else "float32") if dtype == "auto" else dtype
-    network = load(model, dtype=getattr(torch, numbers), device=where)
+    where = pick_device(device)
+    network = load(model, dtype=pick_dtype(dtype, where), device=where)
     session = Chat(network, Processor.from_folder(model), sampling, max_new_tokens=max_new_tokens)
     console = Console()
     if question is not None:
@@ -188,17 +187,6 @@ def converse(
             console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         except KeyboardInterrupt:
             console.print("\n(stopped)")
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (index and not index.isdecimal()):
-        raise UserError(f"--device must be auto, cpu, cuda, cuda:N or mps, got '{name}'")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: PyTorch can use {torch.cuda.device_count()} CUDA GPUs on this machine")
-    return torch.device(name)
 
 
 def _print_answer(console: Console, pieces: Iterator[str]) -> None:
