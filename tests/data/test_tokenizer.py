@@ -67,7 +67,8 @@ def test_save_and_load(tmp_path):
 
 
 def test_transformers_reads_what_is_saved(tmp_path):
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     TOKENIZER.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = "<|im_start|>user\nWhat colour? 猫<|im_end|>"
