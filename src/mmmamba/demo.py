@@ -22,7 +22,7 @@ STUDENTS = {"linear": "pico-linear", "hybrid": "pico-hybrid"}
 SHIPPED = {"nano teacher": "nano-teacher", "nano linear": "nano-linear", "nano hybrid": "nano-hybrid"}
 
 
-def demo(*, out: Path = Path("runs/demo"), limit: int = 60, fresh: bool = False, device: str = "auto") -> Path:
+def demo(*, out: Path = Path("runs/demo"), limit: int = 100, fresh: bool = False, device: str = "auto") -> Path:
     """Run the whole job on this machine: data, seeding, three stages, evaluation, one report.
 
     Example: mmmamba demo
