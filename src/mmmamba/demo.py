@@ -29,8 +29,8 @@ def demo(*, out: Path = Path("runs/demo"), limit: int = 100, fresh: bool = False
 
     A small softmax teacher (pico, about 1 M parameters, part of the package) becomes a linear and a hybrid state space
     model on two CPU cores in about ten minutes. Both are then asked questions that they have never seen, beside the
-    teacher, a control that was seeded but not distilled, the teacher without its pictures, and the larger nano models
-    that the package ships. An interrupted demo goes on where it stopped.
+    teacher, a control that was seeded but not distilled, the teacher without its pictures, and what the package ships
+    of the larger nano models. An interrupted demo goes on where it stopped.
 
     Args:
         out: folder of the two runs, the control and the report.
@@ -58,6 +58,7 @@ def demo(*, out: Path = Path("runs/demo"), limit: int = 100, fresh: bool = False
             models[label] = name
             if name != "nano-teacher":
                 against[label] = "nano teacher"
+    shipped = ", ".join(label for label, name in SHIPPED.items() if name in models.values()) or "nothing"
     suite = nano_suite(DATA, limit=limit, abilities=ABILITIES)
     report = compare(models, suite, against=against, blind=["teacher"], device=device)
     write_report(report, out / "evaluation")
@@ -72,7 +73,7 @@ def demo(*, out: Path = Path("runs/demo"), limit: int = 100, fresh: bool = False
         notes=[
             f"linear and hybrid were distilled here, from the pico teacher, in {distilled / 60:.1f} minutes; "
             "“seeded only” is the linear student before any distillation.",
-            "The nano models were distilled on a GPU and are part of the package: see docs/results/nano.md.",
+            f"Made on a GPU and part of the package: {shipped}. See docs/results/nano.md.",
             "Every question is about pictures, words and scenes that were never trained on; recall-4x is four times as "
             "long as anything that the students were distilled on.",
         ],
