@@ -98,6 +98,8 @@ def teach(arguments: argparse.Namespace) -> None:
 def distil(arguments: argparse.Namespace) -> None:
     began = time.monotonic()
     build()
+    if (ROOT / "runs/nano-teacher/model").is_dir():  # a teacher made here is the one to distil
+        install("nano-teacher", None)
     extra = overrides(arguments)
     for kind in ("linear", "hybrid"):  # the hybrid takes stages 1 and 2 from the linear run beside it
         names = [name.format(kind) for name in arguments.recipes]
