@@ -1,6 +1,8 @@
-"""Which device and which number format a verb works with."""
+"""Which device, which number format and how many cores a verb works with."""
 
 from __future__ import annotations
+
+import os
 
 import torch
 
@@ -36,3 +38,8 @@ def pick_precision(precision: str, device: torch.device) -> torch.dtype:
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def cores() -> int:
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -28,6 +28,7 @@ from rich.console import Console
 import mmmamba
 from mmmamba.data.sources import easyvqa
 from mmmamba.data.sources.primer import write as primer
+from mmmamba.device import cores
 from mmmamba.errors import UserError
 
 SOURCES = ("easy-vqa", "primer")
@@ -76,7 +77,7 @@ def build(
     """
     _check(source, scale, workers, mixture)
     mixture = dict(primer.MIXTURE if mixture is None else mixture)
-    workers = _cores() if workers is None else workers
+    workers = cores() if workers is None else workers
     definition = None if tokenizer is None else _definition(Path(tokenizer))
     root = Path(out)
 
@@ -226,7 +227,3 @@ def _definition(folder: Path) -> str:
 
 def _fingerprint(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -72,7 +72,8 @@ def distill(
         plan = replace(plan, data=replace(plan.data, sources=sources))
     if on_bad_sample is not None:
         plan = replace(plan, data=replace(plan.data, on_bad_sample=on_bad_sample))
-    where, dtype = pick_device(device), pick_precision(precision, pick_device(device))
+    where = pick_device(device)
+    dtype = pick_precision(precision, where)
     folder = resolve(plan.teacher)
     source_hash = fingerprint(folder)
     model = load(folder, device=where)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from mmmamba.data.batching import Batch, Concatenated, Loader, Order, Skipped, S
 from mmmamba.data.cache import EncodedCache, EncodedSource
 from mmmamba.data.jsonl import JsonlDataset
 from mmmamba.data.processor import Processor
+from mmmamba.device import cores
 from mmmamba.distill.recipe import DataConfig, TrainConfig
 from mmmamba.errors import UserError
 
@@ -45,7 +46,7 @@ class Feed:
                         dataset,
                         processor,
                         path.parent / ".cache",
-                        workers=_cores(),
+                        workers=cores(),
                         on_bad_sample=config.on_bad_sample,
                         **limits,
                     )
@@ -53,9 +54,9 @@ class Feed:
             else:
                 self.sources.append(EncodedSource(dataset, processor, **limits))
         workers = config.workers
-        self.workers = workers if workers is not None else 0 if _cores() <= 2 else min(8, _cores() - 1)
+        self.workers = workers if workers is not None else 0 if cores() <= 2 else min(8, cores() - 1)
 
-    @property
+    @functools.cached_property
     def identity(self) -> list[str]:
         """What the sources are, for the run's fingerprint: name, weight and a hash of each file."""
         pairs = zip(self.config.sources, self.paths, strict=True)
@@ -116,7 +117,3 @@ def _hash(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()[:16]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

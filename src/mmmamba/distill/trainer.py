@@ -104,7 +104,7 @@ def _optimizer(
     device: torch.device,
 ) -> tuple[torch.optim.AdamW, list[float]]:
     """AdamW with one group per (weight decay or not, learning-rate factor), and those factors."""
-    factors: dict[str, float] = getattr(config, "lr_scale", {})
+    factors = config.lr_scale
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in trained.items():
         decays = parameter.ndim > 1 and "embedding" not in name

@@ -12,7 +12,7 @@ from torch.nn.attention.varlen import varlen_attn
 from mmmamba.model.config import StackConfig
 from mmmamba.model.rope import Rotation, rotate
 from mmmamba.model.state import KVState
-from mmmamba.ops.layout import Layout, layout_of
+from mmmamba.ops import Layout, compute_dtype, layout_of
 
 # A packed row is attended as a right-padded rectangle while that wastes at most this factor, else one by one.
 MAX_PADDING = 2.0
@@ -94,7 +94,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Attention inside each sequence of a packed row (1, total, heads, p); no block mask is ever made."""
     layout = layout_of(cu_seqlens)
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
+    dtype = compute_dtype(q)
     if q.is_cuda and dtype in (torch.bfloat16, torch.float16):
         repeat = q.shape[2] // k.shape[2]
         q1, k1, v1 = q[0].to(dtype), k[0].to(dtype), v[0].to(dtype)
@@ -116,8 +116,7 @@ def _cache(k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> KVState:
 
 
 def _filled(layout: Layout) -> Tensor:
-    lengths = torch.tensor(layout.lengths, device=layout.device)
-    return torch.arange(layout.longest, device=layout.device) < lengths[:, None]
+    return torch.arange(layout.longest, device=layout.device) < layout.sizes[:, None]
 
 
 def _continued(

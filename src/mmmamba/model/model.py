@@ -172,10 +172,9 @@ class Model(nn.Module):
         layout = layout_of(cu_seqlens)
         if layout.total != x.shape[1] or x.shape[0] != 1:
             raise ValueError(f"cu_seqlens ends at {layout.total}, the packed row is {tuple(x.shape[:2])}")
-        lengths = torch.tensor(layout.lengths, device=x.device)
-        past = torch.zeros_like(lengths) if state is None else state.positions
+        past = torch.zeros_like(layout.sizes) if state is None else state.positions
         longest = layout.longest if state is None or not self._dynamic() else layout.longest + int(past.max())
-        return (layout.offset + past[layout.sequence])[None], past + lengths, longest
+        return (layout.offset + past[layout.sequence])[None], past + layout.sizes, longest
 
     def _dynamic(self) -> bool:
         stacks = (self.config.embedding, self.config.decoder)

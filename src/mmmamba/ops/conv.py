@@ -67,8 +67,8 @@ def causal_conv(
             y = y + pool.index_select(0, index)[None] * weight[:, k - 1 - back]
         final = None
         if return_final_state:
-            lengths = torch.tensor(layout.lengths, device=x.device)[:, None]
-            slot = lengths - (k - 1) + torch.arange(k - 1, device=x.device)  # (s, k-1), may reach into the old state
+            # (s, k-1) offset of each input that stays; negative ones lie in the old state.
+            slot = layout.sizes[:, None] - (k - 1) + torch.arange(k - 1, device=x.device)
             index = torch.where(
                 slot >= 0,
                 base + layout.starts[:, None] + slot,

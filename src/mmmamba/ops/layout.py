@@ -54,10 +54,14 @@ class Layout:
         return len(self.lengths)
 
     @cached_property
+    def sizes(self) -> Tensor:
+        """(s,) tokens of each sequence."""
+        return torch.tensor(self.lengths, dtype=torch.long, device=self.device)
+
+    @cached_property
     def starts(self) -> Tensor:
         """(s,) first token of each sequence."""
-        lengths = torch.tensor([0, *self.lengths])
-        return lengths.cumsum(0)[:-1].to(self.device)
+        return self.sizes.cumsum(0) - self.sizes
 
     @cached_property
     def sequence(self) -> Tensor:
@@ -73,7 +77,7 @@ class Layout:
     @cached_property
     def last(self) -> Tensor:
         """(s,) the last token of each sequence."""
-        return self.starts + torch.tensor(self.lengths, device=self.device) - 1
+        return self.starts + self.sizes - 1
 
     @cached_property
     def padded_slot(self) -> Tensor:
