@@ -119,9 +119,9 @@ class MatchLogits:
         for row, weight in zip(rows, weights, strict=True):
             with autocast(self.teacher.device, precision):
                 with torch.no_grad():
-                    x = self.teacher.embed(row.input_ids, pixels(row))
-                    target = self.teacher(inputs_embeds=x, cu_seqlens=row.cu_seqlens, logits="none").hidden
-                hidden = self.student(inputs_embeds=x, cu_seqlens=row.cu_seqlens, logits="none").hidden
+                    inputs = self._inputs(row)
+                    target = self.teacher(**inputs, cu_seqlens=row.cu_seqlens, logits="none").hidden
+                hidden = self.student(**inputs, cu_seqlens=row.cu_seqlens, logits="none").hidden
                 part = (
                     divergence(
                         hidden, self.student.head.weight, target, self.teacher.head.weight, weight, stage.temperature
@@ -136,6 +136,12 @@ class MatchLogits:
                     ce.add_(supervised.detach())
             loss.backward()
         return {"loss": kl * stage.loss_scale + stage.supervised * ce, **({"ce": ce} if answers is not None else {})}
+
+    def _inputs(self, row: Batch) -> dict[str, Tensor | None]:
+        """What teacher and student read: embeddings made once, unless pictures are embedded by the layers."""
+        if self.teacher.merges_late:
+            return {"input_ids": row.input_ids, "pixel_values": pixels(row)}
+        return {"inputs_embeds": self.teacher.embed(row.input_ids, pixels(row))}
 
 
 class PredictAnswers:

@@ -89,7 +89,7 @@ def _scored_positions(
     steps = [np.flatnonzero(np.asarray(sample.labels)[1:] != UNSCORED) for sample in samples]
     targets = [np.asarray(sample.labels)[1:][kept] for sample, kept in zip(samples, steps, strict=True)]
     owner = np.repeat(np.arange(len(samples)), [len(kept) for kept in steps])
-    if len(samples) == 1 and len(samples[0].input_ids) > chunk:
+    if len(samples) == 1 and len(samples[0].input_ids) > chunk and not model.merges_late:
         hidden = _chunked_hidden(model, samples[0], torch.from_numpy(steps[0]).to(model.device), chunk)
     else:
         batch = pack(list(samples))

@@ -86,13 +86,14 @@ def prefill(
 ) -> tuple[torch.Tensor, State]:
     """Read prompts: the logits (s, v) after the last token of each, and the state with one row each.
 
-    ``state`` (of a single sequence) is what came before.
+    ``state`` (of a single sequence) is what came before. A prompt whose patches become tokens behind the embedding
+    stack is read in one piece: a cut may not separate the patches of a tile.
     """
     for encoded in encodeds:
         if not len(encoded.input_ids):
             raise UserError(f"{encoded.where}: the prompt '{encoded.id}' has no tokens")
     max_length = fixed_length(model, max(len(e.input_ids) for e in encodeds) + max_new_tokens)
-    if len(encodeds) == 1:
+    if len(encodeds) == 1 and not model.merges_late:
         for piece in chunks(model, encodeds[0], chunk):
             out = model(inputs_embeds=piece, state=state, logits="last", return_state=True, max_length=max_length)
             state = out.state
@@ -102,6 +103,7 @@ def prefill(
         batch.input_ids.to(model.device),
         pixels(model, batch.tiles),
         cu_seqlens=batch.cu_seqlens.to(model.device),
+        state=state,
         logits="last",
         return_state=True,
         max_length=max_length,

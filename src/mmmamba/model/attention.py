@@ -27,7 +27,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(hidden_size, self.heads_count * self.head_dim, bias=stack.qkv_bias)
         self.k_proj = nn.Linear(hidden_size, self.groups * self.head_dim, bias=stack.qkv_bias)
         self.v_proj = nn.Linear(hidden_size, self.groups * self.head_dim, bias=stack.qkv_bias)
-        self.o_proj = nn.Linear(self.heads_count * self.head_dim, hidden_size, bias=stack.qkv_bias)
+        self.o_proj = nn.Linear(self.heads_count * self.head_dim, hidden_size, bias=stack.o_bias)
         self.project = project
 
     def heads(

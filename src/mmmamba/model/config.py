@@ -11,10 +11,33 @@ MAMBA2 = "mamba2"
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """RoPE scaling of a stack: ``linear`` divides positions by ``factor``, ``dynamic`` raises the base (NTK)."""
+    """RoPE scaling of a stack.
 
-    type: Literal["linear", "dynamic"]
+    ``linear`` divides positions by ``factor``, ``dynamic`` raises the base (NTK). ``llama3`` divides by ``factor`` the
+    frequencies that turn less than ``low_freq_factor`` times over ``original_max_position_embeddings`` tokens, leaves
+    those alone that turn more than ``high_freq_factor`` times, and blends in between; only it has these three fields.
+    """
+
+    type: Literal["linear", "dynamic", "llama3"]
     factor: float
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.factor <= 0:
+            raise ValueError(f"factor must be positive, got {self.factor}")
+        low, high, length = self.low_freq_factor, self.high_freq_factor, self.original_max_position_embeddings
+        if self.type != "llama3":
+            if (low, high, length) != (None, None, None):
+                raise ValueError(f"{self.type} scaling has a factor and nothing else")
+        elif low is None or high is None or length is None:
+            raise ValueError("llama3 needs low_freq_factor, high_freq_factor and original_max_position_embeddings")
+        elif not 0 < low < high or length < 1:
+            raise ValueError(
+                f"llama3 needs 0 < low_freq_factor ({low}) < high_freq_factor ({high}) and "
+                f"original_max_position_embeddings ({length}) of at least 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +54,7 @@ class StackConfig:
     rope_scaling: RopeScaling | None = None
     max_position_embeddings: int = 8192
     qkv_bias: bool = False
+    o_bias: bool = False
 
     def __post_init__(self) -> None:
         if self.num_layers and self.num_heads % self.num_kv_heads:
@@ -41,18 +65,40 @@ class StackConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """Patch embedding of one square tile, in pixels, and the pixel shuffle that shortens it."""
+    """Patch embedding of one square tile, in pixels, and the pixel shuffle that shortens it.
+
+    Attributes:
+        image_size, patch_size: sides in pixels.
+        downsample_ratio: side of a tile in tokens over its side in patches.
+        pixel_shuffle_loc: where patches become tokens: ``pre``, before the layers; ``post``, between the embedding
+            stack, which reads the patches, and the decoder; ``none``, nowhere: a patch is a token.
+        use_pixel_shuffle_proj: whether there is the projection that follows the shuffle; there is no shuffle without.
+        max_side: a picture of any shape is read as rows of patches (SOLO), its longer side at most this many pixels;
+            each patch is a tile of its own, through one linear map. None for square tiles of many patches.
+    """
 
     image_size: int
     patch_size: int
     downsample_ratio: float = 0.5
     pixel_shuffle_loc: Literal["pre", "post", "none"] = "pre"
     use_pixel_shuffle_proj: bool = True
+    max_side: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_side is not None:
+            alone = self.image_size == self.patch_size and self.pixel_shuffle_loc == "none"
+            if not alone or self.use_pixel_shuffle_proj:
+                raise ValueError("max_side makes each patch a tile: image_size must be patch_size, with no shuffle")
+            if self.max_side < self.patch_size or self.max_side % self.patch_size:
+                raise ValueError(f"max_side ({self.max_side}) is not a multiple of patch_size ({self.patch_size})")
+        if self.pixel_shuffle_loc == "post" and not self.use_pixel_shuffle_proj:
+            raise ValueError("pixel_shuffle_loc 'post' needs use_pixel_shuffle_proj: without it nothing is shuffled")
 
     @property
     def shuffle(self) -> int:
         """How many patches per side are merged into one token (2 for a ratio of 0.5)."""
-        return 1 if self.pixel_shuffle_loc == "none" else round(1 / self.downsample_ratio)
+        merged = self.pixel_shuffle_loc != "none" and self.use_pixel_shuffle_proj
+        return round(1 / self.downsample_ratio) if merged else 1
 
     @property
     def patches_per_side(self) -> int:
@@ -60,9 +106,8 @@ class VisionConfig:
 
     @property
     def tokens_per_tile(self) -> int:
-        """``<IMG_CONTEXT>`` positions that one tile takes in the prompt."""
-        side = self.patches_per_side
-        return (side // self.shuffle) ** 2 if self.pixel_shuffle_loc == "pre" else side**2
+        """``<IMG_CONTEXT>`` positions that one tile takes in the prompt, the decoder's (also with ``post``)."""
+        return (self.patches_per_side // self.shuffle) ** 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +151,11 @@ class MixerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Everything that decides the network's shape and how pictures and prompts become its input."""
+    """Everything that decides the network's shape and how pictures and prompts become its input.
+
+    A token id of -1 says that there is none. Beside ``eos_token_id``, an answer ends with any of ``stop_token_ids`` and
+    with what ends a turn in the template.
+    """
 
     hidden_size: int
     vocab_size: int
@@ -122,6 +171,7 @@ class ModelConfig:
     bos_token_id: int = 1
     eos_token_id: int = 2
     pad_token_id: int = 2
+    stop_token_ids: tuple[int, ...] = ()
     template: str = "internlm2-chat"
     system_message: str | None = None
     dynamic_image_size: bool = True

@@ -39,7 +39,7 @@ class Mamba2(nn.Module):
         self.A_log = nn.Parameter(torch.empty(h))
         self.norm = _NormWeight(p)
         self.gate_proj = nn.Linear(hidden_size, h * p, bias=config.gate_bias)
-        self.o_proj = nn.Linear(h * p, hidden_size, bias=stack.qkv_bias)
+        self.o_proj = nn.Linear(h * p, hidden_size, bias=stack.o_bias)
         self.reset_new_parameters()
 
     @torch.no_grad()

@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmmamba.errors import UserError
 from mmmamba.model.attention import Attention, project
 from mmmamba.model.config import ModelConfig
 from mmmamba.model.layer import Layer, Observer, RMSNorm, finish_layer
 from mmmamba.model.mamba2 import Mamba2
 from mmmamba.model.rope import Rotation, rotation
 from mmmamba.model.state import LayerState, State
-from mmmamba.model.vision import VisionEmbedding
+from mmmamba.model.vision import PatchEmbedding, PatchRow, VisionEmbedding, check_slots
 from mmmamba.ops import compute_dtype, layout_of
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,10 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         d = config.hidden_size
-        self.vision = VisionEmbedding(config.vision, d) if config.vision is not None else None
+        self.vision: VisionEmbedding | PatchEmbedding | None = None
+        if config.vision is not None:
+            kind = VisionEmbedding if config.vision.max_side is None else PatchEmbedding
+            self.vision = kind(config.vision, d)
         self.text_embeddings = nn.Embedding(config.text_vocab_size or config.vocab_size, d)
         self.special_embeddings = nn.Embedding(len(config.special_token_maps), d) if config.special_token_maps else None
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
@@ -65,29 +69,40 @@ class Model(nn.Module):
         """Token embeddings (b, l, d), with the tiles' tokens written over the <IMG_CONTEXT> positions in order.
 
         Raises:
-            ValueError: when the number of those positions is not the number of tokens of the tiles.
+            ValueError: when the number of those positions is not the number of tokens of the tiles, or when the tiles
+                become tokens behind the embedding stack only (``pixel_shuffle_loc: post``).
         """
-        if self.special_embeddings is None:
-            x = self.text_embeddings(input_ids)
-        else:
-            rows = self.text_embeddings.num_embeddings
-            special = input_ids >= rows
-            x = torch.where(
-                special[..., None],
-                self.special_embeddings((input_ids - rows).clamp(min=0)),
-                self.text_embeddings(input_ids.clamp(max=rows - 1)),
-            )
-        image = input_ids == self.config.img_context_token_id
         if pixel_values is None or self.vision is None:
-            return x
+            return self._embed_text(input_ids)
+        if self.merges_late:
+            raise ValueError("with pixel_shuffle_loc 'post' pictures are no input embeddings: give ids and pixels")
         tokens = self.vision(pixel_values).flatten(0, 1)
-        slots = image.flatten().nonzero()[:, 0]
-        if slots.numel() != tokens.shape[0]:
-            raise ValueError(
-                f"{slots.numel()} <IMG_CONTEXT> positions for {tokens.shape[0]} image tokens "
-                f"({pixel_values.shape[0]} tiles)"
-            )
-        return x.flatten(0, 1).index_copy(0, slots, tokens.to(x.dtype)).view_as(x)
+        slots = self._image(input_ids).flatten().nonzero()[:, 0]
+        check_slots(slots.numel(), tokens.shape[0], pixel_values.shape[0])
+        x = self._embed_text(input_ids)
+        flat, tokens = x.flatten(0, 1), tokens.to(x.dtype)
+        if isinstance(self.vision, PatchEmbedding):
+            return flat.index_add(0, slots, tokens).view_as(x)
+        return flat.index_copy(0, slots, tokens).view_as(x)
+
+    @property
+    def merges_late(self) -> bool:
+        """Whether patches become image tokens behind the embedding stack (``pixel_shuffle_loc: post``)."""
+        return self.vision is not None and self.vision.config.pixel_shuffle_loc == "post"
+
+    def _image(self, input_ids: Tensor) -> Tensor:
+        return input_ids == self.config.img_context_token_id
+
+    def _embed_text(self, input_ids: Tensor) -> Tensor:
+        if self.special_embeddings is None:
+            return self.text_embeddings(input_ids)
+        rows = self.text_embeddings.num_embeddings
+        special = input_ids >= rows
+        return torch.where(
+            special[..., None],
+            self.special_embeddings((input_ids - rows).clamp(min=0)),
+            self.text_embeddings(input_ids.clamp(max=rows - 1)),
+        )
 
     def forward(
         self,
@@ -119,33 +134,69 @@ class Model(nn.Module):
 
         Returns:
             an :class:`Output`; at padded positions hidden states and logits are zero.
+
+        With ``pixel_shuffle_loc: post`` all of this still counts the prompt's tokens; the embedding stack alone runs
+        over a longer row, with positions of its own, in which each tile's patches take the place of its tokens.
         """
+        image: Tensor | None = None  # where pictures go, when their patches become tokens later
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("forward needs input_ids or inputs_embeds")
-            inputs_embeds = self.embed(input_ids, pixel_values)
+            if self.merges_late and pixel_values is not None:
+                image, inputs_embeds = self._image(input_ids), self._embed_text(input_ids)
+            else:
+                inputs_embeds = self.embed(input_ids, pixel_values)
         kept: Tensor | None = None
         batch_shape = inputs_embeds.shape[:2]
-        if attention_mask is not None and not bool((attention_mask != 0).all()):
+        if image is not None and attention_mask is None and cu_seqlens is None:
+            attention_mask = torch.ones_like(image)  # a packed row, for with patches they may differ in length
+        if attention_mask is not None and (image is not None or not bool((attention_mask != 0).all())):
             if cu_seqlens is not None:
                 raise ValueError("give attention_mask or cu_seqlens, not both")
             real = attention_mask != 0
             kept = real.flatten().nonzero()[:, 0]
             inputs_embeds = inputs_embeds.flatten(0, 1).index_select(0, kept)[None]
+            image = None if image is None else image.flatten()[kept][None]
             cu_seqlens = F.pad(real.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-        positions, seen, longest = self._positions(inputs_embeds, cu_seqlens, state)
+        positions, seen, longest = self._positions(
+            inputs_embeds, cu_seqlens, None if state is None else state.positions
+        )
         fixed = state.max_length if state is not None else max(max_length or 0, longest)
         if longest > fixed and self._dynamic():
             log.warning(
                 "the text grew to %d tokens, past the %d that dynamic RoPE scaling was fixed for", longest, fixed
             )
-        turns = self._rotations(positions, fixed, compute_dtype(inputs_embeds))
-        x, new = inputs_embeds, []
+        x, row = inputs_embeds, None
+        if image is not None:
+            assert isinstance(self.vision, VisionEmbedding) and pixel_values is not None and cu_seqlens is not None
+            if observe is not None:
+                raise UserError(
+                    "pixel_shuffle_loc 'post': the embedding stack reads patches, not tokens, so that its heads cannot "
+                    "be aligned token by token (stages 1 and 2)"
+                )
+            row = PatchRow(image[0], cu_seqlens, self.vision.patches(pixel_values), self.vision.config.shuffle**2)
+            x = row.widen(x)
+        embedding_positions, embedded = positions, None
+        if self.merges_late:
+            borders = cu_seqlens if row is None else row.cu_seqlens
+            past = None if state is None else state.embedded
+            embedding_positions, embedded, longest = self._positions(x, borders, past)
+            self._check_unscaled(longest)
+        turns = self._rotations(embedding_positions, positions, fixed, compute_dtype(inputs_embeds))
+        new = []
         for layer in self.layers:
+            if layer.index == self.config.embedding.num_layers and row is not None:
+                assert isinstance(self.vision, VisionEmbedding)
+                x, row = row.narrow(x, self.vision.merge), None
             old: LayerState | None = None if state is None else state.layers[layer.index]  # type: ignore[index]
             turn = turns[layer.index >= self.config.embedding.num_layers]  # type: ignore[operator]
             x, kept_state = layer(
-                x, old, rotation=turn, cu_seqlens=cu_seqlens, keep_state=return_state, observe=observe
+                x,
+                old,
+                rotation=turn,
+                cu_seqlens=cu_seqlens if row is None else row.cu_seqlens,
+                keep_state=return_state,
+                observe=observe,
             )
             new.append(kept_state)
         hidden = self.norm(x)
@@ -159,35 +210,47 @@ class Model(nn.Module):
         if kept is not None:
             hidden = _repad(hidden, kept, batch_shape)
             result = _repad(result, kept, batch_shape) if logits == "all" and result is not None else result
-        return Output(hidden, result, State(tuple(new), seen, fixed) if return_state else None)
+        return Output(hidden, result, State(tuple(new), seen, fixed, embedded) if return_state else None)
 
-    def _positions(self, x: Tensor, cu_seqlens: Tensor | None, state: State | None) -> tuple[Tensor, Tensor, int]:
-        """Positions (b, l) of the new tokens, tokens seen per sequence (s,) after them, the longest sequence."""
+    def _positions(self, x: Tensor, cu_seqlens: Tensor | None, seen: Tensor | None) -> tuple[Tensor, Tensor, int]:
+        """Positions (b, l) of the new tokens, tokens ``seen`` per sequence (s,) after them, the longest sequence."""
         if cu_seqlens is None:
             rows, length = x.shape[:2]
             offset = torch.arange(length, device=x.device).expand(rows, length)
-            past = torch.zeros(rows, dtype=torch.long, device=x.device) if state is None else state.positions
-            longest = length if state is None or not self._dynamic() else length + int(past.max())
+            past = torch.zeros(rows, dtype=torch.long, device=x.device) if seen is None else seen
+            longest = length if seen is None or not self._dynamic() else length + int(past.max())
             return offset + past[:, None], past + length, longest
         layout = layout_of(cu_seqlens)
         if layout.total != x.shape[1] or x.shape[0] != 1:
             raise ValueError(f"cu_seqlens ends at {layout.total}, the packed row is {tuple(x.shape[:2])}")
-        past = torch.zeros_like(layout.sizes) if state is None else state.positions
-        longest = layout.longest if state is None or not self._dynamic() else layout.longest + int(past.max())
+        past = torch.zeros_like(layout.sizes) if seen is None else seen
+        longest = layout.longest if seen is None or not self._dynamic() else layout.longest + int(past.max())
         return (layout.offset + past[layout.sequence])[None], past + layout.sizes, longest
 
     def _dynamic(self) -> bool:
         stacks = (self.config.embedding, self.config.decoder)
         return any(s.rope_scaling is not None and s.rope_scaling.type == "dynamic" for s in stacks)
 
-    def _rotations(self, positions: Tensor, max_length: int, dtype: torch.dtype) -> tuple[Rotation, Rotation]:
-        """The rotation of the embedding stack and of the decoder (one, where they agree)."""
+    def _check_unscaled(self, longest: int) -> None:
+        """Refuse patches past the trained range under dynamic scaling: what base they would have nothing says."""
+        stack = self.config.embedding
+        dynamic = stack.rope_scaling is not None and stack.rope_scaling.type == "dynamic"
+        if dynamic and longest > stack.max_position_embeddings:
+            raise UserError(
+                f"pixel_shuffle_loc 'post' with dynamic RoPE scaling: the embedding stack would read {longest} "
+                f"positions, at most {stack.max_position_embeddings} are defined"
+            )
+
+    def _rotations(
+        self, embedding: Tensor, decoder: Tensor, max_length: int, dtype: torch.dtype
+    ) -> tuple[Rotation, Rotation]:
+        """The rotation of each stack's positions (one, where stacks and positions agree)."""
         config = self.config
-        decoder = rotation(config.decoder, positions, max_length, dtype)
+        found = rotation(config.decoder, decoder, max_length, dtype)
         keys = ("head_dim", "rope_theta", "rope_scaling", "max_position_embeddings")
-        if all(getattr(config.embedding, k) == getattr(config.decoder, k) for k in keys):
-            return decoder, decoder
-        return rotation(config.embedding, positions, max_length, dtype), decoder
+        if embedding is decoder and all(getattr(config.embedding, k) == getattr(config.decoder, k) for k in keys):
+            return found, found
+        return rotation(config.embedding, embedding, max_length, dtype), found
 
 
 def compile_layers(model: Model) -> Model:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mmmamba.model.config import StackConfig
+from mmmamba.model.config import RopeScaling, StackConfig
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,21 @@ def rotation(stack: StackConfig, positions: Tensor, max_length: int, dtype: torc
     """The rotation of ``positions`` (b, l); angles in float32 at least."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     steps = torch.arange(0, stack.head_dim, 2, device=positions.device, dtype=wide) / stack.head_dim
-    inverse = rope_base(stack, max_length) ** -steps
+    # 1 / base^x, as everybody computes it: base^-x is rounded otherwise, which a logit shows as 1e-4 in float32.
+    inverse = _scaled_by_parts(1 / rope_base(stack, max_length) ** steps, stack.rope_scaling)
     scaled = positions.to(wide)
     if stack.rope_scaling is not None and stack.rope_scaling.type == "linear":
         scaled = scaled / stack.rope_scaling.factor
     angles = (scaled[..., None] * inverse)[:, :, None]  # (b, l, 1, p/2)
     return Rotation(angles.cos().to(dtype), angles.sin().to(dtype))
+
+
+def _scaled_by_parts(inverse: Tensor, scaling: RopeScaling | None) -> Tensor:
+    """Angles a token (p/2,) under ``llama3`` scaling: slow ones divided by the factor, fast ones kept (Llama 3.1)."""
+    if scaling is None or scaling.type != "llama3":
+        return inverse
+    low, high, length = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_position_embeddings
+    assert low is not None and high is not None and length is not None  # RopeScaling saw to it
+    turns = length * inverse / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return inverse * (kept + (1 - kept) / scaling.factor)

@@ -5,6 +5,7 @@ States are never changed in place: a pass takes one and returns another, so a st
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -32,8 +33,9 @@ class MambaState:
 LayerState = KVState | MambaState
 
 
-def _map(layer: LayerState, change: Any) -> LayerState:
-    return replace(layer, **{f.name: change(getattr(layer, f.name)) for f in fields(layer)})
+def _map(layer: LayerState, change: Callable[[Tensor], Tensor]) -> LayerState:
+    changed: dict[str, Any] = {f.name: change(getattr(layer, f.name)) for f in fields(layer)}
+    return replace(layer, **changed)
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,14 @@ class State:
         layers: one entry per global layer.
         positions: (s,) int64, tokens seen by each sequence; the next token's position.
         max_length: the length that dynamic RoPE scaling was fixed for when the state was made.
+        embedded: (s,) int64, positions that the embedding stack has seen, where it reads patches in place of image
+            tokens (``pixel_shuffle_loc: post``); None where it has seen what the decoder has.
     """
 
     layers: tuple[LayerState, ...]
     positions: Tensor
     max_length: int
+    embedded: Tensor | None = None
 
     @property
     def sequences(self) -> int:
@@ -58,15 +63,22 @@ class State:
     def nbytes(self) -> int:
         """Bytes that the state holds."""
         tensors = [getattr(layer, f.name) for layer in self.layers for f in fields(layer)]
-        return sum(t.numel() * t.element_size() for t in (*tensors, self.positions))
+        tensors += [self.positions] if self.embedded is None else [self.positions, self.embedded]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def select(self, rows: Tensor) -> State:
         """The state of some of the sequences: ``rows`` are indices (or a boolean mask) over s."""
         if rows.dtype == torch.bool:
             rows = rows.nonzero()[:, 0]
-        layers = tuple(_map(layer, lambda t: t.index_select(0, rows.to(t.device))) for layer in self.layers)
-        return replace(self, layers=layers, positions=self.positions.index_select(0, rows.to(self.positions.device)))
+        return self._map(lambda t: t.index_select(0, rows.to(t.device)))
 
     def to(self, device: torch.device | str) -> State:
-        layers = tuple(_map(layer, lambda t: t.to(device)) for layer in self.layers)
-        return replace(self, layers=layers, positions=self.positions.to(device))
+        return self._map(lambda t: t.to(device))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> State:
+        return replace(
+            self,
+            layers=tuple(_map(layer, change) for layer in self.layers),
+            positions=change(self.positions),
+            embedded=None if self.embedded is None else change(self.embedded),
+        )

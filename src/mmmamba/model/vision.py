@@ -1,6 +1,12 @@
-"""Tiles to tokens: patch embedding with a position table, pixel shuffle, projection (HoVLE's embedding of images)."""
+"""Tiles to tokens: patch embedding with a position table, pixel shuffle, projection (HoVLE's embedding of images).
+
+With ``pixel_shuffle_loc: post`` (HoVLE's "HD") shuffle and projection follow the embedding stack, which then reads the
+patches themselves: :class:`PatchRow` is the longer row that it runs over.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -10,19 +16,21 @@ from mmmamba.model.config import VisionConfig
 
 
 class VisionEmbedding(nn.Module):
-    """Image tokens of square tiles; class slot and ``class_embedding`` exist in the checkpoints and are unused."""
+    """Image tokens of square tiles.
+
+    What the checkpoints hold and the published code does not use is kept unused: the class slot, ``class_embedding``
+    and, with ``pixel_shuffle_loc: none``, the projection.
+    """
 
     def __init__(self, config: VisionConfig, hidden_size: int) -> None:
         super().__init__()
-        if config.pixel_shuffle_loc == "post":
-            raise ValueError("pixel_shuffle_loc 'post' is not supported: the shuffle must come before the layers")
         self.config = config
         self.class_embedding = nn.Parameter(torch.zeros(1, 1, hidden_size))
         self.position_embedding = nn.Parameter(torch.zeros(1, 1 + config.patches_per_side**2, hidden_size))
         self.patch_embedding = nn.Conv2d(3, hidden_size, config.patch_size, stride=config.patch_size)
         self.proj = (
             nn.Sequential(
-                nn.Linear(hidden_size * config.shuffle**2, hidden_size),
+                nn.Linear(hidden_size * round(1 / config.downsample_ratio) ** 2, hidden_size),
                 nn.GELU(),
                 nn.Linear(hidden_size, hidden_size),
             )
@@ -47,12 +55,75 @@ class VisionEmbedding(nn.Module):
         return x.unflatten(1, (rows, columns))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """(tiles, 3, H, W) normalised → (tiles, tokens, d): patches, s×s neighbours joined, projected."""
+        """(tiles, 3, H, W) normalised → what stands for the tiles at the network's entrance, (tiles, tokens, d)."""
         x = self.patches(pixel_values)
+        return self.merge(x) if self.config.pixel_shuffle_loc == "pre" else x.flatten(1, 2)
+
+    def merge(self, x: Tensor) -> Tensor:
+        """Patches (tiles, rows, columns, d) → (tiles, tokens, d): s×s neighbours joined and projected."""
+        if self.proj is None:
+            return x.flatten(1, 2)
         t, rows, columns, d = x.shape
         s = self.config.shuffle
         if rows % s or columns % s:
             raise ValueError(f"a tile of {rows}×{columns} patches cannot be shuffled by {s}")
         x = x.view(t, rows // s, s, columns // s, s, d).permute(0, 1, 3, 2, 4, 5)
-        x = x.reshape(t, (rows // s) * (columns // s), s * s * d)
-        return x if self.proj is None else self.proj(x)
+        return self.proj(x.reshape(t, (rows // s) * (columns // s), s * s * d))
+
+
+class PatchEmbedding(nn.Module):
+    """Image tokens of single patches by one linear map without a bias (SOLO); no positions but those of the row.
+
+    The map's result is added to the embedding of the patch's mark in the prompt, as SOLO's published code does.
+    """
+
+    def __init__(self, config: VisionConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embedding = nn.Linear(3 * config.patch_size**2, hidden_size, bias=False)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(patches, 3, H, W) normalised → (patches, 1, d)."""
+        return self.patch_embedding(pixel_values.flatten(1).to(self.patch_embedding.weight.dtype))[:, None]
+
+
+class PatchRow:
+    """A packed row in which each tile's patches stand in place of its tokens, and the way back to tokens.
+
+    Patches stay in raster order: within a tile, no patch lies where the token lies that it becomes part of.
+
+    Args:
+        image: (total,) which tokens of the row stand for pictures.
+        cu_seqlens: (s+1,) borders of the row's sequences.
+        patches: (tiles, rows, columns, d), the tiles in the order of their tokens.
+        merged: how many patches become one token.
+
+    Raises:
+        ValueError: when the number of image tokens is not that of the tiles.
+    """
+
+    def __init__(self, image: Tensor, cu_seqlens: Tensor, patches: Tensor, merged: int) -> None:
+        self.patches = patches
+        widths = torch.where(image, merged, 1)
+        ends = widths.cumsum(0)
+        self.image = image.nonzero()[:, 0]
+        check_slots(self.image.numel(), patches.shape[:3].numel() // merged, patches.shape[0])
+        self.widths, self.starts = widths, ends - widths
+        self.slots = image.repeat_interleave(widths).nonzero()[:, 0]
+        self.cu_seqlens = F.pad(ends, (1, 0))[cu_seqlens.long()].to(torch.int32)
+
+    def widen(self, x: Tensor) -> Tensor:
+        """Embedded tokens (1, total, d) → the row with patches (1, wide, d)."""
+        patches = self.patches.flatten(0, 2).to(x.dtype)
+        return x[0].repeat_interleave(self.widths, 0).index_copy(0, self.slots, patches)[None]
+
+    def narrow(self, wide: Tensor, merge: Callable[[Tensor], Tensor]) -> Tensor:
+        """The row with patches (1, wide, d) → tokens (1, total, d), those of the tiles by ``merge``."""
+        tokens = merge(wide[0].index_select(0, self.slots).view(self.patches.shape)).flatten(0, 1)
+        return wide[0].index_select(0, self.starts).index_copy(0, self.image, tokens.to(wide.dtype))[None]
+
+
+def check_slots(slots: int, tokens: int, tiles: int) -> None:
+    """Refuse tiles whose tokens are not as many as the positions they are written over (ValueError)."""
+    if slots != tokens:
+        raise ValueError(f"{slots} <IMG_CONTEXT> positions for {tokens} image tokens ({tiles} tiles)")
