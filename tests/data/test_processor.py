@@ -36,7 +36,7 @@ class ToyTokenizer(Tokenizer):
     def token_id(self, token: str) -> int:
         return 10 + ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"].index(token)
 
-    def encode(self, text: str, allow_special: bool = True) -> list[int]:
+    def encode(self, text: str, allow_special: bool = True, after: str = "start") -> list[int]:
         return [1000 + ord(char) for char in text]
 
 

@@ -61,5 +61,5 @@ def test_missing_marks_go_before_the_first_human_turn():
 
 
 def test_unknown_template():
-    with pytest.raises(UserError, match=r"unknown template 'x' \(known: internlm2-chat\)"):
+    with pytest.raises(UserError, match=r"unknown template 'x' \(known: internlm2-chat, solo\)"):
         get_template("x")

@@ -6,6 +6,7 @@ import json
 import pickle
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -96,8 +97,8 @@ def test_unknown_token():
 
 
 @pytest.mark.parametrize("files, reason", [
-    ({}, "no tokenizer.json$"),
-    ({"tokenizer.model": ""}, "there is a sentencepiece tokenizer.model"),
+    ({}, "no tokenizer.json and no tokenizer.model$"),
+    ({"tokenizer.model": ""}, "tokenizer.model: not a sentencepiece model: it has no pieces"),
     ({"tokenizer.json": "{"}, "tokenizer.json: not a usable tokenizer definition"),
     ({"tokenizer.json": "[]"}, "tokenizer.json: not a usable tokenizer definition"),
     ({"tokenizer.json": "{}"}, "tokenizer.json: not a usable tokenizer definition"),
@@ -109,3 +110,42 @@ def test_bad_folders(tmp_path, files, reason):
         (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=reason):
         Tokenizer.from_folder(tmp_path)
+
+
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+PREPEND = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": "▁"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    ],
+}
+
+
+@pytest.mark.parametrize("normalizer, pre_tokenizer, spaced", [
+    (None, METASPACE, {"start"}),
+    (None, {**METASPACE, "prepend_scheme": "always"}, {"start", "special"}),
+    (None, {**METASPACE, "prepend_scheme": "never"}, set()),
+    (PREPEND, None, {"start", "special"}),
+    (PREPEND["normalizers"][0], None, {"start", "special"}),
+    (None, {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": False},
+     {"start", "special"}),
+    (None, {"type": "Sequence", "pretokenizers": [METASPACE]}, {"start"}),
+])  # fmt: skip
+def test_the_space_before_a_text_goes_where_one_call_would_put_it(normalizer, pre_tokenizer, spaced):
+    """A prompt is tokenised stretch by stretch; a tokenizer of the sentencepiece kind must not see that."""
+    letters = ["<s>", "▁", "Ġ", "a", "b", "▁a", "Ġa"]
+    definition = {
+        "added_tokens": [{"id": 0, "content": "<s>", "special": True, "normalized": False, "single_word": False,
+                          "lstrip": False, "rstrip": False}],
+        "normalizer": normalizer, "pre_tokenizer": pre_tokenizer,
+        "model": {"type": "BPE", "vocab": {letter: i for i, letter in enumerate(letters)},
+                  "merges": [["▁", "a"], ["Ġ", "a"]]},
+    }  # fmt: skip
+    tokenizer = Tokenizer(json.dumps(definition))
+    for after in ("start", "special", "text"):
+        first = letters[tokenizer.encode("ab", allow_special=False, after=after)[0]]
+        assert (first != "a") == (after in spaced), after
+    whole = tokenizers.Tokenizer.from_str(json.dumps(definition))
+    pieces = [*tokenizer.encode("ab", False), 0, *tokenizer.encode("ab", False, after="special")]
+    assert whole.encode("ab<s>ab", add_special_tokens=False).ids == pieces

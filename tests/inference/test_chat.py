@@ -14,6 +14,7 @@ from mmmamba.checkpoints import save_student
 from mmmamba.data.processor import Processor
 from mmmamba.data.samples import Turn
 from mmmamba.data.tiling import normalise
+from mmmamba.data.tokenizer import Tokenizer
 from mmmamba.errors import UserError
 from mmmamba.inference import chat as chat_module
 from mmmamba.inference import engine
@@ -182,3 +183,27 @@ def test_verb_refuses_bad_arguments_before_it_loads_a_model(folder, tmp_path, mo
     for device in ("tpu", "cuda:99", "cuda:x"):
         with pytest.raises(UserError, match="--device"):
             chat(str(folder), device=device)
+
+
+REWRITING = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[' + m.content + ']' }}"
+    "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_template_that_changes_what_came_before_is_read_anew(tiny_model, tiny_config, tiny_processor, letters_only):
+    """Its header of an answer (a space) is not in the prompt: no state can be carried, and the answers are the same."""
+    definition = tiny_processor.tokenizer.definition
+    tokenizer = Tokenizer(definition, {"bos_token": "<s>", "eos_token": "</s>", "chat_template": REWRITING})
+    processor = Processor(tokenizer, tiny_config(template="tokenizer", system_message=None, vision=None))
+    network = tiny_model().double()
+    session = Chat(network, processor, max_new_tokens=4)
+    turns: list[Turn] = []
+    for i, question in enumerate(["what?", "and now?", "why?"]):
+        turns.append(Turn("human", question))
+        answer = "".join(session.ask(question))
+        whole = processor.prompt(turns)
+        anew = engine.stream(network, processor, whole, max_new_tokens=4, sequence=i)
+        assert "".join(anew) == answer and session.answer.token_ids == anew.token_ids
+        turns.append(Turn("gpt", answer))
+    assert int(session.answer.state.positions[0]) >= len(whole.input_ids)

@@ -21,11 +21,12 @@ from mmmamba.config import to_dict
 from mmmamba.data.jsonl import JsonlDataset
 from mmmamba.data.processor import Encoded, Processor
 from mmmamba.data.samples import BadSample
+from mmmamba.data.template import JinjaTemplate
 from mmmamba.errors import UserError
 from mmmamba.progress import Progress
 
 #: Raised whenever what is stored, or how samples are encoded, changes: an older cache is then made anew.
-_VERSION = 1
+_VERSION = 2
 
 _META = "meta.json"
 _CHUNK_ROWS = 256
@@ -167,6 +168,8 @@ def fingerprint(source: EncodedSource) -> str:
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update(source.processor.tokenizer.definition.encode())
+    if isinstance(source.processor.template, JinjaTemplate):  # the others are code, which _VERSION covers
+        digest.update(source.processor.template.definition.encode())
     with open(source.dataset.path, "rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)

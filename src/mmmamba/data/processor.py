@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tokenizers
 from PIL import Image
 
 from mmmamba.data.images import load_image, to_rgb
+from mmmamba.data.patches import PATCH, PATCH_END, patch_marks, patch_rows
 from mmmamba.data.samples import GPT, HUMAN, BadSample, Sample, Turn
 from mmmamba.data.template import (
     IMAGE_CONTEXT,
     IMAGE_END,
     IMAGE_START,
+    OF_TOKENIZER,
+    PLAIN,
+    JinjaTemplate,
     Piece,
+    Template,
     add_missing_marks,
     count_marks,
     get_template,
@@ -59,12 +65,14 @@ class Processor:
     def __init__(self, tokenizer: Tokenizer | tokenizers.Tokenizer, config: ModelConfig) -> None:
         self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.from_bpe(tokenizer)
         self.config = config
-        self.template = get_template(config.template)
+        self.template = _template(config.template, self.tokenizer)
         self._mark_ids = {mark: self.tokenizer.token_id(mark) for mark in self.template.marks()}
-        if config.img_context_token_id not in (-1, self._mark_ids[IMAGE_CONTEXT]):
+        reads_rows = config.vision is not None and config.vision.max_side is not None
+        self._context, self._image_end = (PATCH, PATCH_END) if reads_rows else (IMAGE_CONTEXT, IMAGE_END)
+        if config.img_context_token_id not in (-1, self._mark_ids.get(self._context)):
             raise UserError(
                 f"the model's img_context_token_id is {config.img_context_token_id}, "
-                f"but its tokenizer gives {IMAGE_CONTEXT} the id {self._mark_ids[IMAGE_CONTEXT]}"
+                f"but its tokenizer gives {self._context} the id {self._mark_ids.get(self._context)}"
             )
         if self.tokenizer.vocab_size > config.vocab_size:
             raise UserError(
@@ -80,14 +88,25 @@ class Processor:
         return cls(Tokenizer.from_folder(path), read_config(path))
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer files; the rest of a processor is in the checkpoint's own ``config.json``."""
-        self.tokenizer.save(folder)
+        """Write the tokenizer's files and those by which transformers knows a processor of ours.
+
+        The model's own ``config.json`` is all that :meth:`from_folder` reads beside the tokenizer.
+        """
+        from mmmamba.data.export import export_files  # which stands on this module
+
+        export_files(folder, self)
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer: the end mark first, then the end of text and the start of another turn."""
-        ids = (self._mark_ids[self.template.end], self.config.eos_token_id, self._mark_ids[self.template.start])
-        return tuple(dict.fromkeys(ids))
+        marks = [self._mark_ids[mark] for mark in self.template.stop_marks()]
+        ids = (*marks[:1], self.config.eos_token_id, *self.config.stop_token_ids, *marks[1:])
+        return tuple(token for token in dict.fromkeys(ids) if token >= 0)
+
+    @property
+    def appends(self) -> bool:
+        """Whether a conversation only grows at its end, so that :meth:`continuation` can be used."""
+        return self.template.appends(self.config.system_message)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return self.tokenizer.decode(ids, skip_special)
@@ -131,10 +150,15 @@ class Processor:
 
         (prompt ids) + (answer ids with the end mark) + (these ids) are the ids of the prompt of the whole
         conversation, in which a mark for each picture stands in its own turn.
+
+        Raises:
+            UserError: when the template changes what came before (``appends`` is False).
         """
+        if not self.appends:
+            raise UserError("this model's chat template changes what came before: read the whole conversation anew")
         tiles = self._tiles([turn], images, "turn", max_tiles)
         (marked,) = add_missing_marks([turn], len(images))
-        pieces = self.template.pieces([marked], system_message="", reply=True)
+        pieces = self.template.continuation(marked, self.config.system_message)
         return self._encoded(pieces, tiles, "turn", bos=False)
 
     def _conversation(
@@ -148,32 +172,41 @@ class Processor:
     ) -> Encoded:
         tiles = self._tiles(turns, images, where, max_tiles)
         marked = add_missing_marks(turns, len(images))
-        pieces = self.template.pieces(marked, system_message=self.config.system_message, reply=reply)
-        return self._encoded(pieces, tiles, where, bos=True)
+        try:
+            pieces = self.template.pieces(marked, system_message=self.config.system_message, reply=reply)
+        except UserError as error:
+            raise BadSample(f"{where}: 'conversations': {error}") from error
+        return self._encoded(pieces, tiles, where, bos=self.template.adds_bos)
 
     def _encoded(self, pieces: Sequence[Piece], tiles: Sequence[np.ndarray], where: str, *, bos: bool) -> Encoded:
         ids: list[int] = [self.config.bos_token_id] if bos else []
         scored: list[tuple[int, int]] = []
         pictures = iter(tiles)
+        text_before = False
         for piece in pieces:
             start = len(ids)
             if piece.kind == "mark":
                 ids.append(self._mark_ids[piece.text])
             elif piece.kind == "text":
-                ids.extend(self.tokenizer.encode(piece.text, allow_special=False))
+                after: Literal["start", "special", "text"] = "text" if text_before else "special" if ids else "start"
+                ids.extend(self.tokenizer.encode(piece.text, allow_special=False, after=after))
             else:
-                ids.extend(self._image_ids(len(next(pictures))))
+                ids.extend(self._image_ids(next(pictures)))
+            text_before = piece.kind == "text"
             if piece.scored:
                 scored.append((start, len(ids)))
         input_ids = np.array(ids, dtype=np.int32)
         labels = np.full(len(ids), UNSCORED, dtype=np.int32)
         for start, stop in scored:
             labels[start:stop] = input_ids[start:stop]
-        return Encoded(input_ids, labels, np.concatenate(tiles) if tiles else self._no_tiles(), where=where)
+        in_order = [picture.reshape(-1, *picture.shape[-3:]) for picture in tiles]
+        return Encoded(input_ids, labels, np.concatenate(in_order) if tiles else self._no_tiles(), where=where)
 
-    def _image_ids(self, tiles: int) -> list[int]:
+    def _image_ids(self, picture: np.ndarray) -> list[int]:
         assert self.config.vision is not None  # _tiles refuses pictures without it
-        context = [self._mark_ids[IMAGE_CONTEXT]] * (tiles * self.config.vision.tokens_per_tile)
+        if self.config.vision.max_side is not None:
+            return [self._mark_ids[mark] for mark in patch_marks(*picture.shape[:2])]
+        context = [self._mark_ids[IMAGE_CONTEXT]] * (len(picture) * self.config.vision.tokens_per_tile)
         return [self._mark_ids[IMAGE_START], *context, self._mark_ids[IMAGE_END]]
 
     def _no_tiles(self) -> np.ndarray:
@@ -187,7 +220,7 @@ class Processor:
         where: str,
         max_tiles: int | None,
     ) -> list[np.ndarray]:
-        """uint8 (t, H, W, 3) of each picture."""
+        """uint8 (t, H, W, 3) of each picture, or (rows, columns, H, W, 3) where it is read as rows of patches."""
         marks = count_marks(turns)
         if marks > len(images):
             raise BadSample(f"{where}: 'conversations' has {marks} <image> marks for {len(images)} images")
@@ -197,6 +230,8 @@ class Processor:
         if vision is None:
             return []
         config = self.config
+        if vision.max_side is not None and max_tiles is not None:
+            raise UserError("max_tiles: this model reads a picture as rows of patches, not as tiles")
         least, most = config.min_dynamic_patch, config.max_dynamic_patch if max_tiles is None else max_tiles
         if most < 1:
             raise UserError(f"max_tiles must be at least 1, got {most}")
@@ -205,7 +240,10 @@ class Processor:
         tiles = []
         for image in images:
             picture = to_rgb(image) if isinstance(image, Image.Image) else load_image(image, where)
-            tiles.append(tile(picture, vision.image_size, most, min(least, most), config.use_thumbnail))
+            if vision.max_side is not None:
+                tiles.append(patch_rows(picture, vision.patch_size, vision.max_side))
+            else:
+                tiles.append(tile(picture, vision.image_size, most, min(least, most), config.use_thumbnail))
         return tiles
 
     def _fit(self, encoded: Encoded, max_length: int, *, cut_tail: bool) -> Encoded:
@@ -215,7 +253,7 @@ class Processor:
         where, length = encoded.where, len(encoded.input_ids)
         if not cut_tail:
             raise BadSample(f"{where}: the prompt takes {length} tokens, more than max_length {max_length}")
-        image_ids = (self._mark_ids[IMAGE_CONTEXT], self._mark_ids[IMAGE_END])
+        image_ids = [self._mark_ids[mark] for mark in (self._context, self._image_end) if mark in self._mark_ids]
         if np.isin(encoded.input_ids[max_length:], image_ids).any():
             raise BadSample(f"{where}: 'image': the image tokens do not fit into max_length {max_length}")
         labels = encoded.labels[:max_length]
@@ -223,3 +261,13 @@ class Processor:
             raise BadSample(f"{where}: nothing is scored within max_length {max_length} (the sample takes {length})")
         ids = encoded.input_ids[:max_length]
         return Encoded(ids, labels, encoded.tiles, encoded.id, where, encoded.cut + cut)
+
+
+def _template(name: str, tokenizer: Tokenizer) -> Template | JinjaTemplate:
+    """The template ``name``, or the tokenizer's own (a plain one, where it has none)."""
+    if name != OF_TOKENIZER:
+        return get_template(name)
+    source, tokens = tokenizer.chat_template, tokenizer.named_tokens
+    if source is None:
+        source, tokens = PLAIN, {**tokens, "bos_token": tokens.get("bos_token", "") if tokenizer.adds_bos else ""}
+    return JinjaTemplate(source, tokens, tokenizer.specials, tokenizer.where)

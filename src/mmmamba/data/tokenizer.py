@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from mmmamba.data import sentencepiece
 from mmmamba.data.template import IMAGE_CONTEXT, IMAGE_END, IMAGE_START
 from mmmamba.errors import UserError
 
@@ -19,6 +22,11 @@ SPECIALS = (UNK, BOS, EOS, "<|im_start|>", "<|im_end|>", IMAGE_START, IMAGE_END,
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+SENTENCEPIECE_FILE = "tokenizer.model"
+ADDED_FILE = "added_tokens.json"
+NAMES_FILE = "special_tokens_map.json"
+TEMPLATE_FILE = "chat_template.jinja"
+_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, specials: Sequence[str] = SPECIALS) -> tokenizers.Tokenizer:
@@ -70,18 +78,49 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
-        path = Path(folder) / TOKENIZER_FILE
-        if not path.is_file():
-            hint = ""
-            if (Path(folder) / "tokenizer.model").is_file():
-                hint = (
-                    " (there is a sentencepiece tokenizer.model: save it once as a fast tokenizer with "
-                    "transformers, AutoTokenizer.from_pretrained(...).save_pretrained(...))"
-                )
-            raise UserError(f"{folder}: no {TOKENIZER_FILE}{hint}")
+        """The tokenizer of a folder: ``tokenizer.json``, else a sentencepiece ``tokenizer.model``."""
+        path, model = Path(folder) / TOKENIZER_FILE, Path(folder) / SENTENCEPIECE_FILE
+        from mmmamba.checkpoints.gguf import find_gguf, gguf_tokenizer  # checkpoints stand above data
+
+        gguf = find_gguf(folder)
+        if not path.is_file() and gguf is not None:
+            return cls(*gguf_tokenizer(gguf), str(gguf))
+        if not path.is_file() and not model.is_file():
+            raise UserError(f"{folder}: no {TOKENIZER_FILE} and no {SENTENCEPIECE_FILE}")
         config_path = Path(folder) / CONFIG_FILE
         config = _read_json(config_path) if config_path.is_file() else None
-        return cls(path.read_text(encoding="utf-8"), config, str(path))
+        if not path.is_file():
+            found = cls._from_sentencepiece(model, config or {})
+        else:
+            found = cls(path.read_text(encoding="utf-8"), config, str(path))
+        template = Path(folder) / TEMPLATE_FILE
+        if template.is_file():
+            own = found._config if found._config is not None else found._default_config()
+            found._config = {**own, "chat_template": template.read_text(encoding="utf-8")}
+        return found
+
+    @classmethod
+    def _from_sentencepiece(cls, path: Path, config: dict[str, Any]) -> Tokenizer:
+        """As InternLM2's and Llama's tokenizer classes read ``path`` and the files beside it."""
+        model = sentencepiece.parse(path.read_bytes(), str(path))
+        bpe = sentencepiece.to_fast(
+            model,
+            _added_tokens(path.parent, config),
+            str(path),
+            add_bos=config.get("add_bos_token") is not False,
+            add_eos=config.get("add_eos_token") is True,
+        )
+        names = path.with_name(NAMES_FILE)
+        roles = {"unk_token": model.unk_id, "bos_token": model.bos_id, "eos_token": model.eos_id}
+        own = {role: bpe.id_to_token(i) for role, i in roles.items() if 0 <= i < len(model.pieces)}
+        merged = {**own, **(_read_json(names) if names.is_file() else {}), **config}
+        for key in ("added_tokens_decoder", "auto_map", "sp_model_kwargs", "legacy"):
+            merged.pop(key, None)  # the definition says it now, or only the slow class knows it
+        for role in ("unk_token", "bos_token", "eos_token", "pad_token"):  # written as a text or as a whole token
+            if isinstance(merged.get(role), dict):
+                merged[role] = merged[role].get("content")
+        merged |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        return cls(bpe.to_str(), merged, str(path))
 
     def save(self, folder: str | Path) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_config.json``, as transformers' fast tokenizers read them."""
@@ -97,6 +136,11 @@ class Tokenizer:
         return self._definition
 
     @property
+    def where(self) -> str:
+        """The file it was read from."""
+        return self._where
+
+    @property
     def vocab_size(self) -> int:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
@@ -106,10 +150,17 @@ class Tokenizer:
             raise UserError(f"{self._where}: the tokenizer has no token '{token}'")
         return index
 
-    def encode(self, text: str, allow_special: bool = True) -> list[int]:
-        """Token ids, nothing added. Without ``allow_special`` a special token's name is plain text like any other."""
+    def encode(
+        self, text: str, allow_special: bool = True, after: Literal["start", "special", "text"] = "start"
+    ) -> list[int]:
+        """Token ids, nothing added. Without ``allow_special`` a special token's name is plain text like any other.
+
+        ``after`` says what precedes the text in its prompt (nothing, a special token, other text): a tokenizer that
+        puts a space before its text does so at the start, some behind special tokens, and none in the middle of a text.
+        """
         if not allow_special or self._split is None:
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
+            bare = after == "text" or (after == "special" and self._space_at_start_only)
+            return (self._bare if bare else self._tokenizer).encode(text, add_special_tokens=False).ids
         ids: list[int] = []
         for part in self._split.split(text):
             if part in self._special_ids:
@@ -118,8 +169,57 @@ class Tokenizer:
                 ids.extend(self._tokenizer.encode(part, add_special_tokens=False).ids)
         return ids
 
+    @cached_property
+    def _bare(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, but it puts no space before a text."""
+        return _build(json.dumps(_without_first_space(json.loads(self._definition))), self._where)
+
+    @cached_property
+    def _space_at_start_only(self) -> bool:
+        return any(part.get("prepend_scheme") == "first" for part in _parts(json.loads(self._definition)))
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja chat template that came with the tokenizer."""
+        template = (self._config or {}).get("chat_template")
+        if isinstance(template, list):  # several, by name
+            template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
+        if template is not None and not isinstance(template, str):
+            raise UserError(f"{self._where}: 'chat_template' of {CONFIG_FILE} must be a text")
+        return template
+
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """``bos_token``, ``eos_token``, … → the token, as far as ``tokenizer_config.json`` names them."""
+        found = {
+            name: token["content"] if isinstance(token, dict) else token
+            for name, token in (self._config if self._config is not None else self._default_config()).items()
+            if name in _NAMED and token is not None
+        }
+        for name, token in found.items():
+            if not isinstance(token, str):
+                raise UserError(f"{self._where}: '{name}' of {CONFIG_FILE} must be a text")
+        return found
+
+    @property
+    def specials(self) -> tuple[str, ...]:
+        """Every special token."""
+        return tuple(self._special_ids)
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer itself puts ``bos_token`` before a text (which :meth:`encode` never does)."""
+        ids, bos = self._tokenizer.encode("a", add_special_tokens=True).ids, self.named_tokens.get("bos_token")
+        return bool(ids) and bos is not None and ids[0] == self._special_ids.get(bos)
+
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        """Text of the ids; what stands between two special tokens that are shown is a text of its own."""
+        ids = [int(i) for i in ids]
+        if skip_special:
+            return self._tokenizer.decode(ids, skip_special_tokens=True)
+        special = set(self._special_ids.values())
+        texts = groupby(ids, key=special.__contains__)
+        return "".join(self._tokenizer.decode(list(text), skip_special_tokens=False) for _, text in texts)
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[str, dict[str, Any] | None, str]]:
         # The wrapped object forgets `encode_special_tokens` when pickled, so a worker builds its own.
@@ -151,6 +251,47 @@ def _build(definition: str, where: str) -> tokenizers.Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _parts(definition: dict[str, Any]) -> list[dict[str, Any]]:
+    """The normalizers and pre-tokenizers of a definition, those of a sequence one by one."""
+    found: list[dict[str, Any]] = []
+    for kind, members in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
+        part = definition.get(kind) or {}
+        found += part[members] if part.get("type") == "Sequence" else [part]
+    return found
+
+
+def _without_first_space(definition: dict[str, Any]) -> dict[str, Any]:
+    """``definition``, changed so that nothing is put before a text."""
+    for part in _parts(definition):
+        if part.get("type") == "Prepend":
+            part["prepend"] = ""
+        elif part.get("type") == "Metaspace":
+            part["prepend_scheme"] = "never"
+        elif part.get("type") == "ByteLevel":
+            part["add_prefix_space"] = False
+    return definition
+
+
+def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, str]:
+    """id → text of what ``tokenizer_config.json`` (given) and ``added_tokens.json`` add to a sentencepiece model."""
+    where, decoder = folder / CONFIG_FILE, config.get("added_tokens_decoder", {})
+    if not isinstance(decoder, dict):
+        raise UserError(f"{where}: 'added_tokens_decoder' must be a JSON object")
+    added: dict[int, str] = {}
+    for index, token in decoder.items():
+        text = token.get("content") if isinstance(token, dict) else token
+        if not index.isdecimal() or not isinstance(text, str) or not text:
+            raise UserError(f"{where}: 'added_tokens_decoder': '{index}' must be a number and have a 'content'")
+        added[int(index)] = text
+    where = folder / ADDED_FILE
+    for text, i in (_read_json(where) if where.is_file() else {}).items():
+        if type(i) is not int or i < 0 or not text:
+            raise UserError(f"{where}: '{text}' must have an id, got {i!r}")
+        if added.setdefault(i, text) != text:
+            raise UserError(f"{where}: the id {i} is '{text}' here and '{added[i]}' in {CONFIG_FILE}")
+    return added
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from mmmamba.checkpoints import load
 from mmmamba.data.images import load_image
 from mmmamba.data.processor import UNSCORED, Encoded, Processor
 from mmmamba.data.samples import Turn
+from mmmamba.data.template import add_missing_marks
 from mmmamba.device import pick_device, pick_dtype
 from mmmamba.errors import UserError
 from mmmamba.inference.engine import Stream, stream
@@ -38,6 +39,8 @@ CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\t"), ord("\n")}
 class Chat:
     """A conversation with a model. Only the new turn is read at each question; the state holds the rest.
 
+    (Some models' own chat templates change what came before when a conversation goes on, and then it is read anew.)
+
     Args:
         model: the network.
         processor: its processor.
@@ -54,6 +57,8 @@ class Chat:
         self.max_new_tokens = max_new_tokens
         self.answer: Stream | None = None  # the latest answer: its state and unfed tokens are the conversation so far
         self.turns = 0
+        self._turns: list[Turn] = []  # all that was said before the latest answer
+        self._shown: list[Image.Image | str | Path] = []  # with these pictures
 
     def ask(self, text: str, images: Sequence[Image.Image | str | Path] = ()) -> Iterator[str]:
         """Pieces of the answer to ``text``, as they come.
@@ -62,10 +67,12 @@ class Chat:
         be encoded (a broken picture) leaves the conversation as it was.
         """
         turn = Turn(role="human", text=text)
-        if self.answer is None:
-            state, encoded = None, self.processor.prompt([turn], list(images))
-        else:
+        (marked,) = add_missing_marks([turn], len(images))
+        turns, shown = [*self._said(), marked], [*self._shown, *images]
+        if self.answer is not None and self.processor.appends:
             state, encoded = self.answer.state, self._follow(self.answer, turn, images)
+        else:
+            state, encoded = None, self.processor.prompt(turns, shown)
         self.answer = stream(
             self.model,
             self.processor,
@@ -76,12 +83,20 @@ class Chat:
             sequence=self.turns,
         )
         self.turns += 1
+        self._turns, self._shown = turns, shown
         return iter(self.answer)
 
     def reset(self) -> None:
         """Forget the conversation."""
         self.answer = None
         self.turns = 0
+        self._turns, self._shown = [], []
+
+    def _said(self) -> list[Turn]:
+        """The conversation so far."""
+        if self.answer is None:
+            return []
+        return [*self._turns, Turn(role="gpt", text=self.processor.decode(self.answer.token_ids))]
 
     def _follow(self, answer: Stream, turn: Turn, images: Sequence[Image.Image | str | Path]) -> Encoded:
         """What the state has not seen: the last of the answer, the mark that ends it, then the new turn.
@@ -98,7 +113,7 @@ class Chat:
 
 
 def chat(
-    model: str = "pico-linear",
+    model: str = "nano-linear",
     question: str | None = None,
     *,
     image: tuple[Path, ...] = (),
@@ -116,10 +131,10 @@ def chat(
     With a question, the answer is printed as it is generated and the command ends. Without one, a conversation begins:
     each question adds to what the model remembers, and only the new text is read. For example:
 
-        mmmamba chat pico-linear --image picture.png "What is in the picture?"
+        mmmamba chat nano-linear --image picture.png "What is in the picture?"
 
     Args:
-        model: A checkpoint folder, or the name of a built-in model such as nano-teacher, pico-linear or pico-hybrid.
+        model: A checkpoint folder, or the name of a built-in model such as nano-linear, nano-hybrid or nano-teacher.
         question: What to ask. Leave it out for a conversation.
         image: A picture to show with the (first) question. Repeat the option for several pictures.
         temperature: 0 always takes the most likely token. 1 draws from the model's own distribution; lower is more
