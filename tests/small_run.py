@@ -14,8 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from PIL import Image
+
+from mmmamba.checkpoints.layouts import SEPARATE, by_part, write_part
+from mmmamba.model import Model
 
 STAGE1 = ["A_log", "dt_bias", "dt_proj", "conv", "gate_proj", "norm"]
 STAGE2 = [*STAGE1, "q_proj", "k_proj", "v_proj"]
@@ -117,3 +121,17 @@ def hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below ``folder``."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def stage_file(model: Model, path: Path, stage: int) -> Path:
+    """What the published trainer keeps of a stage: the tensors that it trained."""
+    kinds = ["conv1d.", "in_proj.", "g_norm.", "g_proj."]
+    kinds += ["A_log_bias", "dt_bias"] if stage < 3 else []
+    kinds += ["q_proj.", "k_proj.", "v_proj."] if stage > 1 else []
+    tensors = {}
+    for part, ours in by_part(model.state_dict(), model.config).items():
+        for name, tensor in write_part(SEPARATE, ours, model.config, part).items():
+            if any(kind in name for kind in kinds):
+                tensors[name] = tensor.clone()
+    torch.save(tensors, path)
+    return path

@@ -271,7 +271,7 @@ def change_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Calla
 
 NORM = "language_model.model.norm.weight"
 BAD_TEACHERS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights (model.safetensors or "),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights (model.safetensors, "),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json:1: not JSON"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json"),

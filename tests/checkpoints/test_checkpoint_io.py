@@ -29,7 +29,7 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
         (b"", r"config.json:1: not JSON"),
         (b"[1]", r"config.json: must hold a JSON object, got list"),
         (b"\xff\xfe{}", r"config.json: not UTF-8 text \(byte 0\)"),
-        (b'{"model_type": "llama"}', r"config.json: model_type 'llama' is not known"),
+        (b'{"model_type": "gpt2"}', r"config.json: model_type 'gpt2' is not known"),
     ],
 )
 def test_bad_json(golden_folder, content: bytes, message: str) -> None:
@@ -43,7 +43,7 @@ def test_bad_json(golden_folder, content: bytes, message: str) -> None:
 def test_missing_files(golden_folder, tmp_path: Path) -> None:
     folder = golden_folder("hovle_tiny_A")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"no weights \(model.safetensors or model.safetensors.index.json\)"):
+    with pytest.raises(UserError, match=r"no weights \(model.safetensors, pytorch_model.bin"):
         load(folder)
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match=r"config.json: no such file"):

@@ -40,6 +40,7 @@ def test_every_setting_survives_the_layout(tiny_config) -> None:
         decoder=replace(
             config.decoder,
             qkv_bias=True,
+            o_bias=True,
             max_position_embeddings=77,
             rope_scaling=RopeScaling(type="linear", factor=4.0),
         ),
@@ -108,7 +109,7 @@ def test_names_are_the_published_ones(golden, golden_folder, tmp_path: Path) -> 
 
 def test_biases_and_special_embeddings_survive(tiny_config, tmp_path: Path, same_model) -> None:
     config = tiny_config()
-    biased = replace(config.decoder, qkv_bias=True)
+    biased = replace(config.decoder, qkv_bias=True, o_bias=True)
     config = replace(config, decoder=biased, special_token_maps={"<a>": 0, "<b>": 1}, text_vocab_size=318)
     model = initialise(Model(config), 3).eval()
     with torch.no_grad():
@@ -197,7 +198,8 @@ def test_an_index_that_lies_is_refused(golden_folder) -> None:
         ({"embedding_config.use_ls": True}, r"'embedding_config.use_ls' is True: only False is supported"),
         ({"embedding_config.hidden_act": "gelu"}, r"'embedding_config.hidden_act' is 'gelu'"),
         ({"embedding_config.mlp_bias": True}, r"'embedding_config.mlp_bias' is True"),
-        ({"embedding_config.pixel_shuffle_loc": "post"}, r"'embedding_config.pixel_shuffle_loc' is 'post'"),
+        ({"embedding_config.pixel_shuffle_loc": "mid"}, r"'embedding_config.pixel_shuffle_loc' is 'mid'"),
+        ({"normalize_encoder_output": True}, r"'normalize_encoder_output' is True"),
         ({"embedding_config.hidden_size": 32}, r"'embedding_config.hidden_size' is 32, but 'llm_config."),
         ({"embedding_config.image_size": 60}, r"force_image_size' is 56, but 'embedding_config.image_size' is 60"),
         ({"embedding_config.image_size": 57, "force_image_size": 57}, r"'embedding_config.image_size' is 57"),

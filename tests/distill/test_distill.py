@@ -62,6 +62,8 @@ def test_a_finished_run(linear, teacher_folder):
         "metrics.jsonl",
         *(f"checkpoints/stage{i}/tensors.safetensors" for i in (1, 2, 3)),
         *(f"model/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")),
+        *(f"model/{name}_config.json" for name in ("generation", "preprocessor", "processor")),
+        "model/chat_template.jinja",
     }
     assert set(manifest(linear)["stages"]) == {"stage1", "stage2", "stage3"}
     student, teacher = load(linear / "model"), load(teacher_folder)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn.functional import pad as pad_tensor
 
-from mmmamba.checkpoints import from_hovle, from_release
-from mmmamba.checkpoints.hovle import config_from_hovle
+from mmmamba.checkpoints.hovle import config_from_hovle, read_hovle
+from mmmamba.checkpoints.layouts import parts
+from mmmamba.checkpoints.release import read_release
 from mmmamba.data.batching import Batch
 from mmmamba.distill import objectives
 from mmmamba.distill.losses import divergence
@@ -36,14 +37,19 @@ def prefixed(tensors, prefix):
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
+def whole(read, state, config):
+    """Our state dict, of all parts."""
+    return {name: tensor for part in parts(config) for name, tensor in read(state, config, part).items()}
+
+
 def models(tensors, config, teacher_prefix):
     """The golden student with a teacher that holds the original attention."""
     teacher_config = config_from_hovle(config, "golden")
     teacher = Model(teacher_config)
-    teacher.load_state_dict(from_hovle(prefixed(tensors, teacher_prefix), teacher_config))
+    teacher.load_state_dict(whole(read_hovle, prefixed(tensors, teacher_prefix), teacher_config))
     student = seed(teacher)
     weights = {k: v for k, v in prefixed(tensors, "w.").items() if "_shadow" not in k}
-    student.load_state_dict(from_release(weights, student.config))
+    student.load_state_dict(whole(read_release, weights, student.config))
     return teacher, student
 
 

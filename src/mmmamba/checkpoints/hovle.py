@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmmamba.checkpoints.section import Section
 from mmmamba.errors import UserError
 from mmmamba.model.config import ModelConfig, RopeScaling, StackConfig, VisionConfig
-
-T = TypeVar("T")
 
 UNUSED = "language_model.model.tok_embeddings.weight"  # stored by the published code, read by nothing
 
@@ -45,31 +44,25 @@ _LAYER = {
 # ---------------------------------------------------------------------------------------------- tensors
 
 
-def to_hovle(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Our tensors under HoVLE's names. Every layer must be softmax attention.
+def write_hovle(ours: dict[str, Tensor], config: ModelConfig, part: int | None) -> dict[str, Tensor]:
+    """Our tensors of a part under HoVLE's names. Every layer must be softmax attention.
 
     Raises:
-        UserError: naming the first layer or parameter that the layout has no place for.
+        UserError: naming the first layer that the layout has no place for.
     """
     if config.mamba2_layers:
         raise UserError(
             f"layer {config.mamba2_layers[0]} is mamba2: the HoVLE layout holds softmax attention only "
-            "(write a student folder or a release instead)"
+            "(write our own layout or a release instead)"
         )
-    left = dict(state)
-    out = take_common(left, config)
-    for layer in range(config.num_layers):
-        out |= take_attention(left, config, layer)
-    refuse_rest(left, "HoVLE")
-    return out
+    out = write_common(ours, config, part)
+    return out if part is None else out | write_attention(ours, config, part)
 
 
-def from_hovle(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """HoVLE's tensors under our names; ``state`` has every tensor that ``config`` asks for."""
-    out = common_from_hovle(state, config)
-    for layer in range(config.num_layers):
-        out |= attention_from_hovle(state, config, layer)
-    return out
+def read_hovle(state: Mapping[str, Tensor], config: ModelConfig, part: int | None) -> dict[str, Tensor]:
+    """HoVLE's tensors of a part under our names; ``state`` has every tensor that ``config`` asks for."""
+    out = read_common(state, config, part)
+    return out if part is None else out | read_attention(state, config, part)
 
 
 def layer_prefix(config: ModelConfig, layer: int) -> str:
@@ -78,50 +71,49 @@ def layer_prefix(config: ModelConfig, layer: int) -> str:
     return f"embedding_model.encoder.{layer}." if layer < first else f"language_model.model.layers.{layer - first}."
 
 
-def take_common(left: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Move everything but the mixers out of ``left``, under the published names."""
-    text, special = left["text_embeddings.weight"], left.get("special_embeddings.weight")
-    out = {theirs: left.pop(ours) for ours, theirs in _GLOBAL.items() if ours in left}
+def write_common(ours: dict[str, Tensor], config: ModelConfig, part: int | None) -> dict[str, Tensor]:
+    """Everything of a part but the mixer, moved out of ``ours`` under the published names."""
+    if part is not None:
+        prefix = layer_prefix(config, part)
+        return {f"{prefix}{theirs}": ours.pop(f"layers.{part}.{name}") for name, theirs in _LAYER.items()}
+    text, special = ours["text_embeddings.weight"], ours.get("special_embeddings.weight")
+    out = {theirs: ours.pop(name) for name, theirs in _GLOBAL.items() if name in ours}
     out.setdefault(_GLOBAL["head.weight"], text)  # tied
-    out[UNUSED] = (text if special is None else torch.cat([text, special])).clone()
-    for layer in range(config.num_layers):
-        prefix = layer_prefix(config, layer)
-        out |= {f"{prefix}{theirs}": left.pop(f"layers.{layer}.{ours}") for ours, theirs in _LAYER.items()}
+    out[UNUSED] = text if special is None else torch.cat([text, special])
     return out
 
 
-def common_from_hovle(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Everything but the mixers, under our names."""
-    out = {ours: state[theirs] for ours, theirs in _GLOBAL.items() if theirs in state}
-    for layer in range(config.num_layers):
-        prefix = layer_prefix(config, layer)
-        out |= {f"layers.{layer}.{ours}": state[f"{prefix}{theirs}"] for ours, theirs in _LAYER.items()}
-    return out
+def read_common(state: Mapping[str, Tensor], config: ModelConfig, part: int | None) -> dict[str, Tensor]:
+    """Everything of a part but the mixer, under our names."""
+    if part is None:
+        return {ours: state[theirs] for ours, theirs in _GLOBAL.items() if theirs in state}
+    prefix = layer_prefix(config, part)
+    return {f"layers.{part}.{ours}": state[f"{prefix}{theirs}"] for ours, theirs in _LAYER.items()}
 
 
-def take_attention(left: dict[str, Tensor], config: ModelConfig, layer: int) -> dict[str, Tensor]:
-    """Move the softmax mixer of ``layer`` out of ``left``, as ``wqkv`` and ``wo``."""
-    ours, theirs, stack = f"layers.{layer}.mixer.", f"{layer_prefix(config, layer)}attention.", config.stack_of(layer)
+def write_attention(ours: dict[str, Tensor], config: ModelConfig, layer: int) -> dict[str, Tensor]:
+    """The softmax mixer of ``layer``, moved out of ``ours`` as ``wqkv`` and ``wo``."""
+    mixer, theirs, stack = f"layers.{layer}.mixer.", f"{layer_prefix(config, layer)}attention.", config.stack_of(layer)
     out: dict[str, Tensor] = {}
     for kind in ("weight", "bias"):
-        if f"{ours}q_proj.{kind}" in left:
-            q, k, v = (left.pop(f"{ours}{name}_proj.{kind}") for name in "qkv")
+        if f"{mixer}q_proj.{kind}" in ours:
+            q, k, v = (ours.pop(f"{mixer}{name}_proj.{kind}") for name in "qkv")
             out[f"{theirs}wqkv.{kind}"] = merge_qkv(q, k, v, stack)
-        if f"{ours}o_proj.{kind}" in left:
-            out[f"{theirs}wo.{kind}"] = left.pop(f"{ours}o_proj.{kind}")
+        if f"{mixer}o_proj.{kind}" in ours:
+            out[f"{theirs}wo.{kind}"] = ours.pop(f"{mixer}o_proj.{kind}")
     return out
 
 
-def attention_from_hovle(state: Mapping[str, Tensor], config: ModelConfig, layer: int) -> dict[str, Tensor]:
+def read_attention(state: Mapping[str, Tensor], config: ModelConfig, layer: int) -> dict[str, Tensor]:
     """The softmax mixer of ``layer`` under our names."""
-    ours, theirs, stack = f"layers.{layer}.mixer.", f"{layer_prefix(config, layer)}attention.", config.stack_of(layer)
+    mixer, theirs, stack = f"layers.{layer}.mixer.", f"{layer_prefix(config, layer)}attention.", config.stack_of(layer)
     out: dict[str, Tensor] = {}
     for kind in ("weight", "bias"):
         if f"{theirs}wqkv.{kind}" in state:
             parts = split_qkv(state[f"{theirs}wqkv.{kind}"], stack)
-            out |= {f"{ours}{name}_proj.{kind}": part for name, part in zip("qkv", parts, strict=True)}
+            out |= {f"{mixer}{name}_proj.{kind}": part for name, part in zip("qkv", parts, strict=True)}
         if f"{theirs}wo.{kind}" in state:
-            out[f"{ours}o_proj.{kind}"] = state[f"{theirs}wo.{kind}"]
+            out[f"{mixer}o_proj.{kind}"] = state[f"{theirs}wo.{kind}"]
     return out
 
 
@@ -140,53 +132,7 @@ def split_qkv(wqkv: Tensor, stack: StackConfig) -> tuple[Tensor, Tensor, Tensor]
     return q.reshape(-1, *rest).contiguous(), k.reshape(-1, *rest).contiguous(), v.reshape(-1, *rest).contiguous()
 
 
-def refuse_rest(left: Mapping[str, Tensor], layout: str) -> None:
-    """Nothing may be lost on the way out."""
-    if left:
-        raise UserError(f"the {layout} layout has no place for {len(left)} parameters ({', '.join(sorted(left)[:3])})")
-
-
 # ---------------------------------------------------------------------------------------------- config
-
-
-class Section:
-    """One object of a foreign ``config.json``: typed reads that name the field. Keys nobody asks for are not read."""
-
-    def __init__(self, data: Mapping[str, Any], where: str | Path, prefix: str = "") -> None:
-        self.data, self.where, self.prefix = data, where, prefix
-
-    def error(self, key: str, message: str) -> UserError:
-        return UserError(f"{self.where}: '{self.prefix}{key}' {message}")
-
-    def section(self, key: str) -> Section:
-        value = self.get(key, dict)
-        return Section(value, self.where, f"{self.prefix}{key}.")
-
-    def get(self, key: str, kind: type[T], default: T | None = None) -> T:
-        """The value of ``key`` as ``kind``; without a default it must be there. null counts as absent."""
-        value = self.data.get(key)
-        if value is None:
-            value = default
-        if value is None:
-            raise self.error(key, "is missing")
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise self.error(key, f"must be {kind.__name__}, got {value!r}")
-        return value
-
-    def size(self, key: str, default: int | None = None, *, least: int = 1) -> int:
-        value = self.get(key, int, default)
-        if value < least:
-            raise self.error(key, f"must be at least {least}, got {value}")
-        return value
-
-    def require(self, key: str, allowed: tuple[Any, ...]) -> None:
-        """Refuse a value that would change the network in a way we do not build; absent is fine."""
-        value = self.data.get(key)
-        if value is not None and value not in allowed:
-            choices = " or ".join(repr(choice) for choice in allowed)
-            raise self.error(key, f"is {value!r}: only {choices} is supported")
 
 
 def config_from_hovle(data: Mapping[str, Any], where: str | Path, layer_map: tuple[str, ...] = ()) -> ModelConfig:
@@ -208,8 +154,8 @@ def config_from_hovle(data: Mapping[str, Any], where: str | Path, layer_map: tup
             hidden_size=hidden,
             vocab_size=vocab,
             text_vocab_size=None if text_vocab == vocab else text_vocab,
-            embedding=_stack(embedding, hidden, qkv_bias=bias, eps=1e-5, length=4096),
-            decoder=_stack(llm, hidden, qkv_bias=llm.get("bias", bool, True), eps=1e-6, length=2048),
+            embedding=_stack(embedding, hidden, bias=bias, eps=1e-5, length=4096),
+            decoder=_stack(llm, hidden, bias=llm.get("bias", bool, True), eps=1e-6, length=2048),
             vision=_vision(top, embedding),
             layer_map=layer_map,
             img_context_token_id=embedding.get("img_context_token_id", int, 92546),
@@ -232,10 +178,11 @@ def _refuse_unsupported(top: Section, embedding: Section, llm: Section) -> None:
     """Fields that would make another network than the one we build."""
     top.require("ps_version", ("v2",))
     top.require("pad2square", (False,))
+    top.require("normalize_encoder_output", (False,))
     embedding.require("use_ls", (False,))
     embedding.require("mlp_bias", (False,))
     embedding.require("num_channels", (3,))
-    embedding.require("pixel_shuffle_loc", ("pre", "none"))
+    embedding.require("pixel_shuffle_loc", ("pre", "post", "none"))
     embedding.require("hidden_act", ("silu",))
     llm.require("hidden_act", ("silu",))
     llm.require("tie_word_embeddings", (False,))
@@ -243,7 +190,7 @@ def _refuse_unsupported(top: Section, embedding: Section, llm: Section) -> None:
     llm.require("architectures", (*known, *([name] for name in known)))
 
 
-def _stack(section: Section, hidden: int, *, qkv_bias: bool, eps: float, length: int) -> StackConfig:
+def _stack(section: Section, hidden: int, *, bias: bool, eps: float, length: int) -> StackConfig:
     heads = section.size("num_attention_heads")
     if hidden % heads:
         raise section.error("num_attention_heads", f"is {heads}, which does not divide the hidden size {hidden}")
@@ -257,7 +204,8 @@ def _stack(section: Section, hidden: int, *, qkv_bias: bool, eps: float, length:
         rope_theta=section.get("rope_theta", float, 10000.0),
         rope_scaling=_rope_scaling(section),
         max_position_embeddings=section.size("max_position_embeddings", length),
-        qkv_bias=qkv_bias,
+        qkv_bias=bias,
+        o_bias=bias,
     )
 
 
@@ -309,6 +257,12 @@ def config_to_hovle(config: ModelConfig) -> dict[str, Any]:
                 f"'{name}.head_dim' is {stack.head_dim}: the HoVLE layout asks for hidden_size / num_heads "
                 f"({config.hidden_size} / {stack.num_heads})"
             )
+        if stack.o_bias != stack.qkv_bias:
+            raise UserError(
+                f"'{name}.o_bias' is {stack.o_bias}: the HoVLE layout asks for that of 'qkv_bias' ({stack.qkv_bias})"
+            )
+        if stack.rope_scaling is not None and stack.rope_scaling.type == "llama3":
+            raise UserError(f"'{name}.rope_scaling' is llama3: the HoVLE layout has linear and dynamic scaling only")
     text_vocab = config.vocab_size if config.text_vocab_size is None else config.text_vocab_size
     data: dict[str, Any] = {
         "architectures": ["InternVLChatModel"],

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import math
 import os
+import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,7 +23,7 @@ from mmmamba.errors import UserError
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+PICKLE = "pytorch_model.bin"
 
 FLOAT32_PARAMETERS = ("A_log", "dt_bias")  # they set decays close to 1, which bf16 can't tell apart
 
@@ -60,56 +62,160 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: truncated or not a safetensors file ({error})") from error
 
 
-@dataclass(frozen=True, kw_only=True)
-class Weights:
-    """The tensors of a folder, and where each came from.
+class Weights(Mapping[str, Tensor]):
+    """The tensors of weight files: shapes are known at once, data is read when a tensor is asked for.
 
-    Attributes:
-        tensors: name → tensor, on the CPU as stored.
-        path: the weight file, or the index of a sharded one.
-        files: name → the file that holds it.
+    A tensor read is the caller's own memory and finite throughout; nothing else stays in memory, so that a checkpoint
+    of any size can be read tensor by tensor.
+
+    Args:
+        path: the weight file, or the index of a sharded checkpoint: what a complaint about the whole names.
+        files: every file, in the order in which they are searched for duplicates.
+
+    Raises:
+        UserError: for a file that is truncated, no weight file, or has a tensor that another has.
     """
 
-    tensors: dict[str, Tensor]
-    path: Path
-    files: dict[str, Path]
+    def __init__(self, path: Path, files: Iterable[Path]) -> None:
+        self.path = path
+        self.files: dict[str, Path] = {}
+        self._headers: dict[str, tuple[torch.Size, torch.dtype]] = {}
+        self._pickle: tuple[Path, dict[str, Tensor]] | None = None
+        for file in files:
+            for name, header in self._read_header(file).items():
+                if name in self.files:
+                    raise UserError(f"{file}: tensor '{name}' is also in {self.files[name].name}")
+                self.files[name], self._headers[name] = file, header
+
+    def shape(self, name: str) -> torch.Size:
+        return self._headers[name][0]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._headers[name][1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return name in self.files
+
+    def __getitem__(self, name: str) -> Tensor:
+        file = self.files[name]
+        if file.suffix == ".safetensors":
+            with _opened(file) as stored:
+                tensor = stored.get_tensor(name).clone()  # off the mapped file, which is let go here
+        else:
+            tensor = self._unpickled(file)[name].clone()
+        # A sum is finite unless something in it is not, or it overflows: only then every value is looked at.
+        if tensor.is_floating_point() and not math.isfinite(float(tensor.sum(dtype=torch.float32))):
+            wrong = tensor.numel() - int(tensor.isfinite().sum())
+            if wrong:
+                raise UserError(f"{file}: tensor '{name}' has {wrong} values that are not finite (NaN or infinity)")
+        return tensor
+
+    def _read_header(self, file: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        if file.suffix != ".safetensors":
+            return {name: (tensor.shape, tensor.dtype) for name, tensor in self._unpickled(file).items()}
+        with _opened(file) as stored:
+            parts = {name: stored.get_slice(name) for name in stored.keys()}
+            return {name: (torch.Size(part.get_shape()), _DTYPES[part.get_dtype()]) for name, part in parts.items()}
+
+    def _unpickled(self, file: Path) -> dict[str, Tensor]:
+        if self._pickle is None or self._pickle[0] != file:
+            self._pickle = (file, read_pickle(file))
+        return self._pickle[1]
+
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, with errors that name it."""
+    if not path.is_file():
+        raise UserError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
+    try:
+        with safe_open(path, framework="pt") as stored:
+            yield stored
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise UserError(f"{path}: truncated or not a safetensors file ({error})") from error
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file that ``torch.save`` wrote, mapped, not read; a pickle that holds anything else is refused.
+
+    The trainers' habit of one object around the tensors (``module``, ``state_dict``, ``model``) is seen through.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError:  # the format before zip files can't be mapped
+        found = _unmapped(path)
+    except (pickle.UnpicklingError, OSError, EOFError, ValueError) as error:
+        raise _no_tensors(path, error) from error
+    for key in ("module", "state_dict", "model"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        raise UserError(f"{path}: does not hold a table of tensors")
+    return found
+
+
+def _unmapped(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, OSError, EOFError, ValueError, RuntimeError) as error:
+        raise _no_tensors(path, error) from error
+
+
+def _no_tensors(path: Path, error: Exception) -> UserError:
+    if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.EACCES, errno.EIO, errno.EISDIR):
+        return UserError(f"{path}: {error.strerror}")  # any other is what reading a broken file ends in
+    if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower():
+        return UserError(f"{path}: the pickle holds code or objects, not tensors alone: not read, for safety")
+    return UserError(
+        f"{path}: truncated or not a file of tensors ({str(error).splitlines()[0] if str(error) else error!r})"
+    )
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Every weight file of ``folder``, the index of a sharded checkpoint included, sorted by name."""
-    return sorted([*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")])
+    """Every weight file of ``folder``, the indexes of sharded checkpoints included, sorted by name."""
+    return sorted(path for pattern in ("*.safetensors", "*.bin", "*.index.json") for path in folder.glob(pattern))
 
 
 def read_weights(folder: str | Path) -> Weights:
-    """The weights of a folder: ``model.safetensors``, or the shards that ``model.safetensors.index.json`` lists."""
+    """The weights of a folder: one file or the shards that an index lists; safetensors before pickles."""
     folder = Path(folder)
-    single, index = folder / WEIGHTS, folder / INDEX
-    if index.is_file():
-        return _read_shards(folder, index)
-    if not single.is_file():
-        raise UserError(f"{folder}: no weights ({WEIGHTS} or {INDEX})")
-    tensors = read_safetensors(single)
-    return Weights(tensors=tensors, path=single, files=dict.fromkeys(tensors, single))
+    for name in (WEIGHTS, PICKLE):
+        single, index = folder / name, folder / f"{name}.index.json"
+        if index.is_file():
+            return _read_shards(folder, index)
+        if single.is_file():
+            return Weights(single, [single])
+    raise UserError(f"{folder}: no weights ({WEIGHTS}, {PICKLE}, or the index of shards)")
 
 
 def _read_shards(folder: Path, index: Path) -> Weights:
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
         raise UserError(f"{index}: 'weight_map' must map each tensor to its file")
-    tensors: dict[str, Tensor] = {}
-    files: dict[str, Path] = {}
-    for name in sorted(set(table.values())):
-        shard = folder / name
-        if shard.parent != folder or not shard.is_file():
+    shards = sorted(set(table.values()))
+    for name in shards:
+        if (folder / name).parent != folder or not (folder / name).is_file():
             raise UserError(f"{index}: lists the file '{name}', which is not in {folder}")
-        for key, tensor in read_safetensors(shard).items():
-            if key in tensors:
-                raise UserError(f"{shard}: tensor '{key}' is also in {files[key].name}")
-            tensors[key], files[key] = tensor, shard
-    lost = [key for key in table if files.get(key) != folder / table[key]]
+    weights = Weights(index, [folder / name for name in shards])
+    lost = [key for key in table if weights.files.get(key) != folder / table[key]]
     if lost:
         raise UserError(f"{index}: {len(lost)} tensors are not in the file that it names ({_first(lost)})")
-    return Weights(tensors=tensors, path=index, files=files)
+    return weights
 
 
 def check_tensors(
@@ -126,9 +232,9 @@ def check_tensors(
     Raises:
         UserError: one line that names the file and counts the missing, unexpected and mis-shaped tensors.
     """
-    missing = [name for name in expected if name not in found.tensors]
-    extra = [name for name in found.tensors if name not in expected and name not in set(ignore)]
-    wrong = [name for name in expected if name in found.tensors and found.tensors[name].shape != expected[name]]
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected and name not in set(ignore)]
+    wrong = [name for name in expected if name in found and found.shape(name) != expected[name]]
     if not (missing or extra or wrong):
         return
     file = found.files[(wrong or extra)[0]] if wrong or extra else found.path
@@ -138,7 +244,7 @@ def check_tensors(
     if extra:
         parts.append(f"{_count(extra, 'unexpected tensor')} ({_first(extra)})")
     if wrong:
-        shapes = [f"{n} is {tuple(found.tensors[n].shape)}, expected {tuple(expected[n])}" for n in wrong[:3]]
+        shapes = [f"{n} is {tuple(found.shape(n))}, expected {tuple(expected[n])}" for n in wrong[:3]]
         more = ", …" if len(wrong) > 3 else ""
         parts.append(f"{_count(wrong, 'tensor')} of the wrong shape ({'; '.join(shapes)}{more})")
     causes = dict.fromkeys(cause for cause in map(reason, missing + extra) if cause)
@@ -248,7 +354,60 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         alone = storage.data_ptr() not in seen and storage.nbytes() == tensor.numel() * tensor.element_size()
         own[name] = tensor if alone else tensor.clone()
         seen.add(own[name].untyped_storage().data_ptr())
+    path.touch()
+    mode = path.stat().st_mode  # as the user's umask has it: safetensors would let nobody else read the file
     save_file(own, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
+class ShardWriter:
+    """Writes tensors as they come, into one file or, past ``limit`` bytes, into numbered shards with their index.
+
+    How many shards there are is known at the end only, so they get their names then.
+    """
+
+    def __init__(self, folder: Path, name: str, limit: int) -> None:
+        self.folder, self.name, self.limit = folder, name, limit
+        self._pending: dict[str, Tensor] = {}
+        self._bytes = 0
+        self._shards: list[tuple[Path, list[str]]] = []
+        self._total = 0
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: object, *details: object) -> None:
+        if kind is None:
+            self._finish()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._bytes + size > self.limit:
+            self._flush()
+        self._pending[name] = tensor
+        self._bytes += size
+
+    def _flush(self) -> None:
+        path = self.folder / f"{len(self._shards)}.part"
+        write_safetensors(path, self._pending)
+        self._shards.append((path, list(self._pending)))
+        self._total += self._bytes
+        self._pending, self._bytes = {}, 0
+
+    def _finish(self) -> None:
+        self._flush()
+        stem, kind = self.name.rsplit(".", 1)
+        count = len(self._shards)
+        if count == 1:
+            self._shards[0][0].rename(self.folder / self.name)
+            return
+        table: dict[str, str] = {}
+        for i, (path, names) in enumerate(self._shards):
+            shard = f"{stem}-{i + 1:05d}-of-{count:05d}.{kind}"
+            path.rename(self.folder / shard)
+            table |= dict.fromkeys(names, shard)
+        index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(table.items()))}
+        write_json(self.folder / f"{self.name}.index.json", index)
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmmamba.checkpoints import hovle, release, student
+from mmmamba.checkpoints import release, student
+from mmmamba.checkpoints.gguf import GgufWeights, find_gguf, gguf_json
 from mmmamba.checkpoints.io import (
     CONFIG,
     Weights,
@@ -19,6 +23,16 @@ from mmmamba.checkpoints.io import (
     read_json,
     read_weights,
     weight_files,
+)
+from mmmamba.checkpoints.layouts import (
+    RELEASE,
+    SEPARATE,
+    STUDENT,
+    Part,
+    Tensors,
+    parts,
+    recognise,
+    stored_shapes,
 )
 from mmmamba.errors import UserError
 from mmmamba.model.config import ModelConfig
@@ -32,18 +46,21 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.
     """The model in a folder, in eval mode.
 
     Args:
-        path: a folder (HoVLE layout, a published student, or our student folder) or a built-in name.
+        path: a folder in any layout that we read, a GGUF file, or a built-in name. ``config.json`` and weights suffice.
         dtype: of the parameters; A_log and dt_bias stay in float32.
         device: where the model goes.
 
     Raises:
         UserError: naming the folder, the file and the tensor or field that is wrong.
     """
-    folder = resolve(path)
-    config, state = read_state(folder)
+    source = open_source(path)
+    config = source.config
     with torch.device("meta"):  # no memory, no random numbers: every parameter is assigned below
         model = Model(config)
-    own = {name: _own_copy(tensor, cast(name, tensor, dtype).to(device)) for name, tensor in state.items()}
+    own: dict[str, Tensor] = {}
+    for part in parts(config):
+        # Parts may share a tensor's memory with what was read (rows of wqkv): each parameter gets its own.
+        own |= {name: _own_copy(cast(name, tensor, dtype).to(device)) for name, tensor in source.read(part).items()}
     if config.tie_word_embeddings:
         own["head.weight"] = own["text_embeddings.weight"]
     model.load_state_dict(own, assign=True)
@@ -52,13 +69,14 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.
     return model.eval()
 
 
-def _own_copy(read: Tensor, converted: Tensor) -> Tensor:
-    """``converted``, sharing no memory with the tensor that was read (which may be a view of the file)."""
-    return converted.clone() if converted.data_ptr() == read.data_ptr() else converted
+def _own_copy(tensor: Tensor) -> Tensor:
+    """``tensor``, alone in its memory."""
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole and tensor.is_contiguous() else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def resolve(path: str | Path) -> Path:
-    """The folder of a model: a path, or the asset folder of a built-in name.
+    """The folder (or GGUF file) of a model: a path, or the asset folder of a built-in name.
 
     A built-in name wins over a folder of that name: say ``./nano`` for the folder.
     """
@@ -73,8 +91,8 @@ def resolve(path: str | Path) -> Path:
         clear_leftovers(folder.parent, folder.name)  # a writer may have been killed after moving the old one aside
     if not folder.exists():
         raise UserError(f"'{path}' is neither a folder nor a built-in model {_known()}")
-    if not folder.is_dir():
-        raise UserError(f"{path}: is a file; give the folder that holds {CONFIG} and the weights")
+    if not folder.is_dir() and find_gguf(folder) is None:
+        raise UserError(f"{path}: is a file; give the folder that holds {CONFIG} and the weights, or a GGUF file")
     return folder
 
 
@@ -89,9 +107,10 @@ def _known() -> str:
 
 
 def fingerprint(path: str | Path) -> str:
-    """sha256 over the names and bytes of ``config.json`` and all weight files of a model's folder."""
+    """sha256 over the names and bytes of ``config.json`` and all weight files of a model's folder (or a GGUF file)."""
     folder = resolve(path)
-    files = [folder / CONFIG, *weight_files(folder)]
+    gguf = find_gguf(folder)
+    files = [folder / CONFIG, *weight_files(folder)] if gguf is None else [gguf]
     digest = hashlib.sha256()
     for file in sorted(files, key=lambda file: file.name):
         if not file.is_file():
@@ -105,82 +124,90 @@ def fingerprint(path: str | Path) -> str:
 
 def read_config(path: str | Path) -> ModelConfig:
     """The config of the model in a folder, whatever its layout."""
-    return _read_folder(resolve(path))[1]
+    where, data = _described(resolve(path))
+    return recognise(data, where).config(data, where)
 
 
-def read_state(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Config and tensors of a folder, under our names, on the CPU in the dtype they are stored in."""
+def _described(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """(where a model is described, the content of its ``config.json``)."""
+    gguf = find_gguf(folder)
+    return (folder / CONFIG, read_json(folder / CONFIG)) if gguf is None else (gguf, gguf_json(gguf))
+
+
+# ---------------------------------------------------------------------------------------------- part by part
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A model on disk, checked against its config and not yet read.
+
+    Attributes:
+        folder: where it lies.
+        layout: the name of its layout.
+        config: what it is.
+        weights: its own tensors (a delta's teacher not counted).
+        read: our tensors of a part, on the CPU in the dtype they are stored in.
+        teacher: what a student was made from, where that is written down.
+    """
+
+    folder: Path
+    layout: str
+    config: ModelConfig
+    weights: Weights
+    read: Callable[[Part], Tensors]
+    teacher: student.TeacherReference | None = None
+
+
+def open_source(path: str | Path) -> Source:
+    """The model in a folder, ready to be read part by part.
+
+    Raises:
+        UserError: when names or shapes of its tensors are not what its config asks for.
+    """
     folder = resolve(path)
-    layout, config, data = _read_folder(folder)
-    if layout == "student":
-        return config, _student_state(folder, student.folder_from_json(data, folder / CONFIG))
-    weights = read_weights(folder)
-    shapes = expected_state(config, folder / CONFIG)
-    if layout == "hovle":
-        theirs = hovle.to_hovle(shapes, config)
-    else:
-        theirs = release.to_release(shapes, config, fused=release.is_fused(weights.tensors))
-    expected = {name: tensor.shape for name, tensor in theirs.items() if name != hovle.UNUSED}
-    check_tensors(weights, expected, ignore=[hovle.UNUSED], reason=release.reason)
-    convert = hovle.from_hovle if layout == "hovle" else release.from_release
-    return config, convert(weights.tensors, config)
-
-
-def expected_state(config: ModelConfig, where: Path) -> dict[str, Tensor]:
-    """Name → meta tensor of every parameter that ``config`` asks for (a tied head is no parameter of its own)."""
-    try:
-        with torch.device("meta"):
-            state = Model(config).state_dict()
-    except ValueError as refusal:
-        raise UserError(f"{where}: {refusal}") from refusal
-    return stored_state(state, config)
-
-
-def stored_state(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """A state dict without the second name of a tied head."""
-    second = {"head.weight"} if config.tie_word_embeddings else set()
-    return {name: tensor for name, tensor in state.items() if name not in second}
-
-
-def _read_folder(folder: Path) -> tuple[str, ModelConfig, dict[str, Any]]:
-    """(layout, config, the parsed config.json)."""
-    where = folder / CONFIG
-    data = read_json(where)
-    model_type = data.get("model_type")
-    if model_type == student.MODEL_TYPE:
-        return "student", student.folder_from_json(data, where).model, data
-    if model_type == release.MODEL_TYPE:
-        return "release", release.config_from_release(data, where), data
-    if "embedding_config" in data and "llm_config" in data:
-        return "hovle", hovle.config_from_hovle(data, where), data
-    raise UserError(
-        f"{where}: model_type {model_type!r} is not known: this is neither a HoVLE folder ('embedding_config' and "
-        f"'llm_config'), a published student ('{release.MODEL_TYPE}') nor one of ours ('{student.MODEL_TYPE}')"
+    where, data = _described(folder)
+    layout = recognise(data, where)
+    config = layout.config(data, where)
+    weights = read_weights(folder) if where.name == CONFIG else GgufWeights(where)
+    if layout is STUDENT:
+        return _student_source(folder, student.folder_from_json(data, where), weights)
+    written = SEPARATE if layout is RELEASE and not release.is_fused(weights) else layout
+    unused = [name for name in weights if layout.unused(name, config)]
+    check_tensors(weights, stored_shapes(written, config, where), ignore=unused, reason=layout.reason)
+    return Source(
+        folder=folder, layout=layout.name, config=config, weights=weights, read=partial(layout.read, weights, config)
     )
 
 
-def _student_state(folder: Path, config: student.StudentFolder) -> dict[str, Tensor]:
-    """The tensors of a student folder; a delta is completed from its teacher."""
-    weights = read_weights(folder)
-    tensors, files = weights.tensors, weights.files
-    expected = expected_state(config.model, folder / CONFIG)
-    if config.delta:
-        teacher = _teacher_state(folder, config.teacher)
-        rest = {name: tensor for name, tensor in teacher.items() if name in expected and name not in tensors}
-        tensors, files = {**rest, **tensors}, {**dict.fromkeys(rest, folder), **files}
-    shapes = {name: tensor.shape for name, tensor in expected.items()}
-    check_tensors(Weights(tensors=tensors, path=weights.path, files=files), shapes, reason=lambda name: "")
-    if len(weights.tensors) != config.tensors:  # in a delta, a lost tensor would become the teacher's
-        raise UserError(f"{weights.path}: holds {len(weights.tensors)} tensors, {CONFIG} says {config.tensors}")
-    return tensors
+def _student_source(folder: Path, stored: student.StudentFolder, weights: Weights) -> Source:
+    """A folder of ours; a delta is completed from its teacher."""
+    config, where = stored.model, folder / CONFIG
+    expected = stored_shapes(STUDENT, config, where)
+    read: Callable[[Part], Tensors] = partial(student.read_student, weights, config)
+    if stored.delta:
+        assert stored.teacher is not None  # folder_from_json saw to it
+        teacher = _open_teacher(folder, stored.teacher)
+        theirs = stored_shapes(STUDENT, teacher.config, where)
+        rest = frozenset(name for name, shape in expected.items() if name not in weights and theirs.get(name) == shape)
+        expected = {name: shape for name, shape in expected.items() if name not in rest}
+        read = partial(_complete, read, teacher, rest)
+    check_tensors(weights, expected, reason=lambda name: "")
+    if stored.tensors not in (None, len(weights)):  # in a delta, a lost tensor would become the teacher's
+        raise UserError(f"{weights.path}: holds {len(weights)} tensors, {CONFIG} says {stored.tensors}")
+    return Source(folder=folder, layout=STUDENT.name, config=config, weights=weights, read=read, teacher=stored.teacher)
 
 
-def _teacher_state(folder: Path, reference: student.TeacherReference) -> dict[str, Tensor]:
+def _complete(own: Callable[[Part], Tensors], teacher: Source, rest: frozenset[str], part: Part) -> Tensors:
+    """A delta's part with what its teacher has to add."""
+    return own(part) | {name: tensor for name, tensor in teacher.read(part).items() if name in rest}
+
+
+def _open_teacher(folder: Path, reference: student.TeacherReference) -> Source:
     where = folder / CONFIG
     path = Path(reference.name)
     if reference.name not in builtin_names():
         path = path if path.is_absolute() else folder / path
-        if not path.is_dir():
+        if not path.is_dir() and find_gguf(path) is None:
             raise UserError(
                 f"{where}: this student stores only what differs from its teacher '{reference.name}', which is not "
                 f"there {_known()}"
@@ -191,4 +218,4 @@ def _teacher_state(folder: Path, reference: student.TeacherReference) -> dict[st
             f"{where}: the teacher '{reference.name}' has changed or is another one: its fingerprint is {found[:12]}…, "
             f"the student was made from {reference.fingerprint[:12]}…"
         )
-    return read_state(path)[1]
+    return open_source(path)

@@ -6,8 +6,9 @@ the published one: whatever our mixer has switched on beside it is refused by na
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,15 @@ import torch
 from torch import Tensor
 
 from mmmamba.checkpoints.hovle import (
-    Section,
-    attention_from_hovle,
-    common_from_hovle,
     config_from_hovle,
     config_to_hovle,
     layer_prefix,
-    refuse_rest,
-    take_attention,
-    take_common,
+    read_attention,
+    read_common,
+    write_attention,
+    write_common,
 )
+from mmmamba.checkpoints.section import Section
 from mmmamba.errors import UserError
 from mmmamba.model.config import ATTENTION, MAMBA2, MixerConfig, ModelConfig, StackConfig
 
@@ -50,61 +50,64 @@ _NORM = ("norm.weight", {True: "g_norm_swish_gate.weight", False: "g_norm.weight
 # ---------------------------------------------------------------------------------------------- tensors
 
 
-def to_release(state: Mapping[str, Tensor], config: ModelConfig, *, fused: bool = True) -> dict[str, Tensor]:
-    """Our tensors under the published students' names.
+def write_release(
+    ours: dict[str, Tensor], config: ModelConfig, part: int | None, *, fused: bool = True
+) -> dict[str, Tensor]:
+    """Our tensors of a part under the published students' names.
 
     Args:
-        state: our state dict.
-        config: its config.
+        ours: our tensors of the part; what is written is taken out.
+        config: the model's config.
+        part: a global layer, or None for what is outside the layers.
         fused: one ``wvkqgdt`` matrix a layer, as released; else separate projections, as trained.
 
     Raises:
-        UserError: naming the mixer option or the parameter that the layout has no place for.
+        UserError: naming the mixer option that the layout has no place for.
     """
     refuse_options(config)
-    left = dict(state)
-    out = take_common(left, config)
-    for layer, kind in enumerate(config.layer_map):
-        out |= take_attention(left, config, layer) if kind == ATTENTION else _take_mamba2(left, config, layer, fused)
-    refuse_rest(left, "release")
-    return out
+    out = write_common(ours, config, part)
+    if part is None:
+        return out
+    mixer = write_attention if config.layer_map[part] == ATTENTION else partial(_write_mamba2, fused=fused)
+    return out | mixer(ours, config, part)
 
 
-def from_release(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The published students' tensors under our names; ``state`` has every tensor that ``config`` asks for."""
-    out = common_from_hovle(state, config)
-    for layer, kind in enumerate(config.layer_map):
-        out |= attention_from_hovle(state, config, layer) if kind == ATTENTION else _mamba2(state, config, layer)
-    return out
+def read_release(state: Mapping[str, Tensor], config: ModelConfig, part: int | None) -> dict[str, Tensor]:
+    """The published students' tensors of a part under our names; ``state`` has all that ``config`` asks for."""
+    out = read_common(state, config, part)
+    if part is None:
+        return out
+    return out | (read_attention if config.layer_map[part] == ATTENTION else read_mamba2)(state, config, part)
 
 
-def is_fused(state: Mapping[str, Tensor]) -> bool:
-    return any(name.endswith(f"attention.{_FUSED}") for name in state)
+def is_fused(names: Iterable[str]) -> bool:
+    return any(name.endswith(f"attention.{_FUSED}") for name in names)
 
 
-def _take_mamba2(left: dict[str, Tensor], config: ModelConfig, layer: int, fused: bool) -> dict[str, Tensor]:
-    ours, theirs = f"layers.{layer}.mixer.", f"{layer_prefix(config, layer)}attention."
-    out = {f"{theirs}{b}": left.pop(f"{ours}{a}") for a, b in _MIXER.items()}
-    out[f"{theirs}{_CONV[1]}"] = left.pop(f"{ours}{_CONV[0]}").unsqueeze(1)  # (c, k) → (c, 1, k)
-    out[f"{theirs}{_NORM[1][fused]}"] = left.pop(f"{ours}{_NORM[0]}")
+def _write_mamba2(ours: dict[str, Tensor], config: ModelConfig, layer: int, *, fused: bool) -> dict[str, Tensor]:
+    mixer, theirs = f"layers.{layer}.mixer.", f"{layer_prefix(config, layer)}attention."
+    out = {f"{theirs}{b}": ours.pop(f"{mixer}{a}") for a, b in _MIXER.items()}
+    out[f"{theirs}{_CONV[1]}"] = ours.pop(f"{mixer}{_CONV[0]}").unsqueeze(1)  # (c, k) → (c, 1, k)
+    out[f"{theirs}{_NORM[1][fused]}"] = ours.pop(f"{mixer}{_NORM[0]}")
     if fused:
-        out[f"{theirs}{_FUSED}"] = torch.cat([left.pop(f"{ours}{name}") for name in _FUSED_ROWS])
+        out[f"{theirs}{_FUSED}"] = torch.cat([ours.pop(f"{mixer}{name}") for name in _FUSED_ROWS])
     else:
-        out |= {f"{theirs}{b}": left.pop(f"{ours}{a}") for a, b in _SEPARATE.items()}
+        out |= {f"{theirs}{b}": ours.pop(f"{mixer}{a}") for a, b in _SEPARATE.items()}
     return out
 
 
-def _mamba2(state: Mapping[str, Tensor], config: ModelConfig, layer: int) -> dict[str, Tensor]:
-    ours, theirs = f"layers.{layer}.mixer.", f"{layer_prefix(config, layer)}attention."
+def read_mamba2(state: Mapping[str, Tensor], config: ModelConfig, layer: int) -> dict[str, Tensor]:
+    """The Mamba-2 mixer of ``layer`` under our names, from fused or separate projections."""
+    mixer, theirs = f"layers.{layer}.mixer.", f"{layer_prefix(config, layer)}attention."
     fused = f"{theirs}{_FUSED}" in state
-    out = {f"{ours}{a}": state[f"{theirs}{b}"] for a, b in _MIXER.items()}
-    out[f"{ours}{_CONV[0]}"] = state[f"{theirs}{_CONV[1]}"].squeeze(1)
-    out[f"{ours}{_NORM[0]}"] = state[f"{theirs}{_NORM[1][fused]}"]
+    out = {f"{mixer}{a}": state[f"{theirs}{b}"] for a, b in _MIXER.items()}
+    out[f"{mixer}{_CONV[0]}"] = state[f"{theirs}{_CONV[1]}"].squeeze(1)
+    out[f"{mixer}{_NORM[0]}"] = state[f"{theirs}{_NORM[1][fused]}"]
     if fused:
         parts = state[f"{theirs}{_FUSED}"].split(_fused_rows(config.stack_of(layer)))
-        out |= {f"{ours}{name}": part.contiguous() for name, part in zip(_FUSED_ROWS, parts, strict=True)}
+        out |= {f"{mixer}{name}": part.contiguous() for name, part in zip(_FUSED_ROWS, parts, strict=True)}
     else:
-        out |= {f"{ours}{a}": state[f"{theirs}{b}"] for a, b in _SEPARATE.items()}
+        out |= {f"{mixer}{a}": state[f"{theirs}{b}"] for a, b in _SEPARATE.items()}
     return out
 
 

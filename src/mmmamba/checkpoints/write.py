@@ -1,29 +1,52 @@
-"""Models to folders: the HoVLE layout, the published students' layout, and our student folder."""
+"""Models to folders: the HoVLE layout, the published students' layout, and our own; and one layout into another."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from mmmamba.checkpoints import hovle, release, student
-from mmmamba.checkpoints.io import CONFIG, WEIGHTS, cast, write_atomically, write_json, write_safetensors
-from mmmamba.checkpoints.read import ASSETS, builtin_names, fingerprint, read_state, resolve, stored_state
+from mmmamba.checkpoints.gguf import find_gguf, gguf_tokenizer
+from mmmamba.checkpoints.io import CONFIG, WEIGHTS, ShardWriter, cast, write_atomically, write_json
+from mmmamba.checkpoints.layouts import (
+    HOVLE,
+    RELEASE,
+    SEPARATE,
+    STUDENT,
+    Layout,
+    Part,
+    Tensors,
+    by_part,
+    parts,
+    skeleton,
+    write_part,
+)
+from mmmamba.checkpoints.read import ASSETS, builtin_names, fingerprint, open_source, resolve
 from mmmamba.errors import UserError
+from mmmamba.model.config import ModelConfig
 from mmmamba.model.model import Model
 
+SHARD_BYTES = 2 << 30  # a shard is what writing holds in memory
+
 # What a model folder may hold; a folder with anything else in it is not replaced.
-_OURS = ("*config.json", "*.safetensors", "*.safetensors.index.json", "*token*", "vocab*", "merges.txt", "*.md")
-_TOKENIZER = (
+_OURS = (
+    "*config.json", "*.safetensors", "*.safetensors.index.json", "*token*", "vocab*", "merges.txt", "*.md",
+    "chat_template.jinja",
+)  # fmt: skip
+_BESIDE = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
 )
 
 
@@ -33,13 +56,10 @@ class Saves(Protocol):
     def save(self, folder: Path, /) -> object: ...
 
 
-def save_hovle(
-    model: Model, processor: Saves | None, out_dir: str | Path, dtype: torch.dtype = torch.bfloat16
-) -> Path:
+def save_hovle(model: Model, processor: Saves | None, out_dir: str | Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Write an all-attention model in the HoVLE layout, with the processor's files."""
-    config = hovle.config_to_hovle(model.config) | {"torch_dtype": str(dtype).removeprefix("torch.")}
-    tensors = hovle.to_hovle(_stored(model, dtype), model.config)
-    return _write(out_dir, config, tensors, processor)
+    config = hovle.config_to_hovle(model.config) | {"torch_dtype": _name(dtype)}
+    return write_model(out_dir, HOVLE, config, model.config, _parts_of(model, dtype), processor)
 
 
 def save_release(
@@ -51,9 +71,9 @@ def save_release(
     dtype: torch.dtype = torch.bfloat16,
 ) -> Path:
     """Write a student in the layout of the published ones, with the processor's files."""
-    config = release.config_to_release(model.config) | {"torch_dtype": str(dtype).removeprefix("torch.")}
-    tensors = release.to_release(_stored(model, dtype), model.config, fused=fused)
-    return _write(out_dir, config, tensors, processor)
+    config = release.config_to_release(model.config) | {"torch_dtype": _name(dtype)}
+    layout = RELEASE if fused else SEPARATE
+    return write_model(out_dir, layout, config, model.config, _parts_of(model, dtype), processor)
 
 
 def save_student(
@@ -65,64 +85,100 @@ def save_student(
     processor: Saves | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Write a student folder of ours.
+    """Write a student in our own layout.
 
     Args:
         model: the student.
         out_dir: the folder; a model that is there is replaced.
         teacher: the built-in name or folder it was made from; its fingerprint is written down.
         delta: store only what differs from the teacher, which is then needed to read the student.
-        processor: writes the tokenizer's files; without one they are copied from the teacher.
+        processor: writes the files beside config and weights; without one they are copied from the teacher.
         dtype: of the stored tensors (default: the model's own); A_log and dt_bias are stored in float32.
     """
     out_dir, folder = Path(out_dir), resolve(teacher)
     if out_dir.resolve() == folder.resolve():
         raise UserError(f"{out_dir}: is the teacher's folder; write the student to another")
     dtype = dtype or model.dtype
+    read, stored = _parts_of(model, dtype), None
     if delta:
-        state = stored_state(model.state_dict(), model.config)
-        tensors = student.pick_delta(state, read_state(folder)[1], dtype)
-    else:
-        tensors = _stored(model, dtype)
+        source = open_source(folder)
+        read = _delta_of(read, source.read)
+        stored = [name for part in parts(model.config) for name in read(part)]
+    count = len(stored) if stored is not None else sum(map(len, skeleton(model.config, out_dir).values()))
     builtin = folder.resolve().parent == ASSETS.resolve() and folder.name in builtin_names()
     reference = student.TeacherReference(
         name=folder.name if builtin else student.reference_path(folder, out_dir), fingerprint=fingerprint(folder)
     )
-    config = student.StudentFolder(model=model.config, teacher=reference, delta=delta, tensors=len(tensors))
-    return _write(out_dir, student.folder_to_json(config), tensors, processor or _Copied(folder))
+    config = student.StudentFolder(
+        model=model.config, teacher=reference, delta=delta, tensors=count, dtype=_name(dtype)
+    )
+    data = student.folder_to_json(config)
+    return write_model(out_dir, STUDENT, data, model.config, read, processor or CopiedFiles(folder))
 
 
-class _Copied:
-    """The tokenizer's files of another folder."""
-
-    def __init__(self, source: Path) -> None:
-        self.source = source
-
-    def save(self, folder: Path, /) -> None:
-        for name in _TOKENIZER:
-            if (self.source / name).is_file():
-                shutil.copyfile(self.source / name, folder / name)
-
-
-def _stored(model: Model, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The model's tensors on the CPU, as they are stored."""
-    state = stored_state(model.state_dict(), model.config)
-    return {name: cast(name, tensor.detach().cpu(), dtype) for name, tensor in state.items()}
-
-
-def _write(
-    out_dir: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], processor: Saves | None
+def write_model(
+    out_dir: str | Path,
+    layout: Layout,
+    data: Mapping[str, Any],
+    config: ModelConfig,
+    read: Callable[[Part], Tensors],
+    processor: Saves | None,
 ) -> Path:
+    """Write a model part by part; the folder appears when it is whole.
+
+    Args:
+        out_dir: the folder; a model that is there is replaced, a folder with anything else in it refused.
+        layout: how to write it down.
+        data: the content of ``config.json``.
+        config: what the model is.
+        read: our tensors of a part, as they are to be stored.
+        processor: writes the files beside the weights.
+    """
     out_dir = Path(out_dir)
     _refuse_foreign(out_dir)
 
     def fill(folder: Path) -> None:
         if processor is not None:
             processor.save(folder)
-        write_json(folder / CONFIG, config)
-        write_safetensors(folder / WEIGHTS, tensors)
+        write_json(folder / CONFIG, data)
+        with ShardWriter(folder, WEIGHTS, SHARD_BYTES) as shards:
+            for part in parts(config):
+                for name, tensor in write_part(layout, read(part), config, part).items():
+                    shards.add(name, tensor)
 
     return write_atomically(out_dir, fill, folder=True)
+
+
+class CopiedFiles:
+    """The files that lie beside config and weights in another folder (or in a GGUF file)."""
+
+    def __init__(self, source: Path) -> None:
+        self.source = source
+
+    def save(self, folder: Path, /) -> None:
+        gguf = find_gguf(self.source)
+        if gguf is not None:
+            definition, config = gguf_tokenizer(gguf)
+            (folder / "tokenizer.json").write_text(definition, encoding="utf-8")
+            write_json(folder / "tokenizer_config.json", config)
+        for name in _BESIDE:
+            if (self.source / name).is_file():
+                shutil.copyfile(self.source / name, folder / name)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _parts_of(model: Model, dtype: torch.dtype) -> Callable[[Part], Tensors]:
+    """The model's tensors of a part on the CPU, as they are stored."""
+    found = by_part(model.state_dict(), model.config)
+    return lambda part: {name: cast(name, tensor.detach().cpu(), dtype) for name, tensor in found[part].items()}
+
+
+def _delta_of(read: Callable[[Part], Tensors], teacher: Callable[[Part], Tensors]) -> Callable[[Part], Tensors]:
+    """Of each part only what the teacher lacks or has with other bits."""
+    return lambda part: student.pick_delta(read(part), teacher(part))
 
 
 def _refuse_foreign(out_dir: Path) -> None:

@@ -1,0 +1,156 @@
+"""A tiny GGUF file, written here, against what transformers reads from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mmmamba.checkpoints.gguf import GgufWeights, find_gguf, gguf_config, gguf_json, gguf_tokenizer
+from mmmamba.checkpoints.llama import read_llama
+from mmmamba.data.processor import Processor
+from mmmamba.data.samples import Turn
+from mmmamba.data.tokenizer import Tokenizer
+from mmmamba.errors import UserError
+from mmmamba.model import Model
+
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+WORDS = [*SPECIALS, *sorted(ByteLevel.alphabet()), "he", "Ġt"]
+HEADS, GROUPS, SIZE, WIDE, LAYERS = 4, 2, 32, 48, 2
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write_gguf(path: Path, *, kind: str = "llama", tied: bool = True, more: dict[str, Any] | None = None) -> Path:
+    """A random model with a byte-level tokenizer; ``more`` adds or replaces fields (text, int) and tensors (arrays)."""
+    more = dict(more or {})
+    writer = gguf.GGUFWriter(path, kind)
+    writer.add_name("tiny")
+    writer.add_context_length(128)
+    writer.add_embedding_length(SIZE)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(WIDE)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(GROUPS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(1e5)
+    writer.add_vocab_size(len(WORDS))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(WORDS)
+    writer.add_token_types([3] * len(SPECIALS) + [1] * (len(WORDS) - len(SPECIALS)))
+    writer.add_token_merges(["h e", "Ġ t"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template(TEMPLATE)
+    random = np.random.default_rng(0)
+    shapes = {"token_embd": (len(WORDS), SIZE), "output_norm": (SIZE,)}
+    if not tied:
+        shapes["output"] = (len(WORDS), SIZE)
+    for i in range(LAYERS):
+        shapes |= {
+            f"blk.{i}.attn_q": (SIZE, SIZE), f"blk.{i}.attn_k": (SIZE // 2, SIZE), f"blk.{i}.attn_v": (SIZE // 2, SIZE),
+            f"blk.{i}.attn_output": (SIZE, SIZE), f"blk.{i}.ffn_gate": (WIDE, SIZE), f"blk.{i}.ffn_up": (WIDE, SIZE),
+            f"blk.{i}.ffn_down": (SIZE, WIDE), f"blk.{i}.attn_norm": (SIZE,), f"blk.{i}.ffn_norm": (SIZE,),
+        }  # fmt: skip
+    for name, shape in shapes.items():
+        drawn = random.normal(size=shape).astype(np.float32)
+        writer.add_tensor(f"{name}.weight", more.pop(f"{name}.weight", drawn))
+    if kind == "qwen2":
+        for i in range(LAYERS):
+            for name, size in (("q", SIZE), ("k", SIZE // 2), ("v", SIZE // 2)):
+                writer.add_tensor(f"blk.{i}.attn_{name}.bias", random.normal(size=size).astype(np.float32))
+    for name, value in more.items():
+        if isinstance(value, np.ndarray):
+            writer.add_tensor(name, value)
+        elif isinstance(value, str):
+            writer.add_string(name, value)
+        else:
+            writer.add_uint32(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def build(file: Path) -> Model:
+    config, weights = gguf_config(file), GgufWeights(file)
+    state: dict[str, torch.Tensor] = {}
+    for part in (None, *range(config.num_layers)):
+        state |= read_llama(weights, config, part)
+    if config.tie_word_embeddings:
+        state["head.weight"] = state["text_embeddings.weight"]
+    model = Model(config)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind, tied", [("llama", True), ("qwen2", False)])
+def test_logits_and_prompts_are_those_of_transformers(kind, tied, tmp_path):
+    file = write_gguf(tmp_path / "tiny.gguf", kind=kind, tied=tied)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
+    ours = build(find_gguf(tmp_path))
+    stack = ours.config.decoder
+    assert (stack.qkv_bias, stack.o_bias, ours.config.tie_word_embeddings) == (kind == "qwen2", False, tied)
+    assert (stack.rope_theta, stack.max_position_embeddings, ours.config.eos_token_id) == (1e5, 128, 2)
+    processor = Processor(Tokenizer.from_folder(tmp_path), ours.config)
+    prompt = processor.prompt([Turn("human", "the 12 hens")]).input_ids.tolist()
+    messages = [{"role": "user", "content": "the 12 hens"}]
+    assert prompt == tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert processor.stop_token_ids == (2, 1)
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        assert torch.allclose(ours(ids).logits, theirs(ids).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind, more, reason", [
+    ("gemma", {}, "'general.architecture' is 'gemma': only llama"),
+    ("llama", {"llama.rope.scaling.type": "yarn"}, "'llama.rope.scaling.type' is 'yarn'"),
+    ("llama", {"llama.expert_count": 8}, "'llama.expert_count' is 8"),
+    ("llama", {"llama.attention.sliding_window": 64}, "'llama.attention.sliding_window' is 64"),
+    ("llama", {"llama.rope.dimension_count": 4, "llama.attention.key_length": 8}, "'llama.rope.dimension_count' is no"),
+    ("qwen2", {"qwen2.attention.key_length": 4}, "'qwen2.attention.key_length' is 4, but a head has 8"),
+    ("llama", {"rope_freqs.weight": np.ones(4, np.float32)}, "'rope_freqs.weight' scales RoPE"),
+    ("llama", {"blk.0.attn_q.bias": np.ones(SIZE, np.float32)}, "'blk.0.attn_q.bias' is not read from GGUF"),
+])  # fmt: skip
+def test_what_transformers_would_leave_out_is_refused(kind, more, reason, tmp_path):
+    file = write_gguf(tmp_path / "tiny.gguf", kind=kind, more=more)
+    with pytest.raises(UserError, match=reason):
+        gguf_json(file)
+
+
+def test_broken_and_ambiguous_files(tmp_path):
+    file = write_gguf(tmp_path / "a.gguf")
+    (tmp_path / "b.gguf").write_bytes(file.read_bytes()[:5000])
+    assert find_gguf(tmp_path / "b.gguf") == tmp_path / "b.gguf" and find_gguf(tmp_path / "none") is None
+    for read in (gguf_config, gguf_tokenizer):
+        with pytest.raises(UserError, match=r"b\.gguf: not a usable GGUF file"):
+            read(tmp_path / "b.gguf")
+        with pytest.raises(UserError, match=r"c\.gguf: no such file"):
+            read(tmp_path / "c.gguf")
+    with pytest.raises(UserError, match=r"holds 2 GGUF files \(a\.gguf, b\.gguf\); give the path of one"):
+        find_gguf(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert find_gguf(tmp_path) is None
+
+
+def test_values_that_are_not_finite(tmp_path):
+    file = write_gguf(tmp_path / "tiny.gguf", more={"output_norm.weight": np.full(SIZE, np.nan, np.float32)})
+    with pytest.raises(UserError, match=r"tiny\.gguf: tensor 'model.norm.weight' has values that are not finite"):
+        build(file)
+
+
+def test_a_file_that_changes_is_read_anew(tmp_path):
+    file = write_gguf(tmp_path / "tiny.gguf")
+    assert gguf_config(file).tie_word_embeddings
+    assert not gguf_config(write_gguf(file, tied=False)).tie_word_embeddings
