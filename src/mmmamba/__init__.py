@@ -4,8 +4,8 @@ The Python API mirrors the command line::
 
     import mmmamba
 
-    model = mmmamba.load("pico-linear")
-    processor = mmmamba.load_processor("pico-linear")
+    model = mmmamba.load("nano-linear")
+    processor = mmmamba.load_processor("nano-linear")
 
 Names are imported when they are first used, so that ``import mmmamba`` and ``mmmamba --help`` stay fast.
 """
@@ -17,7 +17,7 @@ from operator import attrgetter
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from mmmamba import distill
+from mmmamba import distill, hf
 from mmmamba.errors import UserError
 
 if TYPE_CHECKING:
@@ -86,3 +86,5 @@ class _CallablePackage(ModuleType):
 
 
 distill.__class__ = _CallablePackage
+
+hf.register()  # with transformers' Auto classes, once they are imported

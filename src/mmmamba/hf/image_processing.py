@@ -1,0 +1,123 @@
+"""Pictures as tiles, as a transformers image processor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.image_transforms import to_pil_image
+from transformers.image_utils import load_image as fetch_image
+
+from mmmamba.data.images import load_image, to_rgb
+from mmmamba.data.patches import patch_rows
+from mmmamba.data.tiling import IMAGENET_MEAN, IMAGENET_STD, normalise, tile
+from mmmamba.errors import UserError
+
+
+class MMMambaImageProcessor(BaseImageProcessor):
+    """Cuts each picture into the grid of tiles that is nearest to its shape, and normalises them.
+
+    Args:
+        image_size: side of a tile, in pixels; None in a model that reads text only.
+        dynamic_image_size: whether a picture may become several tiles.
+        use_thumbnail: whether the whole picture follows several tiles.
+        min_dynamic_patch, max_dynamic_patch: fewest and most tiles, the thumbnail not counted.
+        max_side: longer side, in pixels, of a picture that is read as rows of patches of ``image_size`` instead; None
+            for tiles.
+        image_mean, image_std: what pixels are normalised with: always ImageNet's.
+    """
+
+    model_input_names = ["pixel_values"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        image_size: int | None = 448,
+        dynamic_image_size: bool = True,
+        use_thumbnail: bool = True,
+        min_dynamic_patch: int = 1,
+        max_dynamic_patch: int = 12,
+        max_side: int | None = None,
+        image_mean: Sequence[float] = IMAGENET_MEAN,
+        image_std: Sequence[float] = IMAGENET_STD,
+        **kwargs: Any,
+    ) -> None:
+        kwargs.pop("image_processor_type", None)
+        super().__init__(**kwargs)
+        self.image_size = image_size
+        self.dynamic_image_size = dynamic_image_size
+        self.use_thumbnail = use_thumbnail
+        self.min_dynamic_patch = min_dynamic_patch
+        self.max_dynamic_patch = max_dynamic_patch
+        self.max_side = max_side
+        self.image_mean, self.image_std = list(image_mean), list(image_std)
+        if (tuple(image_mean), tuple(image_std)) != (IMAGENET_MEAN, IMAGENET_STD):
+            raise UserError(f"image_mean and image_std must be {IMAGENET_MEAN} and {IMAGENET_STD}")
+
+    def tiles(self, image: Any, max_tiles: int | None = None) -> np.ndarray:
+        """One picture (Pillow's, an array, a path, a URL or base64 text) as uint8 (t, H, W, 3).
+
+        With ``max_side`` it is (rows, columns, H, W, 3).
+        """
+        if self.image_size is None:
+            raise UserError("this model reads text only, it cannot be shown pictures")
+        if self.max_side is not None:
+            if max_tiles is not None:
+                raise UserError("max_tiles: this model reads a picture as rows of patches, not as tiles")
+            return patch_rows(open_image(image), self.image_size, self.max_side)
+        most = self.max_dynamic_patch if max_tiles is None else max_tiles
+        if most < 1:
+            raise UserError(f"max_tiles must be at least 1, got {most}")
+        least = self.min_dynamic_patch
+        if not self.dynamic_image_size:
+            least = most = 1
+        return tile(open_image(image), self.image_size, most, min(least, most), self.use_thumbnail)
+
+    def preprocess(
+        self, images: Any, return_tensors: str | None = None, max_tiles: int | None = None, **kwargs: Any
+    ) -> BatchFeature:
+        """Pictures → ``pixel_values`` (tiles, 3, H, W), float32, and ``num_tiles`` of each picture.
+
+        Args:
+            images: one picture or a list of them.
+            return_tensors: ``pt``, ``np`` or None for numpy arrays.
+            max_tiles: most tiles a picture may take, thumbnail not counted (default: the processor's own setting).
+        """
+        refuse_unknown("the image processor", kwargs)
+        cut = [in_order(self.tiles(image, max_tiles)) for image in flat(images)]
+        data = {"pixel_values": normalise(np.concatenate(cut)), "num_tiles": np.array([len(t) for t in cut])}
+        return BatchFeature(data, tensor_type=return_tensors)
+
+
+def in_order(tiles: np.ndarray) -> np.ndarray:
+    """The tiles (t, H, W, 3) of a picture in the order of their tokens."""
+    return tiles.reshape(-1, *tiles.shape[-3:])
+
+
+def open_image(image: Any) -> Image.Image:
+    """An RGB picture. A file is checked for its size before it is decoded."""
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    if isinstance(image, (np.ndarray, torch.Tensor)):
+        return to_rgb(to_pil_image(image))
+    text = str(image)
+    if text.startswith(("http://", "https://", "data:image/")):
+        return to_rgb(fetch_image(text))
+    return load_image(text, "images")
+
+
+def flat(images: Any) -> list[Any]:
+    """The pictures in nested lists of them, in order; one picture is a list of one."""
+    if isinstance(images, (list, tuple)):
+        return [found for image in images for found in flat(image)]
+    return [] if images is None else [images]
+
+
+def refuse_unknown(what: str, kwargs: dict[str, Any]) -> None:
+    """Nothing that a caller asks for is dropped silently; None and False ask for nothing."""
+    for name, value in kwargs.items():
+        if value is not None and value is not False:
+            raise UserError(f"{what} has no option '{name}'")
