@@ -50,13 +50,23 @@ VERBS: Mapping[str, Verb | Mapping[str, Verb]] = {
     "eval": Verb(
         function="mmmamba.evaluation.evaluate:evaluate",
         summary="measure what a model can do, alone or against another",
-        example="mmmamba eval pico-linear --against pico-teacher",
+        example="mmmamba eval nano-linear --against nano-teacher",
     ),
     "chat": Verb(
         function="mmmamba.inference.chat:chat",
         summary="ask a model about pictures",
-        example='mmmamba chat pico-linear --image photo.png "What is in the picture?"',
+        example='mmmamba chat nano-linear --image photo.png "What is in the picture?"',
         go_on="run the same command for a new conversation",
+    ),
+    "inspect": Verb(
+        function="mmmamba.inspection:inspect",
+        summary="say what a model is made of and what it costs, without loading it",
+        example="mmmamba inspect pico-hybrid",
+    ),
+    "convert": Verb(
+        function="mmmamba.convert:convert",
+        summary="write a model down in another layout, for transformers, or as the published ones",
+        example="mmmamba convert nano-linear nano-linear-whole",
     ),
     "data": {
         "build": Verb(
