@@ -38,7 +38,7 @@ from mmmamba.distill.recipe import (
 )
 from mmmamba.evaluation.suite import NANO_ABILITIES
 from mmmamba.model import MixerConfig, ModelConfig, StackConfig
-from small_run import conversation, make_data, write_jsonl
+from small_run import conversation, make_data, stage_file, write_jsonl
 
 GUIDE, PLAN = ROOT / "docs" / "train_eval.md", ROOT / "docs" / "architecture.md"
 COMMANDS = commands("mmmamba")
@@ -93,6 +93,10 @@ def furnished(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) ->
     write_jsonl(room / "pope.jsonl", [record])
     (room / "mydata").mkdir()
     shutil.copy(room / "picture.png", room / "mydata" / "test-0-red.png")
+    shutil.copytree(teacher_folder, room / "HoVLE")
+    published = mmmamba.seed(teacher)
+    for stage in (2, 3):
+        stage_file(published, room / f"stage{stage}.pt", stage)
     for part in ("train", "test"):
         write_jsonl(room / "mydata" / f"{part}.jsonl", [{**record, "image": "test-0-red.png"}] * 2)
     return place
@@ -137,6 +141,10 @@ def test_command_runs(command: Command, room: Path) -> None:
     elif argv[0] == "chat":
         changes["max_new_tokens"] = 2
         result = room
+    elif argv[0] == "inspect":
+        result = room
+    elif argv[0] == "convert":
+        result = given["dst"] / "config.json"
     elif argv[:2] == ["data", "convert"]:
         given["out"].unlink(missing_ok=True)
         result = given["out"]

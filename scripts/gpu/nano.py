@@ -84,8 +84,8 @@ def teach(arguments: argparse.Namespace) -> None:
     build()
     print(f"data: {time.monotonic() - began:.0f} s", flush=True)
     # The encoded caches are made once, before anything is timed.
-    finish(cache=mmmamba("cache", "teach", "nano-teacher", "--out", "runs/cache", "--set", "train.steps=1", "--set",
-                         "train.compile=false"))  # fmt: skip
+    finish(cache=mmmamba("cache", "teach", "nano-teacher", "--out", "runs/cache", "--resume", "--set",
+                         "train.steps=1"))  # fmt: skip
     print(f"cache: {time.monotonic() - began:.0f} s", flush=True)
     extra = overrides(arguments)
     running = {name: mmmamba(name, "teach", name, "--resume", *extra) for name in arguments.recipes}

@@ -40,7 +40,7 @@ def convert_dataset(
     For example:
 
         mmmamba data convert pope coco/coco_pope_random.json --image-root val2014 --out pope.jsonl
-        mmmamba eval pico-linear --data pope.jsonl --metric yes_no
+        mmmamba eval nano-linear --data pope.jsonl --metric yes_no
 
     Nothing is downloaded, and pictures are not copied: the JSONL names them where they are. Every picture must be
     there. The last line printed is the command that scores the result by the benchmark's own rule.

@@ -51,19 +51,19 @@ def evaluate(
     losses that answers show. With --against, the same questions go to a teacher, and the report says how much of it
     the model keeps (retention) and how often both say the same (agreement). For example:
 
-        mmmamba eval pico-linear --against pico-teacher
+        mmmamba eval nano-linear --against nano-teacher
 
     Without --data the built-in nano suite is asked: shapes and colours (easy), reading, counting, relations, absent
     things, facts in text, and recall from far back in the context (1x, 4x and 16x the training length). With --data
     your own questions are asked:
 
-        mmmamba eval pico-linear --data questions.jsonl --metric yes_no
+        mmmamba eval nano-linear --data questions.jsonl --metric yes_no
 
     The results go to a folder: results.json, results.md, a plot (abilities.png, abilities.svg), and what each model
     said to each question (predictions-MODEL.jsonl).
 
     Args:
-        model: A checkpoint folder, or the name of a built-in model such as nano-teacher, pico-linear or pico-hybrid.
+        model: A checkpoint folder, or the name of a built-in model such as nano-linear, nano-hybrid or nano-teacher.
         suite: The built-in questions to ask.
         against: The teacher to compare with: a checkpoint folder or the name of a built-in model.
         data: Your own questions instead: a JSONL file with id, image and conversations. The right answer is the last
