@@ -96,6 +96,7 @@ def compare(file: Path, prompts: tuple[tuple[str, ...], ...] = PROMPTS) -> list[
 
     ours, processor = mmmamba.load(file), mmmamba.load_processor(file)
     theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    theirs.generation_config.eos_token_id = None  # all tokens are compared, those behind the answer's end too
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     turns = [[Turn("gpt" if i % 2 else "human", text) for i, text in enumerate(texts)] for texts in prompts]
     encoded = [processor.prompt(conversation) for conversation in turns]
@@ -109,8 +110,8 @@ def compare(file: Path, prompts: tuple[tuple[str, ...], ...] = PROMPTS) -> list[
             whole = theirs.generate(
                 ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS
             )
-        stops = processor.stop_token_ids
-        greedy = [token for token in whole[0, ids.shape[1] :].tolist() if token not in stops]
+        greedy = whole[0, ids.shape[1] :].tolist()
+        until = next((i for i, token in enumerate(greedy) if token in processor.stop_token_ids), len(greedy))
         outcomes.append(
             Outcome(
                 question=texts[-1],
@@ -119,10 +120,23 @@ def compare(file: Path, prompts: tuple[tuple[str, ...], ...] = PROMPTS) -> list[
                 difference=difference,
                 largest=largest,
                 generated=len(greedy),
-                same_greedy=list(answer.token_ids) == greedy,
+                same_greedy=list(answer.token_ids) == greedy[:until] and _greedy(ours, ids) == greedy,
             )
         )
     return outcomes
+
+
+@torch.no_grad()
+def _greedy(model: mmmamba.Model, ids: torch.Tensor) -> list[int]:
+    """The most likely tokens behind ``ids``, whatever may end an answer among them."""
+    tokens: list[int] = []
+    state = None
+    while len(tokens) < NEW_TOKENS:
+        out = model(ids, state=state, logits="last", return_state=True)
+        assert out.logits is not None
+        ids, state = out.logits.argmax(-1)[None], out.state
+        tokens.append(int(ids))
+    return tokens
 
 
 @torch.no_grad()
