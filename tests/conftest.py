@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+if not torch.cuda.is_available():  # Triton reads it once, when the first module that uses it is imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from mmmamba.model import MixerConfig, Model, initialise
 from tiny import SPECIALS, WORDS, make_config

@@ -48,6 +48,7 @@ class Layout:
         self.total = sum(lengths)
         self.longest = max(lengths, default=0)
         self._chunks: dict[int, ChunkTable] = {}
+        self._cuts: dict[int, Tensor] = {}
 
     @property
     def sequences(self) -> int:
@@ -99,6 +100,19 @@ class Layout:
         if size not in self._chunks:
             self._chunks[size] = self._cut(size)
         return self._chunks[size]
+
+    def cuts(self, size: int) -> Tensor:
+        """(c, 4) int32, the chunks of ``size`` tokens, sequence by sequence; an empty sequence has one, without tokens.
+
+        Of each: its sequence, and that sequence's first chunk, first token and length.
+        """
+        if size not in self._cuts:
+            lengths = torch.tensor(self.lengths, dtype=torch.int32)
+            chunks = ((lengths + size - 1) // size).clamp(min=1)
+            ends, starts = chunks.cumsum(0), lengths.cumsum(0) - lengths
+            table = torch.stack([torch.arange(self.sequences), ends - chunks, starts, lengths], dim=1)
+            self._cuts[size] = table.repeat_interleave(chunks, 0).int().to(self.device, non_blocking=True)
+        return self._cuts[size]
 
     def _cut(self, size: int) -> ChunkTable:
         lengths = torch.tensor(self.lengths, dtype=torch.long)

@@ -1,0 +1,77 @@
+"""The operators as Triton kernels: one file an operator, each with the contract of its PyTorch twin in ``mmmamba.ops``.
+
+Nothing here imports Triton: the kernels' modules do, and are imported when a kernel is first wanted, so that a machine
+without Triton (or without a GPU) loses the kernels and nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SIZES = {"head_dim": (32, 64, 128), "state_dim": (32, 64, 128), "conv_kernel": (2, 3, 4)}
+CAPABILITY = (8, 0)  # the first with bfloat16 in the matrix units
+
+
+@functools.cache
+def available() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on the CPU (``TRITON_INTERPRET=1`` before Triton's import)."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def why_not(*tensors: Tensor | None, **sizes: int) -> str | None:
+    """What keeps the kernels from serving these tensors, in a few words; None where they can.
+
+    Args:
+        tensors: all tensors of the call (None for those left out).
+        sizes: what the kernels are built for only some values of: ``head_dim``, ``state_dim``, ``conv_kernel``.
+
+    With the interpreter on, CPU tensors are served (slowly: it is for tests). A dispatch asks for the device first.
+    """
+    if not available():
+        return "Triton is not installed"
+    given = [tensor for tensor in tensors if tensor is not None]
+    devices = sorted({str(tensor.device) for tensor in given})
+    if len(devices) > 1:
+        return f"the tensors lie on several devices ({', '.join(devices)})"
+    for tensor in given:
+        if tensor.is_floating_point() and tensor.dtype not in DTYPES:
+            return f"the kernels have no {str(tensor.dtype).removeprefix('torch.')}"
+    for name, size in sizes.items():
+        if size not in SIZES[name]:
+            return f"the kernels are built for {name} {', '.join(map(str, SIZES[name]))}, not {size}"
+    device = given[0].device
+    if device.type != "cuda":
+        return None if device.type == "cpu" and interpreted() else f"the kernels need a GPU, not {device.type}"
+    if torch.version.hip is None and _capability(device) < CAPABILITY:
+        major, minor = _capability(device)
+        return f"the kernels need a GPU of compute capability 8.0, not {major}.{minor}"
+    return None
+
+
+@functools.cache
+def fallback(reason: str) -> None:
+    """Warn that PyTorch's own operators serve where a kernel can't: once for each reason (see :func:`why_not`)."""
+    warnings.warn(f"slower PyTorch operators are used: {reason}", RuntimeWarning, stacklevel=3)
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """The context to launch a kernel in: Triton launches on the current GPU, which may not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -1,0 +1,545 @@
+"""The state space recurrence (SSD) in Triton, forward and backward; the contract is :func:`mmmamba.ops.ssd.ssd`'s.
+
+Tokens of all rows lie behind one another; each sequence is cut into chunks of q tokens, and no chunk straddles two
+sequences (an empty sequence has one chunk without tokens). The chunks, in order, are dealt to segments, one a program
+and head. A program walks through its segment with the state in registers: in the forward pass no chunk's state goes to
+memory. With t tokens, c chunks, s segments (fixed by the number of heads), e bytes an element of x, B, C and y, and f
+of a stored state (2 for bfloat16 inputs, else 4), each tensor counted once (re-reads by other heads and tiles of the
+state hit the L2)::
+
+    forward                                                            bytes
+    1 states   what each segment adds to the state, how it decays      t g (p+n) e + 4 t h + 4 s h p n
+    2 output   the state entering each segment, then y chunk by chunk  t (g+h) (p+n) e + 4 t h + 4 s h p n
+    backward
+    1 states   as above, and for the states' gradients from the end    t (g+h) (p+n) e + 8 t h + 8 s h p n
+    2 chunks   state entering, gradient leaving, of every chunk        as 1, and 2 c h p n f
+    3 grads    all gradients of a chunk, a group's heads summed        2 c h p n f + t (2 g (p+n) + h (p+2n)) e + 8 t h
+
+Launch 1 does nothing for a segment behind which a sequence starts. The sum of dA over chunks is one more, tiny,
+reduction. Nothing is added atomically: two runs give the same bits.
+
+In a chunk with inclusive log decays a_i (float32, a_q at its end), entering state S and leaving gradient D::
+
+    y_i = sum_{j<=i} exp(a_i - a_j) dt_j (C_i.B_j) x_j + exp(a_i) S C_i
+    S'  = exp(a_q) S + sum_j exp(a_q - a_j) dt_j x_j B_j^T          D' = exp(a_q) D + sum_i exp(a_i) dy_i C_i^T
+
+Only differences that are at most 0 are ever exponentiated. The gradient of a step's log decay sums over just the pairs
+(earlier token, later token) that the step lies between: nothing cancels, however strong the decay.
+
+bfloat16 products use the tensor cores with float32 sums. float16 inputs are multiplied in TF32, which holds them
+exactly and does not overflow for large states; float32 ones in three TF32 products.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmmamba.ops.ssd import _check, _layout
+from mmmamba.ops.triton import interpreted, on_device, why_not
+
+
+class Tiles(NamedTuple):
+    """What a launch is cut into: tile of the state (p, n), warps of a program, stages of the loads' pipeline."""
+
+    p: int
+    n: int
+    warps: int
+    stages: int
+
+
+class Tuning(NamedTuple):
+    """Tokens a chunk, programs of the output launch that fill the machine, and the tiles of each launch."""
+
+    chunk: int
+    programs: int
+    states: Tiles
+    output: Tiles
+    gradients: Tiles
+
+
+# By the larger of p and n, for 2-byte and for 4-byte products; a tile is never larger than p and n.
+TUNED = {
+    (32, 2): Tuning(64, 528, Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 1)),
+    (64, 2): Tuning(64, 264, Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 1)),
+    (128, 2): Tuning(64, 264, Tiles(64, 64, 4, 3), Tiles(64, 128, 4, 2), Tiles(128, 128, 8, 1)),
+    (32, 4): Tuning(32, 528, Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
+    (64, 4): Tuning(32, 264, Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1)),
+    (128, 4): Tuning(16, 264, Tiles(64, 64, 4, 1), Tiles(64, 128, 8, 1), Tiles(128, 128, 8, 1)),
+}
+
+
+@triton.jit
+def _locate(table, chunk, length, CHUNK: tl.constexpr):
+    """Of a chunk's sequence: its row, its first and its last chunk, its first token, and the token behind it."""
+    if table is None:
+        row = chunk // tl.maximum(tl.cdiv(length, CHUNK), 1)
+        first = row * tl.maximum(tl.cdiv(length, CHUNK), 1)
+        start = row.to(tl.int64) * length
+        tokens = length
+    else:
+        row = tl.load(table + chunk * 4)
+        first = tl.load(table + chunk * 4 + 1)
+        start = tl.load(table + chunk * 4 + 2).to(tl.int64)
+        tokens = tl.load(table + chunk * 4 + 3)
+    return row, first, first + tl.maximum(tl.cdiv(tokens, CHUNK), 1) - 1, start, start + tokens
+
+
+@triton.jit
+def _log_decays(steps, CHUNK: tl.constexpr):
+    """Inclusive sums (q,) of the log decays of a chunk's steps, and their last one."""
+    decays = tl.cumsum(steps, 0)
+    return decays, tl.sum(tl.where(tl.arange(0, CHUNK) == CHUNK - 1, decays, 0.0), 0)
+
+
+@triton.jit
+def _run(
+    state, total, left, left_token, right, right_token, query, query_token, y, y_token, dt, dt_token, rate,
+    kept, kept_chunk, chunk, count, first, start, stop, tile, at_p, at_n,
+    CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """``count`` chunks of one sequence from ``chunk`` on: the state behind them, and ``total`` plus their log decay.
+
+    A tile (p, n) of state' = decay · state + (weight · left)^T right, forward (x, B) or from the end (dy, C). What it
+    was before each chunk goes to ``kept``, the output of the recurrence to ``y``, each unless None.
+    """
+    inside = tl.arange(0, CHUNK)
+    rows = inside[:, None]
+    for k in range(count):
+        now = chunk - k if REVERSE else chunk + k
+        token = start + (now - first) * CHUNK  # scalar and wide; offsets inside a chunk are narrow
+        valid = inside < stop - token
+        if kept is not None:
+            tl.store(kept + now.to(tl.int64) * kept_chunk + tile, state)
+        step = tl.load(dt + token * dt_token + inside * dt_token, mask=valid, other=0.0)
+        decays, whole = _log_decays(step * rate, CHUNK)
+        mask = valid[:, None]
+        a = tl.load(left + token * left_token + (rows * left_token + at_p[None, :]), mask=mask, other=0.0)
+        b = tl.load(right + token * right_token + (rows * right_token + at_n[None, :]), mask=mask, other=0.0).to(DOT)
+        if y is not None:
+            q = tl.load(query + token * query_token + (rows * query_token + at_n[None, :]), mask=mask, other=0.0)
+            q = q.to(DOT)
+            scores = tl.dot(q, tl.trans(b), input_precision=PRECISION)
+            relative = tl.where(rows >= inside[None, :], decays[:, None] - decays[None, :], float("-inf"))
+            scores = scores * tl.exp(relative) * step[None, :]
+            out = tl.dot(q, state.to(DOT), input_precision=PRECISION) * tl.exp(decays)[:, None]
+            out = tl.dot(scores.to(DOT), a.to(DOT), out, input_precision=PRECISION)
+            tl.store(y + token * y_token + (rows * y_token + at_p[None, :]), out, mask=mask)
+        if REVERSE:
+            weight = tl.exp(decays)
+        else:
+            weight = tl.exp(whole - decays) * step
+        weighted = (a.to(tl.float32) * weight[:, None]).to(DOT)
+        state = tl.dot(tl.trans(b), weighted, state * tl.exp(whole), input_precision=PRECISION)
+        total += whole
+    return state, total
+
+
+@triton.jit
+def _sweep(
+    left, left_token, right, right_token, query, query_token, y, y_token, dt, dt_token, rate,
+    edge, far_edge, local, decay, kept, table, length, chunks, per_segment, segments, head, heads,
+    tile, outer, at_p, at_n,
+    SIZE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, REVERSE: tl.constexpr, LOCAL: tl.constexpr,
+):  # fmt: skip
+    """One segment of one head. LOCAL: what it adds and how it decays, for the segments behind it; else all of it.
+
+    ``edge`` (rows, h, p, n) is the state with which sequences begin (zeros if None), ``far_edge`` takes those behind.
+    """
+    segment = tl.program_id(1)
+    begin = segment * per_segment
+    end = tl.minimum(begin + per_segment, chunks)
+    state = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
+    if LOCAL:
+        # The only sequence that matters is the one that goes on behind the segment, if one does.
+        if REVERSE:
+            row, first, last, start, stop = _locate(table, begin, length, CHUNK)
+            goes_on = first < begin
+            chunk = tl.minimum(end - 1, last)
+            count = chunk - begin + 1
+            fresh = chunk == last
+        else:
+            row, first, last, start, stop = _locate(table, end - 1, length, CHUNK)
+            goes_on = last >= end
+            chunk = tl.maximum(begin, first)
+            count = end - chunk
+            fresh = chunk == first
+        if goes_on:
+            if edge is not None:
+                if fresh:
+                    state = tl.load(edge + (row * heads + head).to(tl.int64) * SIZE + outer)
+            total = tl.full([], 0.0, tl.float32)
+            state, total = _run(
+                state, total, left, left_token, right, right_token, None, 0, None, 0, dt, dt_token, rate,
+                None, 0, chunk, count, first, start, stop, tile, at_p, at_n, CHUNK, DOT, PRECISION, REVERSE,
+            )  # fmt: skip
+            tl.store(local + (segment * heads + head).to(tl.int64) * SIZE + tile, state)
+            tl.store(decay + segment * heads + head, tl.where(fresh, 0.0, tl.exp(total)))
+    else:
+        chunk = end - 1 if REVERSE else begin
+        row, first, last, start, stop = _locate(table, chunk, length, CHUNK)
+        # The state entering the segment: what those before it left, for as far as the sequence reaches back.
+        factor = tl.where(chunk == last if REVERSE else chunk == first, 0.0, 1.0)
+        other = segment + 1 if REVERSE else segment - 1
+        while (factor > 0) & (other >= 0) & (other < segments):
+            state += factor * tl.load(local + (other * heads + head).to(tl.int64) * SIZE + tile)
+            factor *= tl.load(decay + other * heads + head)
+            other = other + 1 if REVERSE else other - 1
+        remaining = end - begin
+        while remaining > 0:
+            row, first, last, start, stop = _locate(table, chunk, length, CHUNK)
+            here = (row * heads + head).to(tl.int64) * SIZE + outer
+            if REVERSE:
+                count = chunk - tl.maximum(first, begin) + 1
+                fresh = chunk == last
+                done = chunk - count + 1 == first
+            else:
+                count = tl.minimum(last, end - 1) - chunk + 1
+                fresh = chunk == first
+                done = chunk + count - 1 == last
+            if fresh:
+                if edge is not None:
+                    state = tl.load(edge + here)
+                else:
+                    state = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
+            state, _ = _run(
+                state, factor, left, left_token, right, right_token, query, query_token, y, y_token, dt, dt_token, rate,
+                kept, heads * SIZE, chunk, count, first, start, stop, tile, at_p, at_n, CHUNK, DOT, PRECISION, REVERSE,
+            )  # fmt: skip
+            if far_edge is not None:
+                if done:
+                    tl.store(far_edge + here, state)
+            chunk = chunk - count if REVERSE else chunk + count
+            remaining -= count
+
+
+@triton.jit(do_not_specialize=["length", "chunks", "per_segment", "segments"])
+def _scan_kernel(
+    x, x_token, x_head, B, B_token, B_head, C, C_token, C_head, dt, dt_token, dt_head, A, dy, dy_token, dy_head,
+    y, initial, final, d_final, d_initial, local, decay, kept, table, length, chunks, per_segment, segments,
+    heads, ratio,
+    P: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, LOCAL: tl.constexpr,
+):  # fmt: skip
+    """Programs (head × tile of the state, segment, direction): states forward, and their gradients from the end."""
+    tiles: tl.constexpr = (P // BLOCK_P) * (N // BLOCK_N)
+    head = tl.program_id(0) // tiles
+    at_p = (tl.program_id(0) % tiles) // (N // BLOCK_N) * BLOCK_P + tl.arange(0, BLOCK_P)
+    at_n = (tl.program_id(0) % tiles) % (N // BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile = at_n[:, None] * P + at_p[None, :]
+    outer = at_n[:, None] + at_p[None, :] * N
+    group = head // ratio
+    rate = tl.load(A + head)
+    if kept is not None:
+        kept += head * P * N
+    x += group * x_head
+    B += group * B_head
+    C += head * C_head
+    dt += head * dt_head
+    if tl.program_id(2) == 0:
+        _sweep(
+            x, x_token, B, B_token, C, C_token, None if y is None else y + head * P, heads * P, dt, dt_token, rate,
+            initial, final, local, decay, kept,
+            table, length, chunks, per_segment, segments, head, heads, tile, outer, at_p, at_n, P * N,
+            CHUNK, BLOCK_P, BLOCK_N, DOT, PRECISION, False, LOCAL,
+        )  # fmt: skip
+    elif dy is not None:
+        _sweep(
+            dy + head * dy_head, dy_token, C, C_token, None, 0, None, 0, dt, dt_token, rate,
+            d_final, d_initial, local + segments.to(tl.int64) * heads * P * N, decay + segments * heads,
+            None if kept is None else kept + chunks.to(tl.int64) * heads * P * N,
+            table, length, chunks, per_segment, segments, head, heads, tile, outer, at_p, at_n, P * N,
+            CHUNK, BLOCK_P, BLOCK_N, DOT, PRECISION, True, LOCAL,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["length", "chunks"])
+def _gradients_kernel(
+    x, x_token, x_head, B, B_token, B_head, C, C_token, C_head, dt, dt_token, dt_head, A, dy, dy_token, dy_head,
+    kept, dx, ddt, dA, dB, dC, table, length, chunks, heads, groups, ratio,
+    P: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Programs (chunk × group): the gradients of a chunk's tokens, its heads one after another."""
+    group, chunk = tl.program_id(0) % groups, tl.program_id(0) // groups
+    _row, first, _last, start, stop = _locate(table, chunk, length, CHUNK)
+    inside = tl.arange(0, CHUNK)
+    rows = inside[:, None]
+    token = start + (chunk - first) * CHUNK
+    valid = inside < stop - token
+    mask = valid[:, None]
+    at_p, at_n = tl.arange(0, P), tl.arange(0, N)
+    tile = at_n[:, None] * P + at_p[None, :]
+    xs = tl.load(x + group * x_head + token * x_token + (rows * x_token + at_p[None, :]), mask=mask, other=0.0).to(DOT)
+    Bs = tl.load(B + group * B_head + token * B_token + (rows * B_token + at_n[None, :]), mask=mask, other=0.0).to(DOT)
+    dx_sum = tl.zeros([CHUNK, P], tl.float32)
+    dB_sum = tl.zeros([CHUNK, N], tl.float32)
+    for head in range(group * ratio, group * ratio + ratio):
+        rate = tl.load(A + head)
+        step = tl.load(dt + head * dt_head + token * dt_token + inside * dt_token, mask=valid, other=0.0)
+        decays, whole = _log_decays(step * rate, CHUNK)
+        to_end = tl.exp(whole - decays)
+
+        # Across the chunk's borders. A step's log decay touches reads of the old state behind it, writes before it,
+        # and what passes through the whole chunk.
+        state = kept + (chunk.to(tl.int64) * heads + head) * P * N + tile
+        leaving = tl.load(state + chunks.to(tl.int64) * heads * P * N).to(DOT)
+        state = tl.load(state).to(DOT)
+        through = tl.exp(whole) * tl.sum(tl.sum(state.to(tl.float32) * leaving.to(tl.float32), 1), 0)
+        written = tl.dot(xs, tl.trans(leaving), input_precision=PRECISION) * to_end[:, None]
+        d_step = tl.sum(written * Bs.to(tl.float32), 1)
+        d_write = d_step * step
+        dB_sum += written * step[:, None]
+        dx_sum += tl.dot(Bs, leaving, input_precision=PRECISION) * (to_end * step)[:, None]
+        at_dy = dy + head * dy_head + token * dy_token + (rows * dy_token + at_p[None, :])
+        dys = tl.load(at_dy, mask=mask, other=0.0).to(DOT)
+        at_C = C + head * C_head + token * C_token + (rows * C_token + at_n[None, :])
+        Cs = tl.load(at_C, mask=mask, other=0.0).to(DOT)
+        dCs = tl.dot(dys, tl.trans(state), input_precision=PRECISION) * tl.exp(decays)[:, None]
+        d_read = tl.sum(dCs * Cs.to(tl.float32), 1)
+
+        # Inside the chunk, over pairs (i, j <= i). A step's log decay touches the pairs around it.
+        scores = tl.dot(Cs, tl.trans(Bs), input_precision=PRECISION)  # C_i . B_j
+        reach = tl.dot(dys, tl.trans(xs), input_precision=PRECISION)  # dy_i . x_j
+        pair = tl.exp(tl.where(rows >= inside[None, :], decays[:, None] - decays[None, :], float("-inf")))
+        share = pair * scores * reach
+        d_step += tl.sum(share, 0)
+        apart = rows > inside[None, :]
+        around = tl.cumsum(tl.where(apart, share * step[None, :], 0.0), 0, reverse=True)  # (k, j): over all i >= k
+        around = tl.where(apart, around + d_write[None, :], 0.0)
+        d_decay = through + tl.sum(around, 1) + tl.cumsum(d_read, 0, reverse=True)
+        pair *= step[None, :]
+        reach = (pair * reach).to(DOT)
+        scores = (pair * scores).to(DOT)
+        dCs = tl.dot(reach, Bs, dCs, input_precision=PRECISION)
+        at_dC = dC + (token * heads + head) * N + (rows * (heads * N) + at_n[None, :])
+        tl.store(at_dC, dCs, mask=mask)
+        dB_sum = tl.dot(tl.trans(reach), Cs, dB_sum, input_precision=PRECISION)
+        dx_sum = tl.dot(tl.trans(scores), dys, dx_sum, input_precision=PRECISION)
+        tl.store(ddt + token * heads + head + inside * heads, d_step + rate * d_decay, mask=valid)
+        tl.store(dA + chunk * heads + head, tl.sum(d_decay * step, 0))
+    tl.store(dx + (token * groups + group) * P + (rows * (groups * P) + at_p[None, :]), dx_sum, mask=mask)
+    tl.store(dB + (token * groups + group) * N + (rows * (groups * N) + at_n[None, :]), dB_sum, mask=mask)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """``t`` (b, l, …) such that its tokens are evenly spaced over batch and length and its last dimension is dense."""
+    even = t.shape[0] == 1 or t.stride(0) == t.shape[1] * t.stride(1)
+    return t if even and t.stride(-1) == 1 else t.contiguous()
+
+
+def _dot(x: Tensor, B: Tensor, C: Tensor) -> tuple[tl.dtype, str, torch.dtype]:
+    """The products' operand type and precision for these inputs, and the type in which chunk states are stored."""
+    dtypes = {x.dtype, B.dtype, C.dtype}
+    if dtypes == {torch.bfloat16}:
+        # Triton's interpreter cannot multiply bfloat16; float32 holds the operands exactly.
+        return tl.float32 if interpreted() else tl.bfloat16, "ieee", torch.bfloat16
+    return tl.float32, "tf32x3" if torch.float32 in dtypes else "tf32", torch.float32
+
+
+class _Shape:
+    """The sizes that the launches of one call share."""
+
+    def __init__(self, x: Tensor, C: Tensor, table: Tensor | None, chunk: int, segments: int) -> None:
+        self.b, self.length, self.g, self.p = x.shape
+        self.h, self.n = C.shape[2:]
+        self.chunks = self.b * max(triton.cdiv(self.length, chunk), 1) if table is None else table.shape[0]
+        self.per_segment = max(triton.cdiv(self.chunks, segments), 1)
+        self.segments = triton.cdiv(self.chunks, self.per_segment)
+
+    def tiles(self, tiles: Tiles) -> tuple[int, int]:
+        return min(tiles.p, self.p), min(tiles.n, self.n)
+
+
+def _tuning(x: Tensor, B: Tensor, C: Tensor) -> Tuning:
+    return TUNED[max(x.shape[3], C.shape[3]), _dot(x, B, C)[2].itemsize]
+
+
+def _scan(
+    shape: _Shape,
+    tiles: Tiles,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    table: Tensor | None,
+    chunk: int,
+    *,
+    initial: Tensor | None,
+    local: Tensor | None,
+    decay: Tensor | None,
+    dy: Tensor | None = None,
+    y: Tensor | None = None,
+    final: Tensor | None = None,
+    d_final: Tensor | None = None,
+    d_initial: Tensor | None = None,
+    kept: Tensor | None = None,
+    only_local: bool = False,
+) -> None:
+    """One launch of the scan over ``inputs`` (x, dt, A, B, C)."""
+    x, dt, A, B, C = inputs
+    block_p, block_n = shape.tiles(tiles)
+    dot, precision, _ = _dot(x, B, C)
+    grid = (shape.h * (shape.p // block_p) * (shape.n // block_n), shape.segments, 1 if dy is None else 2)
+    with on_device(x):
+        _scan_kernel[grid](
+            x, x.stride(1), x.stride(2), B, B.stride(1), B.stride(2), C, C.stride(1), C.stride(2),
+            dt, dt.stride(1), dt.stride(2), A, dy, *((0, 0) if dy is None else (dy.stride(1), dy.stride(2))),
+            y, initial, final, d_final, d_initial, local, decay, kept,
+            table, shape.length, shape.chunks, shape.per_segment, shape.segments, shape.h, shape.h // shape.g,
+            P=shape.p, N=shape.n, CHUNK=chunk, BLOCK_P=block_p, BLOCK_N=block_n, DOT=dot, PRECISION=precision,
+            LOCAL=only_local, num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+
+
+@torch.library.custom_op("mmmamba::ssd", mutates_args=())
+def _ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None,
+    table: Tensor | None,
+    final_rows: int,
+    chunk: int,
+    segments: int,
+) -> tuple[Tensor, Tensor]:
+    """y (b, l, h, p) and the final states (final_rows, h, p, n); ``final_rows`` 0 when nobody wants them."""
+    y, final = _ssd_fake(x, dt, A, B, C, initial_state, table, final_rows, chunk, segments)
+    x, dt, B, C, A = _rows(x), _rows(dt), _rows(B), _rows(C), A.contiguous()
+    shape, tuning = _Shape(x, C, table, chunk, segments), _tuning(x, B, C)
+    initial = None if initial_state is None else initial_state.contiguous()
+    local = x.new_empty(shape.segments, shape.h, shape.p, shape.n, dtype=torch.float32)
+    decay = x.new_empty(shape.segments, shape.h, dtype=torch.float32)
+    inputs = (x, dt, A, B, C)
+    if shape.segments > 1:
+        _scan(
+            shape, tuning.states, inputs, table, chunk, initial=initial, local=local, decay=decay, only_local=True
+        )  # fmt: skip
+    _scan(
+        shape, tuning.output._replace(n=shape.n), inputs, table, chunk,
+        initial=initial, local=local, decay=decay, y=y, final=final if final_rows else None,
+    )  # fmt: skip
+    return y, final
+
+
+@_ssd.register_fake
+def _ssd_fake(x, dt, A, B, C, initial_state, table, final_rows, chunk, segments):
+    h, n = C.shape[2:]
+    y = x.new_empty(x.shape[0], x.shape[1], h, x.shape[3])
+    return y, x.new_empty(final_rows, h, x.shape[3], n, dtype=torch.float32)
+
+
+@torch.library.custom_op("mmmamba::ssd_backward", mutates_args=())
+def _ssd_backward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None,
+    table: Tensor | None,
+    dy: Tensor,
+    d_final: Tensor | None,
+    chunk: int,
+    segments: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, dt, A, B, C and the initial state (0 rows when there is none)."""
+    dx, ddt, _, dB, dC, d_initial = _ssd_backward_fake(
+        x, dt, A, B, C, initial_state, table, dy, d_final, chunk, segments
+    )
+    x, dt, B, C, dy, A = _rows(x), _rows(dt), _rows(B), _rows(C), _rows(dy), A.contiguous()
+    shape, tuning = _Shape(x, C, table, chunk, segments), _tuning(x, B, C)
+    dot, precision, stored = _dot(x, B, C)
+    size = (shape.h, shape.p, shape.n)
+    local = x.new_empty(2, shape.segments, *size, dtype=torch.float32)
+    decay = x.new_empty(2, shape.segments, shape.h, dtype=torch.float32)
+    kept = x.new_empty(2, shape.chunks, *size, dtype=stored)
+    dA = x.new_empty(shape.chunks, shape.h, dtype=torch.float32)
+    inputs = (x, dt, A, B, C)
+    initial = None if initial_state is None else initial_state.contiguous()
+    d_final = None if d_final is None else d_final.contiguous()
+    scan = functools.partial(
+        _scan, shape, tuning.states, inputs, table, chunk,
+        dy=dy, initial=initial, d_final=d_final, local=local, decay=decay,
+    )  # fmt: skip
+    if shape.segments > 1:
+        scan(only_local=True)
+    scan(kept=kept, d_initial=None if initial is None else d_initial)
+    with on_device(x):
+        _gradients_kernel[(shape.chunks * shape.g,)](
+            x, x.stride(1), x.stride(2), B, B.stride(1), B.stride(2), C, C.stride(1), C.stride(2),
+            dt, dt.stride(1), dt.stride(2), A, dy, dy.stride(1), dy.stride(2),
+            kept, dx, ddt, dA, dB, dC, table, shape.length, shape.chunks, shape.h, shape.g, shape.h // shape.g,
+            P=shape.p, N=shape.n, CHUNK=chunk, DOT=dot, PRECISION=precision,
+            num_warps=tuning.gradients.warps, num_stages=tuning.gradients.stages,
+        )  # fmt: skip
+    return dx, ddt, dA.sum(0), dB, dC, d_initial
+
+
+@_ssd_backward.register_fake
+def _ssd_backward_fake(x, dt, A, B, C, initial_state, table, dy, d_final, chunk, segments):
+    inputs = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, A, B, C)]
+    if initial_state is None:
+        return *inputs, x.new_empty(0, dtype=torch.float32)
+    return *inputs, torch.empty_like(initial_state, memory_format=torch.contiguous_format)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, dt, A, B, C, initial_state, table, ctx.final_rows, ctx.chunk, ctx.segments = inputs
+    ctx.save_for_backward(x, dt, A, B, C, initial_state, table)
+
+
+def _differentiate(ctx, dy, d_final):
+    x, dt, A, B, C, initial_state, table = ctx.saved_tensors
+    if dy is None:
+        dy = C.new_zeros(*C.shape[:3], x.shape[3], dtype=x.dtype)
+    *gradients, d_initial = _ssd_backward(
+        x, dt, A, B, C, initial_state, table, dy, d_final if ctx.final_rows else None, ctx.chunk, ctx.segments
+    )
+    return *gradients, None if initial_state is None else d_initial, None, None, None, None
+
+
+_ssd.register_autograd(_differentiate, setup_context=_save)
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_final_state: bool = False,
+    chunk: int | None = None,
+    segments: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The recurrence over whole sequences; arguments, shapes and results as in :func:`mmmamba.ops.ssd.ssd`.
+
+    Args:
+        chunk: tokens a chunk, a power of two from 16; segments: parts of the row that are walked through at the same
+            time. Both as tuned when absent.
+
+    Raises:
+        ValueError: for shapes that do not fit together, or that :func:`~mmmamba.ops.triton.why_not` names.
+    """
+    layout = None if cu_seqlens is None else _layout(x, cu_seqlens)
+    rows = x.shape[0] if layout is None else layout.sequences
+    _check(x, dt, A, B, C, initial_state, rows)
+    reason = why_not(x, dt, A, B, C, initial_state, head_dim=x.shape[3], state_dim=C.shape[3])
+    if reason is not None:
+        raise ValueError(f"ssd: {reason}")
+    tuning = _tuning(x, B, C)
+    chunk = chunk or tuning.chunk
+    segments = segments or max(tuning.programs // (C.shape[2] * triton.cdiv(x.shape[3], tuning.output.p)), 1)
+    table = None if layout is None else layout.cuts(chunk)
+    state = None if initial_state is None else initial_state.float()
+    y, final = _ssd(
+        x, dt.float(), A.float(), B, C, state, table, rows if return_final_state else 0, chunk, segments
+    )  # fmt: skip
+    return y, final if return_final_state else None
