@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
 from mmmamba.model.config import StackConfig
-from mmmamba.model.rope import Rotation, rotate
+from mmmamba.model.rope import Rotation
 from mmmamba.model.state import KVState
-from mmmamba.ops import Layout, compute_dtype, layout_of
+from mmmamba.ops import Layout, compute_dtype, layout_of, rotate
 
 # A packed row is attended as a right-padded rectangle while that wastes at most this factor, else one by one.
 MAX_PADDING = 2.0

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmmamba.model.config import RopeScaling, StackConfig
+from mmmamba.ops import rotate
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,6 @@ class Rotation:
     def __call__(self, x: Tensor) -> Tensor:
         """Rotate x (b, l, heads, p): the first half of each head is paired with the second."""
         return rotate(x, self.cos, self.sin)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (b, l, heads, p) by angles given as cosines and sines (b, l, 1, p/2)."""
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def rope_base(stack: StackConfig, max_length: int) -> float:

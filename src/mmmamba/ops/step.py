@@ -8,14 +8,8 @@ from torch import Tensor
 
 from mmmamba.ops.conv import causal_conv_step
 from mmmamba.ops.norm import gated_norm
+from mmmamba.ops.rope import rotate
 from mmmamba.ops.ssd import ssd_step
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (b, heads, p) by (b, p/2): the first half of each head is paired with the second."""
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def round_stochastically(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -138,8 +132,8 @@ def mixer_step(
         angles = positions.to(frequencies.dtype)[:, None] * frequencies
         rotation = angles.cos(), angles.sin()
     if rotation is not None:
-        cos, sin = (t[rows] for t in rotation)
-        k, q = _rotate(k, cos, sin), _rotate(q, cos, sin)
+        cos, sin = (t[rows][:, None] for t in rotation)
+        k, q = rotate(k, cos, sin), rotate(q, cos, sin)
     dt = F.softplus(dt_raw[rows].to(wide) + dt_bias.to(wide))
     y, ssm = ssd_step(v, dt, -torch.exp(A_log.to(wide)), k, q, ssm_state[places].to(wide))
     if ssm_state.dtype == torch.bfloat16 and seed is not None:
