@@ -13,8 +13,10 @@ from mmmamba.ops import causal_conv, causal_conv_step
 
 def inputs(length, k=2, c=3, rows=1):
     torch.manual_seed(length + 10 * k)
+
     def make(*shape):
         return torch.randn(*shape, dtype=torch.float64).requires_grad_()
+
     return make(rows, length, c), make(c, k), make(c)
 
 
@@ -48,7 +50,8 @@ def test_packed_equals_one_at_a_time_with_states_and_gradients(lengths, k, state
     wanted = [x, weight, bias, *([state] if stateful else [])]
     for ours, other in zip(
         torch.autograd.grad(packed.square().sum() + final.sum(), wanted),
-        torch.autograd.grad(truth.square().sum() + last.sum(), wanted), strict=False,
+        torch.autograd.grad(truth.square().sum() + last.sum(), wanted),
+        strict=False,
     ):
         torch.testing.assert_close(ours, other)
 

@@ -14,8 +14,10 @@ def inputs(lengths, g=2, r=2, p=4, n=3, packed=True, seed=0, dtype=torch.float64
     torch.manual_seed(seed)
     b, length = (1, sum(lengths)) if packed else (len(lengths), lengths[0])
     h = g * r
+
     def make(*shape):
         return torch.randn(*shape, dtype=dtype).requires_grad_()
+
     dt = torch.rand(b, length, h, dtype=dtype).requires_grad_()
     A = (-2 * torch.rand(h, dtype=dtype)).requires_grad_()
     cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32) if packed else None

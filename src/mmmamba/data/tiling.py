@@ -64,11 +64,16 @@ def _resized(image: Image.Image, width: int, height: int) -> np.ndarray:
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
+@lru_cache(maxsize=8)
+def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """ImageNet's mean and deviation on ``device``, copied there once: a graph under capture takes no copies."""
+    return torch.tensor(IMAGENET_MEAN, device=device), torch.tensor(IMAGENET_STD, device=device)
+
+
 def normalise(tiles: Pixels) -> Pixels:
     """ImageNet-normalised pixels, channels first: uint8 (t,H,W,3) -> float32 (t,3,H,W), on the input's device."""
     if isinstance(tiles, torch.Tensor):
-        mean = torch.tensor(IMAGENET_MEAN, device=tiles.device)
-        std = torch.tensor(IMAGENET_STD, device=tiles.device)
+        mean, std = _statistics(tiles.device)
         return ((tiles.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
     scaled = tiles.astype(np.float32) / np.float32(255)
     values = (scaled - np.array(IMAGENET_MEAN, np.float32)) / np.array(IMAGENET_STD, np.float32)

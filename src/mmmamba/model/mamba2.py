@@ -77,6 +77,7 @@ class Mamba2(nn.Module):
     ) -> tuple[Tensor, MambaState | None]:
         """The gated heads before W_o: x (b, l, d) → (b, l, h, p), and the state if ``keep_state``."""
         h, g, p = self.heads_count, self.groups, self.head_dim
+        at_once = self.config.rope and not self.config.qk_norm  # the convolution rotates what it has in hand
         vkq = torch.cat([self.v_proj(x), self.k_proj(x), self.q_proj(x)], dim=-1)
         vkq, conv_state = causal_conv(
             vkq,
@@ -86,13 +87,15 @@ class Mamba2(nn.Module):
             initial_state=None if state is None else state.conv,
             cu_seqlens=cu_seqlens,
             return_final_state=keep_state,
+            rotation=(rotation.cos, rotation.sin) if at_once else None,
+            rotate_from=g * p,
         )
         v, k, q = vkq.split([g * p, g * p, h * p], dim=-1)
         v, k, q = v.unflatten(-1, (g, p)), k.unflatten(-1, (g, p)), q.unflatten(-1, (h, p))
         if self.config.qk_norm:
             k, q = F.normalize(k, dim=-1), F.normalize(q, dim=-1)
-        if self.config.rope:
-            k, q = rotation(k), rotation(q)
+            if self.config.rope:
+                k, q = rotation(k), rotation(q)
         dt = self.step_size(x)
         wide = dt.dtype
         y, ssm = ssd(

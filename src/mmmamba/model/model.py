@@ -65,8 +65,13 @@ class Model(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.head.weight.dtype
 
-    def embed(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
+    def embed(self, input_ids: Tensor, pixel_values: Tensor | None = None, *, spare_tiles: bool = False) -> Tensor:
         """Token embeddings (b, l, d), with the tiles' tokens written over the <IMG_CONTEXT> positions in order.
+
+        Args:
+            input_ids: (b, l).  pixel_values: (tiles, 3, H, W) normalised.
+            spare_tiles: there may be more tiles than positions ask for, behind those in use. Nothing is counted then,
+                so that nothing waits for the device.
 
         Raises:
             ValueError: when the number of those positions is not the number of tokens of the tiles, or when the tiles
@@ -77,13 +82,15 @@ class Model(nn.Module):
         if self.merges_late:
             raise ValueError("with pixel_shuffle_loc 'post' pictures are no input embeddings: give ids and pixels")
         tokens = self.vision(pixel_values).flatten(0, 1)
-        slots = self._image(input_ids).flatten().nonzero()[:, 0]
-        check_slots(slots.numel(), tokens.shape[0], pixel_values.shape[0])
+        image = self._image(input_ids)
+        if not spare_tiles:
+            check_slots(int(image.sum()), tokens.shape[0], pixel_values.shape[0])
         x = self._embed_text(input_ids)
-        flat, tokens = x.flatten(0, 1), tokens.to(x.dtype)
-        if isinstance(self.vision, PatchEmbedding):
-            return flat.index_add(0, slots, tokens).view_as(x)
-        return flat.index_copy(0, slots, tokens).view_as(x)
+        # Every position reads the tile token that the positions up to it have come to; text then keeps its own.
+        latest = (image.flatten().cumsum(0) - 1).clamp(min=0)
+        pictures = tokens.to(x.dtype).index_select(0, latest).view_as(x)
+        kept = x + pictures if isinstance(self.vision, PatchEmbedding) else pictures
+        return torch.where(image[..., None], kept, x)
 
     @property
     def merges_late(self) -> bool:

@@ -1,20 +1,26 @@
-"""Pure functions of the state space layers. Each has a reference, a fast twin and one dispatch."""
+"""Pure functions of the state space layers: each a PyTorch twin, Triton kernels, and one dispatch by device."""
 
-from mmmamba.ops.conv import causal_conv, causal_conv_step
-from mmmamba.ops.kl import chunked_kl
+from mmmamba.ops.conv import causal_conv, causal_conv_step, causal_conv_torch
+from mmmamba.ops.kl import chunked_kl, chunked_kl_torch
 from mmmamba.ops.layout import Layout, layout_of
-from mmmamba.ops.norm import compute_dtype, gated_norm, rms_norm
+from mmmamba.ops.norm import compute_dtype, gated_norm, gated_norm_torch, rms_norm
 from mmmamba.ops.rope import rotate
 from mmmamba.ops.ssd import ssd, ssd_chunked, ssd_reference, ssd_step
+from mmmamba.ops.step import mixer_step, mixer_step_torch
 
 __all__ = [
     "Layout",
     "causal_conv",
     "causal_conv_step",
+    "causal_conv_torch",
     "chunked_kl",
+    "chunked_kl_torch",
     "compute_dtype",
     "gated_norm",
+    "gated_norm_torch",
     "layout_of",
+    "mixer_step",
+    "mixer_step_torch",
     "rms_norm",
     "rotate",
     "ssd",

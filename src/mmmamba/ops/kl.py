@@ -10,6 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmmamba.ops.triton import serves
+
+CHUNK = 4096  # tokens whose logits are alive at once
+
 
 class _ChunkedKL(torch.autograd.Function):
     @staticmethod
@@ -59,30 +63,47 @@ def chunked_kl(
     *,
     weight: Tensor | None = None,
     temperature: float = 1.0,
-    chunk: int = 4096,
+    chunk: int | None = None,
 ) -> Tensor:
     """Sum over tokens of weight · KL(softmax(teacher/T) ‖ softmax(student/T)) · T² (paper stage 3; T = 1 there).
+
+    A token of weight 0 costs its logits all the same: what knows which tokens count leaves the others out.
 
     Args:
         student_hidden, teacher_hidden: (t, d) hidden states behind the final norm.
         student_head, teacher_head: (v, d) output matrices.
-        weight: (t,) float, 0 leaves a token out; ones when absent.
+        weight: (t,) float; ones when absent.
         temperature: T.
-        chunk: tokens whose logits are alive at once.
+        chunk: tokens whose logits are alive at once (default: 4,096, or what 0.8 GB hold on a GPU).
 
     Returns:
         a scalar in float32 (float64 for float64 inputs), with gradients to the student's hidden states and head.
     """
+    arguments = (student_hidden, student_head, teacher_hidden, teacher_head)
+    if serves(*arguments, weight):
+        from mmmamba.ops.triton.kl import chunked_kl as kernel
+
+        return kernel(*arguments, weight=weight, temperature=temperature, chunk=chunk)
+    return chunked_kl_torch(*arguments, weight=weight, temperature=temperature, chunk=chunk)
+
+
+def chunked_kl_torch(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    *,
+    weight: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+) -> Tensor:
+    """The same in PyTorch's operators. Same contract as :func:`chunked_kl`."""
     if weight is None:
         weight = student_hidden.new_ones(student_hidden.shape[0], dtype=torch.float32)
-    else:  # tokens that do not count need no logits
-        rows = weight.nonzero()[:, 0]
-        if rows.numel() < weight.numel():
-            student_hidden, teacher_hidden, weight = student_hidden[rows], teacher_hidden[rows], weight[rows]
     train = (
         torch.is_grad_enabled() and student_hidden.requires_grad,
         torch.is_grad_enabled() and student_head.requires_grad,
     )
     return _ChunkedKL.apply(
-        student_hidden, student_head, teacher_hidden, teacher_head, weight, temperature, chunk, train
+        student_hidden, student_head, teacher_hidden, teacher_head, weight, temperature, chunk or CHUNK, train
     )

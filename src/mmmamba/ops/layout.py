@@ -129,11 +129,73 @@ class Layout:
         gather = starts[order][rows][:, None] + torch.minimum(within, length_of - 1)
         scatter = torch.empty(self.total, dtype=torch.long)
         scatter[gather[valid]] = torch.arange(gather.numel()).view_as(gather)[valid]
+
         def move(t):
             return t.to(self.device, non_blocking=True)
+
         return ChunkTable(
             size=size, gather=move(gather), valid=move(valid), scatter=move(scatter), counts=counts, order=move(order)
         )
+
+
+class DeviceLayout(Layout):
+    """The layout of borders that the host does not know, for a row whose tensors keep their shapes while they change.
+
+    Every table is worked out on the device, so that a graph that was captured with them works them out anew in each
+    replay. ``lengths``, and what is made of them (``chunks``), are refused.
+
+    Args:
+        cu_seqlens: (s+1,) borders on the device, the last one ``total``; sequences may be empty.
+        total: tokens of the row.
+        longest: no sequence is longer.
+    """
+
+    def __init__(self, cu_seqlens: Tensor, total: int, longest: int) -> None:
+        self.borders, self.total, self.longest = cu_seqlens.long(), total, longest
+        self.device = cu_seqlens.device
+        self._chunks: dict[int, ChunkTable] = {}
+        self._cuts: dict[int, Tensor] = {}
+
+    @property
+    def lengths(self) -> list[int]:  # type: ignore[override]
+        """Refused (ValueError): whatever asks for it cannot be part of a graph."""
+        raise ValueError(
+            "only the device knows this row's lengths: the operators need kernels for it (bfloat16 or float16 heads of "
+            "32, 64 or 128 channels on a GPU); train without graph otherwise"
+        )
+
+    @property
+    def sequences(self) -> int:
+        return self.borders.shape[0] - 1
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        return self.borders.diff()
+
+    @cached_property
+    def sequence(self) -> Tensor:
+        tokens = torch.arange(self.total, device=self.device)
+        return torch.searchsorted(self.borders[1:].contiguous(), tokens, right=True)
+
+    def cuts(self, size: int) -> Tensor:
+        """As :meth:`Layout.cuts`, padded to as many chunks as such a row may have: with empty sequences behind its own.
+
+        Those have no row of their own in any state: they are of use where no states are given or asked for.
+        """
+        if size not in self._cuts:
+            chunks = ((self.sizes + size - 1) // size).clamp(min=1)
+            ends = chunks.cumsum(0)
+            chunk = torch.arange(self.total // size + self.sequences, device=self.device)
+            row = torch.searchsorted(ends, chunk, right=True)
+            real, known = row < self.sequences, row.clamp(max=self.sequences - 1)
+            table = [
+                row,
+                torch.where(real, (ends - chunks)[known], chunk),
+                torch.where(real, self.starts[known], self.total),
+                torch.where(real, self.sizes[known], 0),
+            ]
+            self._cuts[size] = torch.stack(table, dim=1).int()
+        return self._cuts[size]
 
 
 def layout_of(cu_seqlens: Tensor) -> Layout:
@@ -161,3 +223,8 @@ def uniform_layout(rows: int, length: int, device: torch.device) -> Layout:
 def remember_lengths(cu_seqlens: Tensor, lengths: list[int]) -> None:
     """Tell the layout of ``cu_seqlens`` from lengths that the host knows: nothing is read back from a device."""
     _LAYOUTS[cu_seqlens] = Layout(lengths, cu_seqlens.device)
+
+
+def remember_bounds(cu_seqlens: Tensor, total: int, longest: int) -> None:
+    """Take ``cu_seqlens`` for borders that only the device knows (:class:`DeviceLayout`), from now on."""
+    _LAYOUTS[cu_seqlens] = DeviceLayout(cu_seqlens, total, longest)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmmamba.ops.triton import serves
+
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / rms(x) over the last dimension, times ``weight``; statistics in at least float32, x's dtype comes back."""
@@ -21,5 +23,14 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """rms_norm(x) · SiLU(gate): the published mixer's order, norm first. x, gate (…, p); weight (p,)."""
+    """rms_norm(x) · weight · SiLU(gate): the published mixer's order, norm first. x, gate (…, p); weight (p,)."""
+    if serves(x, gate, weight):
+        from mmmamba.ops.triton.norm import gated_norm as kernel
+
+        return kernel(x, gate, weight, eps)
+    return gated_norm_torch(x, gate, weight, eps)
+
+
+def gated_norm_torch(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The same in PyTorch's operators. Same contract as :func:`gated_norm`."""
     return rms_norm(x, weight, eps) * F.silu(gate)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mmmamba.ops.layout import Layout, layout_of, uniform_layout
+from mmmamba.ops.triton import serves
 
 CHUNK = 64
 
@@ -223,6 +224,12 @@ def ssd(
         _check(x, dt, A, B, C, initial_state, x.shape[0])
         y, state = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], initial_state)
         return y[:, None], state if return_final_state else None
+    if serves(x, dt, A, B, C, initial_state, head_dim=x.shape[3], state_dim=C.shape[3]):
+        from mmmamba.ops.triton.ssd import ssd as kernel
+
+        return kernel(
+            x, dt, A, B, C, initial_state=initial_state, cu_seqlens=cu_seqlens, return_final_state=return_final_state
+        )
     return ssd_chunked(
         x, dt, A, B, C, initial_state=initial_state, cu_seqlens=cu_seqlens, return_final_state=return_final_state
     )

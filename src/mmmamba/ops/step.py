@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,6 +12,7 @@ from mmmamba.ops.conv import causal_conv_step
 from mmmamba.ops.norm import gated_norm
 from mmmamba.ops.rope import rotate
 from mmmamba.ops.ssd import ssd_step
+from mmmamba.ops.triton import serves
 
 
 def round_stochastically(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -64,6 +67,8 @@ def check_step(
         raise ValueError(f"mixer_step: {b} rows and no slots, but ssm_state holds {pool}")
     if (positions is None) != (frequencies is None) or (positions is not None and rotation is not None):
         raise ValueError("mixer_step: give rotation, or positions and frequencies, or none of them")
+    if ssm_state.dtype == torch.float16:
+        raise ValueError("mixer_step: ssm_state is float16, whose range a state can leave; give float32 or bfloat16")
     if activation not in ("silu", "none"):
         raise ValueError(f"conv activation must be 'silu' or 'none', got {activation!r}")
 
@@ -111,8 +116,49 @@ def mixer_step(
         the gated heads (b, h·p) in vkq's dtype.
 
     Raises:
-        ValueError: for shapes that do not fit together; the message names the tensor.
+        ValueError: for shapes that do not fit together, or a float16 ssm_state; the message names the tensor.
     """
+    parameters: dict[str, Any] = {
+        "conv_weight": conv_weight,
+        "conv_bias": conv_bias,
+        "dt_bias": dt_bias,
+        "A_log": A_log,
+        "norm_weight": norm_weight,
+        "conv_state": conv_state,
+        "ssm_state": ssm_state,
+        "slots": slots,
+    }
+    angles: dict[str, Any] = {"rotation": rotation, "positions": positions, "frequencies": frequencies}
+    options: dict[str, Any] = {"eps": eps, "activation": activation, "qk_norm": qk_norm, "seed": seed}
+    if serves(vkq, gate, dt_raw, *parameters.values(), *(rotation or ()), positions, frequencies):
+        from mmmamba.ops.triton.step import mixer_step as kernel
+
+        return kernel(vkq, gate, dt_raw, **parameters, **angles, **options)
+    return mixer_step_torch(vkq, gate, dt_raw, **parameters, **angles, **options)
+
+
+def mixer_step_torch(
+    vkq: Tensor,
+    gate: Tensor,
+    dt_raw: Tensor,
+    *,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    norm_weight: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    slots: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "silu",
+    qk_norm: bool = False,
+    rotation: tuple[Tensor, Tensor] | None = None,
+    positions: Tensor | None = None,
+    frequencies: Tensor | None = None,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """The step in PyTorch's operators. Same contract as :func:`mixer_step`."""
     check_step(
         vkq, gate, dt_raw, conv_weight, conv_bias, dt_bias, A_log, norm_weight, conv_state, ssm_state, slots, rotation,
         positions, frequencies, activation,

@@ -98,7 +98,7 @@ def test_batches_equal_the_recurrence(device, segments):
     check(args, state if segments == 3 else None, None, device, chunk=16, segments=segments)
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 1e-2), (torch.float16, 1e-3), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float32, 1e-5)])
 def test_each_dtype_with_tuned_tiles(device, dtype, limit):
     args, state, _ = inputs([40], g=2, r=1, p=128, n=64, packed=False, dtype=dtype)
     check(args, state, None, device, dtype, limit, segments=2)
@@ -178,9 +178,10 @@ def test_compiled_and_captured_calls_equal_eager_ones():
     compiled = everything(torch.compile(triton_ssd.ssd), args, state, None, torch.bfloat16, "cuda")
     assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
     x, dt, A, B, C = (t.to("cuda", torch.bfloat16 if t.ndim == 4 else torch.float32) for t in args)
+    state = state.to("cuda", torch.float32)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y, _ = triton_ssd.ssd(x, dt, A, B, C, initial_state=state.to("cuda", torch.float32))
+        y, _ = triton_ssd.ssd(x, dt, A, B, C, initial_state=state)
     y.fill_(float("nan"))
     graph.replay()
     assert torch.equal(y, eager[0])

@@ -91,12 +91,24 @@ def test_blocks_of_any_size_and_slices_of_a_wider_projection(programs, monkeypat
     from mmmamba.ops.triton import step
 
     chosen = step._tile(programs, 2, 64)
-    assert chosen["D"] == (64 if programs == 1 else 32)
+    assert (chosen["PARTS"], chosen["D"]) == ((4, 16) if programs == 1 else (1, 32))
     monkeypatch.setattr(step, "_tile", lambda *_: chosen)
     (vkq, gate, dt_raw), named = draw(b=2, h=2, g=1, p=64, device=device)
     whole = torch.cat([gate, vkq, dt_raw], -1)
     sliced = (whole[:, 128:-2], whole[:, :128], whole[:, -2:])
     compare(sliced, named, TOLERANCE[torch.float32])
+
+
+def test_step_after_step_in_parts(device):
+    """The parts of a group count themselves; the count is back at zero behind every step."""
+    (vkq, gate, dt_raw), named = draw(b=2, h=2, g=1, p=64, device=device)
+    truth = {name: wide(value) for name, value in named.items()}
+    truth |= {name: truth[name].clone() for name in ("conv_state", "ssm_state")}
+    for scale in (1.0, 0.5, -2.0):
+        ours = kernel(vkq * scale, gate, dt_raw, **named)
+        expected = twin((vkq * scale).double(), gate.double(), dt_raw.double(), **truth)
+        assert (ours - expected).norm() <= 1e-5 * expected.norm()
+    assert (named["ssm_state"] - truth["ssm_state"]).norm() <= 1e-5 * truth["ssm_state"].norm()
 
 
 def test_changes_its_slots_alone_and_gives_zeros_for_padding(device):
@@ -150,8 +162,9 @@ def test_is_a_sound_custom_op(device):
     order = ["conv_weight", "conv_bias", "dt_bias", "A_log", "norm_weight", "conv_state", "ssm_state"]
     rest = [named[name] for name in order]
     nothing = [None] * 6
+    arrived = torch.zeros(2, dtype=torch.int32, device=device)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(_step, (vkq, gate, dt_raw, *rest, *nothing, 1e-5, True, False), test_utils=checks)
+    torch.library.opcheck(_step, (vkq, gate, dt_raw, *rest, *nothing, arrived, 1e-5, True, False), test_utils=checks)
 
 
 def test_refuses_what_does_not_fit(device):

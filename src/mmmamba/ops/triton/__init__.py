@@ -48,8 +48,9 @@ def why_not(*tensors: Tensor | None, **sizes: int) -> str | None:
     if not available():
         return "Triton is not installed"
     given = [tensor for tensor in tensors if tensor is not None]
-    devices = sorted({str(tensor.device) for tensor in given})
-    if len(devices) > 1:
+    device = given[0].device
+    if any(tensor.device != device for tensor in given):
+        devices = sorted({str(tensor.device) for tensor in given})
         return f"the tensors lie on several devices ({', '.join(devices)})"
     for tensor in given:
         if tensor.is_floating_point() and tensor.dtype not in DTYPES:
@@ -57,7 +58,6 @@ def why_not(*tensors: Tensor | None, **sizes: int) -> str | None:
     for name, size in sizes.items():
         if size not in SIZES[name]:
             return f"the kernels are built for {name} {', '.join(map(str, SIZES[name]))}, not {size}"
-    device = given[0].device
     if device.type != "cuda":
         return None if device.type == "cpu" and interpreted() else f"the kernels need a GPU, not {device.type}"
     if torch.version.hip is None and _capability(device) < CAPABILITY:
@@ -70,6 +70,16 @@ def why_not(*tensors: Tensor | None, **sizes: int) -> str | None:
 def fallback(reason: str) -> None:
     """Warn that PyTorch's own operators serve where a kernel can't: once for each reason (see :func:`why_not`)."""
     warnings.warn(f"slower PyTorch operators are used: {reason}", RuntimeWarning, stacklevel=3)
+
+
+def serves(first: Tensor, *tensors: Tensor | None, **sizes: int) -> bool:
+    """Whether a call goes to the kernels: on a GPU, unless :func:`why_not` has a reason, which is then warned of."""
+    if not first.is_cuda:
+        return False
+    reason = why_not(first, *tensors, **sizes)
+    if reason is not None:
+        fallback(reason)
+    return reason is None
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:

@@ -1,9 +1,10 @@
 """One token through the Mamba-2 mixer's heads as one Triton kernel; the twin is ``mmmamba.ops.step.mixer_step``.
 
-Nearly all bytes are the SSM state's, read and written once. A program owns one key/value group of one row: the group's
-v and k are worked out once for its heads, and no other program reads the conv state that it changes. It walks over the
-state in blocks of v's channels, each block (heads of the group, channels, directions) with whole rows of directions,
-and asks for the next block before it works on this one.
+Nearly all bytes are the SSM state's, read and written once. A program owns a part of v's channels in one key/value
+group of one row, for all heads of the group; a batch that fills the GPU has one part a group. It walks over the state
+in blocks of channels, each block (heads of the group, channels, directions) with whole rows of directions, and asks
+for the next block before it works on this one. The last of a group's parts to arrive norms its heads and moves its
+conv state on: then all parts have read it.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mmmamba.ops.step import check_step
 from mmmamba.ops.triton import on_device
 
 ROUNDS = tl.constexpr(7)  # of Philox, whose authors found 7 to pass every test
+FULL = 264  # programs that fill a GPU: two for each of an H100's multiprocessors
+
+_COUNTERS = WeakTensorKeyDictionary()
 
 
 @triton.jit
@@ -75,24 +80,42 @@ def _noise(seed, slot, row, R: tl.constexpr, D: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def _finish(
+    y, gates, scale, x, conv, out, row, group, head, real, channel, n, EPS: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, C: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Gated norm of a group's heads, y (heads, blocks, d) at v's channels (blocks, d); and its conv state's shift."""
+    at = head[:, None, None] * P + channel[None, :, :]
+    mask = real[:, None, None] & (channel < P)[None, :, :]
+    gates = gates.to(WIDE)
+    inverse = 1 / tl.sqrt(tl.sum(tl.sum(y * y, axis=2), axis=1) / P + EPS)
+    result = y * inverse[:, None, None] * scale.to(WIDE)[None, :, :] * gates * tl.sigmoid(gates)
+    tl.store(out + row * (H * P) + at, result, mask=mask)
+    v_at = group * P + n
+    _shift(x, conv, v_at, n < P, C, K)
+    _shift(x, conv, G * P + v_at, n < P, C, K)
+    _shift(x, conv, 2 * G * P + head[:, None] * P + n[None, :], real[:, None] & (n < P)[None, :], C, K)
+
+
+@triton.jit
 def _step_kernel(
     vkq, gate, dt_raw, conv_weight, conv_bias, dt_bias, A_log, norm_weight, conv_state, ssm_state, slots, cos, sin,
-    positions, frequencies, seed, out, vkq_stride, gate_stride, dt_stride, EPS: tl.constexpr, G: tl.constexpr,
-    R: tl.constexpr, P: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr, NORMALISE: tl.constexpr,
-    PAD_R: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
+    positions, frequencies, seed, out, partial, arrived, vkq_stride, gate_stride, dt_stride, EPS: tl.constexpr,
+    G: tl.constexpr, R: tl.constexpr, P: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr, NORMALISE: tl.constexpr,
+    PAD_R: tl.constexpr, PAD: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // G).to(tl.int64)
     group = tl.program_id(0) % G
     H: tl.constexpr = G * R
     C: tl.constexpr = (H + 2 * G) * P
-    BLOCKS: tl.constexpr = PAD // D
+    BLOCKS: tl.constexpr = PAD // PARTS // D
     ROTATE: tl.constexpr = cos is not None or positions is not None
     n = tl.arange(0, PAD)
-    local = tl.arange(0, D)
+    local = tl.program_id(1) * (PAD // PARTS) + tl.arange(0, D)  # v's channels of this part's first block
     member = tl.arange(0, PAD_R)  # of the group's heads
     real = member < R
     head = group * R + member
-    channel = tl.arange(0, BLOCKS)[:, None] * D + local[None, :]  # (blocks, d), all of v's
+    channel = tl.arange(0, BLOCKS)[:, None] * D + local[None, :]  # (blocks, d), all of this part
     result_at = head[:, None, None] * P + channel[None, :, :]
     result_mask = real[:, None, None] & (channel < P)[None, :, :]
 
@@ -156,33 +179,65 @@ def _step_kernel(
             state = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
         tl.store(whole + place, state, mask=inside)
 
-    gates = tl.load(gate + row * gate_stride + result_at, mask=result_mask, other=0.0).to(WIDE)
-    scale = tl.load(norm_weight + channel, mask=channel < P, other=0.0).to(WIDE)
-    inverse = 1 / tl.sqrt(tl.sum(tl.sum(y * y, axis=2), axis=1) / P + EPS)
-    result = y * inverse[:, None, None] * scale[None, :, :] * gates * tl.sigmoid(gates)
-    tl.store(out + row * (H * P) + result_at, result, mask=result_mask)
-
-    tl.debug_barrier()  # several threads may hold the same channel: none writes before all have read
-    v_at = group * P + n
-    _shift(x, conv, v_at, n < P, C, K)
-    _shift(x, conv, G * P + v_at, n < P, C, K)
-    _shift(x, conv, q_at[:, None] + n[None, :], real[:, None] & (n < P)[None, :], C, K)
+    if PARTS == 1:
+        tl.debug_barrier()  # several threads may hold the same channel: none writes before all have read
+        gates = tl.load(gate + row * gate_stride + result_at, mask=result_mask, other=0.0)
+        scale = tl.load(norm_weight + channel, mask=channel < P, other=0.0)
+        _finish(y, gates, scale, x, conv, out, row, group, head, real, channel, n, EPS, H, G, P, C, K, WIDE)
+    else:
+        # What the last part needs is asked for before it is known which one that is: nothing waits for it then.
+        full = tl.arange(0, 1)[:, None] * PAD + n[None, :]
+        at_y = head[:, None, None] * P + full[None, :, :]
+        mask_y = real[:, None, None] & (full < P)[None, :, :]
+        gates = tl.load(gate + row * gate_stride + at_y, mask=mask_y, other=0.0)
+        scale = tl.load(norm_weight + full, mask=full < P, other=0.0)
+        partial += row * (H * P)
+        tl.store(partial + result_at, y, mask=result_mask)
+        tl.debug_barrier()  # the whole program has read and written before it says so
+        before = tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel")
+        if before == PARTS - 1:
+            tl.store(arrived + tl.program_id(0), 0)  # for the next step
+            # From the L2, which all programs share.
+            whole_y = tl.load(partial + at_y, mask=mask_y, other=0.0, cache_modifier=".cg")
+            _finish(whole_y, gates, scale, x, conv, out, row, group, head, real, full, n, EPS, H, G, P, C, K, WIDE)
 
 
 def _tile(programs: int, heads: int, p: int) -> dict[str, int]:
-    """Channels of a block and warps of a program.
+    """Parts of a group, channels of a block and warps of a program.
 
-    A batch that fills the GPU hides latency with many small programs, a small one by asking for all at once.
+    A batch that fills the GPU hides latency with many small programs, a small one by many parts, each of which asks for
+    all that it needs at once.
     """
     pad, pad_heads = triton.next_power_of_2(p), triton.next_power_of_2(heads)
-    block = pad if programs <= 264 else min(pad, 32)
-    warps = 16 if programs <= 264 else 8
+    parts = 1
+    while parts < pad // 16 and 2 * parts * programs <= FULL:
+        parts *= 2
+    block = min(pad // parts, 32)
     elements = pad_heads * block * pad
     # At least 16 elements a thread: an element of the state that two threads shared would be read after it is written.
-    return {"PAD_R": pad_heads, "PAD": pad, "D": block, "num_warps": max(1, min(warps, elements // (16 * 32)))}
+    return {
+        "PAD_R": pad_heads,
+        "PAD": pad,
+        "PARTS": parts,
+        "D": block,
+        "num_warps": max(1, min(8 if parts == 1 else 4, elements // (16 * 32))),
+    }
 
 
-@torch.library.custom_op("mmmamba::mixer_step", mutates_args=("conv_state", "ssm_state"))
+def _counters(ssm_state: Tensor, programs: int) -> Tensor:
+    """Zeros, one for each row and group, with which the parts of a group find out which of them is the last.
+
+    Every pool of states has its own, remembered while it lives: no two steps may change one pool at the same time.
+    """
+    counters = _COUNTERS.get(ssm_state)
+    if counters is None or counters.shape[0] < programs:
+        counters = torch.zeros(programs, dtype=torch.int32, device=ssm_state.device)
+        if not (ssm_state.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph's memory is its own
+            _COUNTERS[ssm_state] = counters
+    return counters
+
+
+@torch.library.custom_op("mmmamba::mixer_step", mutates_args=("conv_state", "ssm_state", "arrived"))
 def _step(
     vkq: Tensor,
     gate: Tensor,
@@ -200,6 +255,7 @@ def _step(
     positions: Tensor | None,
     frequencies: Tensor | None,
     seed: Tensor | None,
+    arrived: Tensor,
     eps: float,
     silu: bool,
     qk_norm: bool,
@@ -212,12 +268,15 @@ def _step(
     rest = [None if t is None else t.contiguous() for t in (slots, cos, sin, positions, frequencies)]
     out = torch.empty(b, h * p, dtype=vkq.dtype, device=vkq.device)
     if b:
+        tile = _tile(b * g, h // g, p)
+        wide = vkq.dtype == torch.float64
+        partial = out.new_empty(b, h * p, dtype=torch.float64 if wide else torch.float32) if tile["PARTS"] > 1 else None
         with on_device(vkq):
-            _step_kernel[(b * g,)](
+            _step_kernel[(b * g, tile["PARTS"])](
                 vkq, gate, dt_raw, *parameters, conv_state, ssm_state, *rest,
-                seed if ssm_state.dtype == torch.bfloat16 else None, out, vkq.stride(0), gate.stride(0),
-                dt_raw.stride(0), EPS=eps, G=g, R=h // g, P=p, K=conv_weight.shape[1], SILU=silu, NORMALISE=qk_norm,
-                WIDE=tl.float64 if vkq.dtype == torch.float64 else tl.float32, **_tile(b * g, h // g, p),
+                seed if ssm_state.dtype == torch.bfloat16 else None, out, partial, arrived, vkq.stride(0),
+                gate.stride(0), dt_raw.stride(0), EPS=eps, G=g, R=h // g, P=p, K=conv_weight.shape[1], SILU=silu,
+                NORMALISE=qk_norm, WIDE=tl.float64 if wide else tl.float32, **tile,
             )  # fmt: skip
     return out
 
@@ -266,5 +325,6 @@ def mixer_step(
     cos, sin = rotation if rotation is not None else (None, None)
     return _step(
         vkq, gate, dt_raw, conv_weight, conv_bias, dt_bias, A_log, norm_weight, conv_state, ssm_state, slots, cos, sin,
-        positions, frequencies, seed, eps, activation == "silu", qk_norm,
+        positions, frequencies, seed, _counters(ssm_state, vkq.shape[0] * ssm_state.shape[1]), eps,
+        activation == "silu", qk_norm,
     )  # fmt: skip
