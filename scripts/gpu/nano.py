@@ -1,5 +1,6 @@
 """Make the shipped models on one GPU: teachers, then the students of every nano recipe, then their evaluation.
 
+    python scripts/gpu/nano.py data                                       # the sources, and their encoded caches
     python scripts/gpu/nano.py teach  --keep OUT                          # nano-teacher
     python scripts/gpu/nano.py teach  --keep OUT --recipes pico-teacher
     python scripts/gpu/nano.py distil --keep OUT                          # the four nano recipes, side by side
@@ -75,18 +76,19 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
     return [word for item in arguments.set for word in ("--set", item)]
 
 
-def build() -> None:
+def data(_: argparse.Namespace) -> None:
+    """The sources and their encoded caches, made once, before anything is timed; at once where they are there."""
+    began = time.monotonic()
     finish(data=mmmamba("data", "data", "build", "--out", DATA, "--scale", "20"))
+    print(f"data: {time.monotonic() - began:.0f} s", flush=True)
+    finish(cache=mmmamba("cache", "teach", "nano-teacher", "--out", "runs/cache", "--resume", "--device", "cpu",
+                         "--set", "train.steps=0"))  # fmt: skip
+    print(f"cache: {time.monotonic() - began:.0f} s", flush=True)
 
 
 def teach(arguments: argparse.Namespace) -> None:
+    data(arguments)
     began = time.monotonic()
-    build()
-    print(f"data: {time.monotonic() - began:.0f} s", flush=True)
-    # The encoded caches are made once, before anything is timed.
-    finish(cache=mmmamba("cache", "teach", "nano-teacher", "--out", "runs/cache", "--resume", "--set",
-                         "train.steps=1"))  # fmt: skip
-    print(f"cache: {time.monotonic() - began:.0f} s", flush=True)
     extra = overrides(arguments)
     running = {name: mmmamba(name, "teach", name, "--resume", *extra) for name in arguments.recipes}
     for name, process in running.items():
@@ -96,8 +98,8 @@ def teach(arguments: argparse.Namespace) -> None:
 
 
 def distil(arguments: argparse.Namespace) -> None:
+    data(arguments)
     began = time.monotonic()
-    build()
     if (ROOT / "runs/nano-teacher/model").is_dir():  # a teacher made here is the one to distil
         install("nano-teacher", None)
     extra = overrides(arguments)
@@ -124,18 +126,22 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("teach", "distil", "eval"))
+    parser.add_argument("what", choices=("data", "teach", "distil", "eval"))
     parser.add_argument("--keep", help="folder for the results worth keeping")
     parser.add_argument("--limit", type=int, default=200, help="questions an ability")
     parser.add_argument("--set", action="append", default=[], help="recipe keys to change, e.g. stage3.lr=1e-3")
-    parser.add_argument("--recipes", nargs="*", help="teach: teachers to train side by side (default: nano-teacher); "
-                        "distil: families ({} stands for linear, then hybrid; default: nano-{} nano-{}-paper)")
+    parser.add_argument(
+        "--recipes",
+        nargs="*",
+        help="teach: teachers to train side by side (default: nano-teacher); "
+        "distil: families ({} stands for linear, then hybrid; default: nano-{} nano-{}-paper)",
+    )
     parser.add_argument("--models", nargs="*", default=["nano-teacher", "nano-linear", "nano-hybrid",
                                                         "nano-linear-paper", "nano-hybrid-paper"])  # fmt: skip
     arguments = parser.parse_args()
     if not arguments.recipes:
         arguments.recipes = ["nano-teacher"] if arguments.what == "teach" else ["nano-{}", "nano-{}-paper"]
-    {"teach": teach, "distil": distil, "eval": evaluate}[arguments.what](arguments)
+    {"data": data, "teach": teach, "distil": distil, "eval": evaluate}[arguments.what](arguments)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from mmmamba.distill.objectives import AlignHeads, MatchLogits
 from mmmamba.distill.recipe import DataConfig, SourceConfig, StageConfig
 from mmmamba.distill.run import RunFolder
 from mmmamba.distill.seeding import seed
-from mmmamba.distill.trainer import _optimizer
+from mmmamba.distill.step import _optimizer
 from mmmamba.errors import UserError
 from mmmamba.model import ATTENTION, MAMBA2
 

@@ -148,13 +148,15 @@ def test_a_token_without_weight_counts_for_nothing():
 
 def test_answer_loss_is_cross_entropy_of_the_scored_tokens():
     random = torch.Generator().manual_seed(0)
-    hidden, head = torch.randn(2, 5, 8, generator=random), torch.randn(11, 8, generator=random)
-    labels = torch.tensor([[-100, 3, -100, 10, -100], [-100, -100, -100, -100, 0]])
+    hidden, head = torch.randn(1, 10, 8, generator=random), torch.randn(11, 8, generator=random)
+    labels = torch.tensor([[-100, 3, -100, 10, -100, -100, -100, -100, -100, 0]])
     logits = hidden @ head.T
     expected = F.cross_entropy(
         logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
     )
-    torch.testing.assert_close(answer_loss(hidden, head, labels), expected)
+    torch.testing.assert_close(answer_loss(hidden, head, labels, torch.tensor([0, 2, 8])), expected)
+    with_padding = torch.tensor([0, 2, 8, 5, 5])
+    torch.testing.assert_close(answer_loss(hidden, head, labels, with_padding), expected)
 
 
 def test_a_student_that_is_its_teacher_has_no_divergence(tiny_model):

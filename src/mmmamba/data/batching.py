@@ -38,6 +38,9 @@ class Batch:
         cu_seqlens: int32 (s+1,), where each sequence starts and the last one ends.
         tiles: uint8 (t, H, W, 3) of all sequences, in order.
         ids: the samples' ids (s).
+        scored: int64 (k,), the tokens whose next one is scored; found in the labels when absent, on the host before a
+            row moves, so that no pass has to wait for a device's count.
+        real: int64 (), how many of the row's tokens are real, where padding stands behind them (None: all).
     """
 
     input_ids: Tensor
@@ -45,6 +48,12 @@ class Batch:
     cu_seqlens: Tensor
     tiles: Tensor
     ids: list[str]
+    scored: Tensor = None  # type: ignore[assignment]  # found below
+    real: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.scored is None:
+            self.scored = (self.labels[0, 1:] != UNSCORED).nonzero()[:, 0]
 
     @property
     def tokens(self) -> int:
@@ -61,6 +70,7 @@ class Batch:
             labels=self.labels.to(device, non_blocking=non_blocking),
             cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
             tiles=self.tiles.to(device, non_blocking=non_blocking),
+            scored=self.scored.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> Batch:
@@ -71,6 +81,7 @@ class Batch:
             labels=self.labels.pin_memory(),
             cu_seqlens=self.cu_seqlens.pin_memory(),
             tiles=self.tiles.pin_memory(),
+            scored=self.scored.pin_memory(),
         )
 
 

@@ -9,15 +9,18 @@ from torch import Tensor
 from mmmamba.ops import chunked_kl
 
 
-def token_weights(labels: Tensor, prompt_weight: float) -> Tensor:
+def token_weights(labels: Tensor, prompt_weight: float, real: Tensor | None = None) -> Tensor:
     """Weight of each position's prediction, (b, l): 1 where the *next* token is scored, ``prompt_weight`` elsewhere.
 
     ``labels`` (b, l) are unshifted, -100 where nothing is scored. In a packed row a sequence's first token is never
-    scored, so nothing reaches across a border.
+    scored, so nothing reaches across a border. Tokens from the ``real``-th on are padding, of weight 0.
     """
     scored = torch.zeros_like(labels, dtype=torch.bool)
     scored[:, :-1] = labels[:, 1:] != -100
-    return torch.where(scored, 1.0, prompt_weight).to(torch.float32)
+    weights = torch.where(scored, 1.0, prompt_weight).to(torch.float32)
+    if real is None:
+        return weights
+    return torch.where(torch.arange(labels.shape[1], device=labels.device) < real, weights, 0.0)
 
 
 def heads_error(predicted: Tensor, target: Tensor, weights: Tensor) -> Tensor:
@@ -49,11 +52,11 @@ def divergence(
     )
 
 
-def answer_loss(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-    """Summed cross-entropy of the scored tokens; logits exist only where something is scored.
+def answer_loss(hidden: Tensor, head: Tensor, labels: Tensor, scored: Tensor) -> Tensor:
+    """Summed cross-entropy of the scored tokens of a packed row; logits exist only where something is scored.
 
-    hidden (b, l, d) behind the final norm, head (v, d), labels (b, l) unshifted with -100 unscored.
+    hidden (1, l, d) behind the final norm, head (v, d), labels (1, l) unshifted with -100 unscored, scored (k,) the
+    tokens whose next one is scored; one whose next is not counts nothing.
     """
-    rows = (labels[:, 1:] != -100).nonzero(as_tuple=True)
-    logits = F.linear(hidden[:, :-1][rows], head)
-    return F.cross_entropy(logits.float(), labels[:, 1:][rows], reduction="sum")
+    logits = F.linear(hidden[0].index_select(0, scored), head)
+    return F.cross_entropy(logits.float(), labels[0].index_select(0, scored + 1), ignore_index=-100, reduction="sum")

@@ -59,6 +59,13 @@ def pixels(row: Batch) -> Tensor | None:
     return normalise(row.tiles) if row.tiles.shape[0] else None
 
 
+def inputs(model: Model, row: Batch) -> dict[str, Tensor | None]:
+    """What the layers read: the row's embeddings, unless its pictures are embedded by the layers."""
+    if model.merges_late:
+        return {"input_ids": row.input_ids, "pixel_values": pixels(row)}
+    return {"inputs_embeds": model.embed(row.input_ids, pixels(row), spare_tiles=row.real is not None)}
+
+
 def answer_tokens(rows: Sequence[Batch]) -> Tensor:
     """How many tokens of the rows are scored, at least 1."""
     return torch.stack([(row.labels[:, 1:] != -100).sum() for row in rows]).sum().clamp(min=1)
@@ -78,7 +85,7 @@ class AlignHeads:
         freeze_all_but(student, self.trained)
 
     def backward(self, rows: Sequence[Batch], precision: torch.dtype) -> dict[str, Tensor]:
-        weights = [token_weights(row.labels, self.stage.prompt_weight) for row in rows]
+        weights = [token_weights(row.labels, self.stage.prompt_weight, row.real) for row in rows]
         scale = self.stage.loss_scale / (torch.stack([w.sum() for w in weights]).sum() * len(self.mixers))
         total = torch.zeros((), device=self.teacher.device)
         for row, weight in zip(rows, weights, strict=True):
@@ -94,7 +101,7 @@ class AlignHeads:
                 total.add_(loss.detach())
 
             with torch.no_grad(), autocast(self.teacher.device, precision):
-                self.teacher(row.input_ids, pixels(row), cu_seqlens=row.cu_seqlens, logits="none", observe=observe)
+                self.teacher(**inputs(self.teacher, row), cu_seqlens=row.cu_seqlens, logits="none", observe=observe)
         return {"loss": total}
 
 
@@ -108,7 +115,7 @@ class MatchLogits:
 
     def backward(self, rows: Sequence[Batch], precision: torch.dtype) -> dict[str, Tensor]:
         stage = self.stage
-        weights = [token_weights(row.labels, stage.prompt_weight) for row in rows]
+        weights = [token_weights(row.labels, stage.prompt_weight, row.real) for row in rows]
         if stage.reduction == "published":
             divisor = torch.tensor(float(sum(row.sequences for row in rows)), device=self.teacher.device)
         else:
@@ -119,29 +126,30 @@ class MatchLogits:
         for row, weight in zip(rows, weights, strict=True):
             with autocast(self.teacher.device, precision):
                 with torch.no_grad():
-                    inputs = self._inputs(row)
-                    target = self.teacher(**inputs, cu_seqlens=row.cu_seqlens, logits="none").hidden
-                hidden = self.student(**inputs, cu_seqlens=row.cu_seqlens, logits="none").hidden
+                    given = inputs(self.teacher, row)
+                    target = self.teacher(**given, cu_seqlens=row.cu_seqlens, logits="none").hidden
+                hidden = self.student(**given, cu_seqlens=row.cu_seqlens, logits="none").hidden
+                # With a prompt weight of 0 only the answers' tokens need logits.
+                kept = slice(None) if stage.prompt_weight else row.scored
                 part = (
                     divergence(
-                        hidden, self.student.head.weight, target, self.teacher.head.weight, weight, stage.temperature
+                        hidden[:, kept],
+                        self.student.head.weight,
+                        target[:, kept],
+                        self.teacher.head.weight,
+                        weight[:, kept],
+                        stage.temperature,
                     )
                     / divisor
                 )
                 loss = part * stage.loss_scale
                 kl.add_(part.detach())
                 if answers is not None:
-                    supervised = answer_loss(hidden, self.student.head.weight, row.labels) / answers
+                    supervised = answer_loss(hidden, self.student.head.weight, row.labels, row.scored) / answers
                     loss = loss + stage.supervised * supervised
                     ce.add_(supervised.detach())
             loss.backward()
         return {"loss": kl * stage.loss_scale + stage.supervised * ce, **({"ce": ce} if answers is not None else {})}
-
-    def _inputs(self, row: Batch) -> dict[str, Tensor | None]:
-        """What teacher and student read: embeddings made once, unless pictures are embedded by the layers."""
-        if self.teacher.merges_late:
-            return {"input_ids": row.input_ids, "pixel_values": pixels(row)}
-        return {"inputs_embeds": self.teacher.embed(row.input_ids, pixels(row))}
 
 
 class PredictAnswers:
@@ -156,8 +164,8 @@ class PredictAnswers:
         total = torch.zeros((), device=self.model.device)
         for row in rows:
             with autocast(self.model.device, precision):
-                hidden = self.model(row.input_ids, pixels(row), cu_seqlens=row.cu_seqlens, logits="none").hidden
-                loss = answer_loss(hidden, self.model.head.weight, row.labels) / answers
+                hidden = self.model(**inputs(self.model, row), cu_seqlens=row.cu_seqlens, logits="none").hidden
+                loss = answer_loss(hidden, self.model.head.weight, row.labels, row.scored) / answers
             loss.backward()
             total.add_(loss.detach())
         return {"loss": total}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,8 @@ from mmmamba.data.batching import Batch, Skipped
 from mmmamba.distill.objectives import Objective
 from mmmamba.distill.recipe import TrainConfig
 from mmmamba.distill.run import RunFolder
+from mmmamba.distill.step import make_step
 from mmmamba.errors import UserError
-from mmmamba.ops.layout import remember_lengths
 from mmmamba.progress import Progress
 
 
@@ -45,8 +45,8 @@ def train(
     Raises:
         UserError: when the loss stops being finite, naming stage and step.
     """
-    optimizer, scales = _optimizer(objective.trained, config, device)
-    start = _restore(run, stage, objective.trained, optimizer)
+    take = make_step(objective, config, device, precision)
+    start = _restore(run, stage, objective.trained, take.optimizer)
     run.cut_metrics(stage, start)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -54,15 +54,10 @@ def train(
     tokens, since = 0, time.monotonic()
     with Progress(stage, total=config.steps, start=start) as bar:
         for step, batch in zip(range(start, config.steps), rows(start), strict=False):
-            moved = [_move(row, device) for row in batch]
-            optimizer.zero_grad(set_to_none=True)
-            if moved:  # empty when every sample of the step was skipped as bad
-                recent.append(objective.backward(moved, precision))
-            norm = nn.utils.clip_grad_norm_(list(objective.trained.values()), config.clip)
             rate = config.lr * config.factor(step)
-            for group, scale in zip(optimizer.param_groups, scales, strict=True):
-                group["lr"] = rate * scale
-            optimizer.step()
+            losses, norm = take(batch, rate)
+            if losses:  # none when every sample of the step was skipped as bad
+                recent.append(losses)
             count = sum(row.tokens for row in batch)
             tokens += count
             done = step + 1
@@ -86,36 +81,8 @@ def train(
                 recent, tokens, since = [], 0, now
             if saves:
                 run.skip(stage, rows.bad_samples)
-                run.save_step(stage, done, _snapshot(objective.trained, optimizer))
+                run.save_step(stage, done, _snapshot(objective.trained, take.optimizer))
     run.skip(stage, rows.bad_samples)
-
-
-def _move(row: Batch, device: torch.device) -> Batch:
-    """The row on ``device``, its lengths remembered so that no layer asks the device for them."""
-    moved = row.to(device)
-    if moved.cu_seqlens is not row.cu_seqlens:
-        remember_lengths(moved.cu_seqlens, row.cu_seqlens.diff().tolist())
-    return moved
-
-
-def _optimizer(
-    trained: dict[str, nn.Parameter],
-    config: TrainConfig,
-    device: torch.device,
-) -> tuple[torch.optim.AdamW, list[float]]:
-    """AdamW with one group per (weight decay or not, learning-rate factor), and those factors."""
-    factors = config.lr_scale
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
-    for name, parameter in trained.items():
-        decays = parameter.ndim > 1 and "embedding" not in name
-        scale = next((factors[part] for part in name.split(".") if part in factors), 1.0)
-        groups.setdefault((decays, scale), []).append(parameter)
-    settings: list[dict[str, Any]] = [
-        {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0}
-        for (decays, _), parameters in groups.items()
-    ]
-    optimizer = torch.optim.AdamW(settings, lr=config.lr, betas=config.betas, fused=device.type == "cuda" or None)
-    return optimizer, [scale for _, scale in groups]
 
 
 def _means(recent: Sequence[dict[str, Tensor]], norm: Tensor, stage: str, step: int) -> dict[str, float]:
