@@ -18,6 +18,8 @@ from mmmamba.model import MixerConfig, Model, initialise
 from tiny import SPECIALS, WORDS, make_config
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
 @pytest.fixture(scope="session")
 def golden():
     """``golden(name)`` → (tensors, json) of one golden file."""

@@ -27,6 +27,7 @@ from mmmamba import cli
 from mmmamba.checkpoints import load, save_student
 from mmmamba.config import from_dict, load_yaml, to_dict
 from mmmamba.data.jsonl import parse as parse_record
+from mmmamba.data.processor import Processor
 from mmmamba.distill.recipe import (
     RECIPES,
     DataConfig,
@@ -37,8 +38,11 @@ from mmmamba.distill.recipe import (
     load_recipe,
 )
 from mmmamba.evaluation.suite import NANO_ABILITIES
+from mmmamba.inference.conversation import Chat
+from mmmamba.inference.session import save_session
 from mmmamba.model import MixerConfig, ModelConfig, StackConfig
 from small_run import conversation, make_data, stage_file, write_jsonl
+from videos import write_video
 
 GUIDE, PLAN = ROOT / "docs" / "train_eval.md", ROOT / "docs" / "architecture.md"
 COMMANDS = commands("mmmamba")
@@ -93,6 +97,12 @@ def furnished(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) ->
     write_jsonl(room / "pope.jsonl", [record])
     (room / "mydata").mkdir()
     shutil.copy(room / "picture.png", room / "mydata" / "test-0-red.png")
+    write_video(room / "clip.mp4", range(0, 2000, 100))
+    (room / "story.txt").write_text("one shape, and another")
+    mine = room / "runs" / "mine" / "model"
+    talk = Chat(load(mine), Processor.from_folder(mine), max_new_tokens=2)
+    list(talk.ask("what ?"))
+    save_session(room / "talk.state", talk)
     shutil.copytree(teacher_folder, room / "HoVLE")
     published = mmmamba.seed(teacher)
     for stage in (2, 3):

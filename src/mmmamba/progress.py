@@ -131,9 +131,7 @@ def track(
             bar.advance()
 
 
-def table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, console: Console | None = None
-) -> None:
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, console: Console | None = None) -> None:
     """Print a table, on stdout unless ``console`` is given: numbers to the right, None as an empty cell."""
     if console is None:
         console = Console() if Console().file.isatty() else Console(width=PLAIN_WIDTH)

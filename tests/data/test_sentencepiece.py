@@ -124,6 +124,17 @@ def test_the_same_ids_and_text_as_sentencepiece(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("stretch", [1, 30])
+def test_a_long_text_is_tokenised_in_stretches(name, stretch, monkeypatch):
+    """Where the ends of a text are trimmed it is not; the ids are the same either way."""
+    monkeypatch.setattr("mmmamba.data.tokenizer.STRETCH", stretch)
+    library, ours = LIBRARY[name], OURS[name]
+    for text in ("\n".join(sample_texts(300)), " ".join(training_texts())):
+        assert ours.encode(text, allow_special=False) == library.encode(text)
+        assert (len(list(ours._stretches(text))) > 100) == (not name.startswith("squeezed"))
+
+
+@pytest.mark.parametrize("name", MODELS)
 @settings(max_examples=150, deadline=None)
 @given(text=st.text() | st.text(alphabet=" ▁\nab的😀\x00<0x41>"))
 def test_the_same_for_any_text(name, text):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from itertools import pairwise
 
 import pytest
 import tokenizers
@@ -33,6 +34,31 @@ def test_special_tokens_are_plain_in_plain_text(text):
     assert not SPECIAL_IDS.intersection(plain)
     assert TOKENIZER.decode(plain) == text
     assert TOKENIZER.decode(special, skip_special=False) == text
+
+
+def test_a_long_text_is_tokenised_in_stretches(monkeypatch):
+    """They end between words only, and the ids are those of the whole."""
+    text = " ".join([*TEXTS, "a b\nc  d \n e.\nf it's x_y", "图里有什么"] * 40)
+    across = train_bpe(["tea tea", "a b a b"] * 9, 300)
+    across.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    crossing = Tokenizer(_with_token(across.to_str(), "aĠ"))
+    for tokenizer, cut in ((TOKENIZER, True), (crossing, False)):
+        whole = tokenizer.encode(text, allow_special=False)
+        monkeypatch.setattr("mmmamba.data.tokenizer.STRETCH", 20)
+        stretches = list(tokenizer._stretches(text))
+        assert "".join(stretches) == text and (len(stretches) > 100) == cut
+        assert all(a[-1].isalpha() and b[0] in " \n" for a, b in pairwise(stretches))
+        assert tokenizer.encode(text, allow_special=False) == whole
+        assert tokenizer.encode("图" * 999, allow_special=False) == tokenizer.encode("图", allow_special=False) * 999
+        monkeypatch.undo()
+
+
+def _with_token(definition: str, token: str) -> str:
+    """A definition in which two neighbours of ``token`` are merged into it."""
+    content = json.loads(definition)
+    content["model"]["vocab"][token] = 1 + max(content["model"]["vocab"].values())
+    content["model"]["merges"].append(list(token))
+    return json.dumps(content)
 
 
 def test_specials_have_the_first_ids():

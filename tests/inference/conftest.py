@@ -9,6 +9,7 @@ from PIL import Image
 
 from mmmamba.data.processor import Encoded, Processor
 from mmmamba.data.samples import Turn
+from mmmamba.data.tokenizer import Tokenizer
 from mmmamba.model import ATTENTION, MAMBA2, MixerConfig, Model
 
 LAYER_MAPS = {
@@ -16,6 +17,11 @@ LAYER_MAPS = {
     "linear": (MAMBA2,) * 5,
     "hybrid": (ATTENTION, MAMBA2, MAMBA2, ATTENTION, MAMBA2),
 }
+
+REWRITING = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[' + m.content + ']' }}"
+    "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
 
 
 def picture(colour: str, size: tuple[int, int] = (56, 56)) -> Image.Image:
@@ -39,3 +45,17 @@ def prompts(tiny_processor: Processor) -> list[Encoded]:
     texts = ["hi", "<image>\nwhat colour?", "is it left of the square ? " * 4, "how many?", "a", "b <image> c"]
     images = [[], [picture("red")], [], [], [], [picture("blue", (112, 56))]]
     return [tiny_processor.prompt([Turn("human", text)], shown) for text, shown in zip(texts, images, strict=True)]
+
+
+@pytest.fixture
+def rewriting(tiny_config, tiny_processor: Processor) -> Callable[..., Processor]:
+    """Processors whose chat template changes what came before: it writes a space before an answer that it prompts for
+    without one, so the whole conversation is read anew at each turn.
+    """
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": REWRITING}
+
+    def build(**changes) -> Processor:
+        config = tiny_config(template="tokenizer", system_message=None, **changes)
+        return Processor(Tokenizer(tiny_processor.tokenizer.definition, tokens), config)
+
+    return build

@@ -10,16 +10,20 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from mmmamba.checkpoints import save_student
+from mmmamba import cli
+from mmmamba.checkpoints import load, save_student
 from mmmamba.data.processor import Processor
 from mmmamba.data.samples import Turn
 from mmmamba.data.tiling import normalise
-from mmmamba.data.tokenizer import Tokenizer
+from mmmamba.data.video import read_frames
 from mmmamba.errors import UserError
 from mmmamba.inference import chat as chat_module
 from mmmamba.inference import engine
+from mmmamba.inference.attachments import Attachments
 from mmmamba.inference.chat import Chat, chat, converse
 from mmmamba.inference.sampling import Sampling
+from mmmamba.inference.session import load_session, read_session
+from videos import write_video
 
 RED, WIDE = Image.new("RGB", (56, 56), "red"), Image.new("RGB", (112, 56), "blue")
 SAMPLING = Sampling(temperature=2.0, seed=11)
@@ -96,7 +100,7 @@ def talk(session: Chat, lines: list[str]) -> str:
     """What the loop prints when these lines are typed."""
     typed = iter(lines)
     console = Console(file=io.StringIO(), width=200)
-    converse(session, [], console, lambda _: next(typed, None))
+    converse(session, Attachments(), console, lambda _: next(typed, None))
     return console.file.getvalue()
 
 
@@ -127,7 +131,61 @@ def test_pictures_go_with_the_next_question_and_wrong_paths_do_not_end_the_loop(
 def test_commands(spoken):
     spoken.turns = 5
     printed = talk(spoken, ["/help", "/reset", "/quit", "never asked"])
-    assert "/image PATH" in printed and spoken.turns == 0 and spoken.asked == []
+    assert all(f"{name} PATH" in printed for name in ("/image", "/video", "/text", "/save"))
+    assert spoken.turns == 0 and spoken.asked == []
+
+
+def test_videos_and_texts_go_with_the_next_question(spoken, tmp_path):
+    pytest.importorskip("av")
+    video = write_video(tmp_path / "a video.mkv", range(0, 2500, 100))
+    (tmp_path / "a.txt").write_text("once")
+    (tmp_path / "b.txt").write_bytes(b"\xff")
+    lines = [f"/text {tmp_path / 'a.txt'}", f"/video {video}", f"/text {tmp_path / 'b.txt'}", "/video no.mp4", "what?",
+             "again?", "/video", "/text", "/save", "/save never.state"]  # fmt: skip
+    printed = talk(spoken, lines)
+    assert spoken.asked == [("once\nFrame1: <image>\nFrame2: <image>\nFrame3: <image>\nwhat?", 3), ("again?", 0)]
+    assert "Shown with your next question: 1 text, 1 video (3 frames)." in printed
+    assert printed.count("error:") == 3 and "not UTF-8" in printed and "no.mp4: no such file" in printed
+    assert printed.count("needs the path of") == 3 and "never.state: not saved: nothing has been said" in printed
+
+
+def test_a_conversation_is_saved_after_each_answer_and_branches_from_the_loop(tiny_model, tiny_processor, tmp_path):
+    network, kept, branch = tiny_model(("mamba2",) * 5), tmp_path / "kept.state", tmp_path / "branch.state"
+    session = Chat(network, tiny_processor, SAMPLING, max_new_tokens=4)
+    typed = iter(["first?", f"/save {branch}", "second?", "/reset"])
+    seen = []
+
+    def read(_):
+        seen.append(load_session(kept, network, tiny_processor).turns if kept.exists() else 0)
+        return next(typed, None)
+
+    console = Console(file=io.StringIO(), width=200)
+    converse(session, Attachments(), console, read, kept)
+    assert seen == [0, 1, 1, 2, 2], "what is forgotten stays in the file until something else is said"
+    assert f"Saved: {branch}" in console.file.getvalue()
+    again = load_session(branch, network, tiny_processor, SAMPLING, max_new_tokens=4)
+    assert again.turns == 1
+    list(again.ask("second?"))
+    assert again.past.turns == load_session(kept, network, tiny_processor).past.turns
+
+
+def test_a_stopped_answer_is_saved_as_far_as_it_was_said(
+    tiny_model, tiny_processor, letters_only, tmp_path, monkeypatch
+):
+    session = Chat(tiny_model(("mamba2",) * 5), tiny_processor, SAMPLING, max_new_tokens=50)
+    original = session.ask
+
+    def interrupted(text, images=()):
+        pieces = original(text, images)
+        yield next(pieces)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, "ask", interrupted)
+    typed = iter(["what?"])
+    console = Console(file=io.StringIO(), width=200)
+    converse(session, Attachments(), console, lambda _: next(typed, None), tmp_path / "s.state")
+    said = load_session(tmp_path / "s.state", session.model, tiny_processor).past.turns[-1].text
+    assert len(said) == 1 and console.file.getvalue() == f"{said}\n(stopped)\n"
 
 
 def test_stopping_an_answer_keeps_the_loop(spoken, monkeypatch):
@@ -176,6 +234,10 @@ def test_verb_refuses_bad_arguments_before_it_loads_a_model(folder, tmp_path, mo
     monkeypatch.setattr(chat_module, "load", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(UserError, match="temperature"):
         chat(str(folder), temperature=-1.0)
+    with pytest.raises(UserError, match="fps must be positive"):
+        chat(str(folder), fps=0.0)
+    with pytest.raises(UserError, match="max_frames must be at least 1"):
+        chat(str(folder), max_frames=0)
     with pytest.raises(UserError, match="max-new-tokens"):
         chat(str(folder), max_new_tokens=0)
     with pytest.raises(UserError, match=r"gone\.png"):
@@ -185,17 +247,86 @@ def test_verb_refuses_bad_arguments_before_it_loads_a_model(folder, tmp_path, mo
             chat(str(folder), device=device)
 
 
-REWRITING = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[' + m.content + ']' }}"
-    "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
+def run(capsys, *words: object) -> str:
+    """What the command line prints; it must succeed."""
+    assert cli.main(["chat", *map(str, words), "--device", "cpu", "--max-new-tokens", "5"]) == 0
+    return capsys.readouterr().out
 
 
-def test_a_template_that_changes_what_came_before_is_read_anew(tiny_model, tiny_config, tiny_processor, letters_only):
+def error(capsys, *words: object) -> str:
+    """The one line with which the command line refuses."""
+    assert cli.main(["chat", *map(str, words), "--device", "cpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_text_file_equals_typing_it(folder, tmp_path, capsys, letters_only):
+    text = "is it left of the square ? " * 40 + "\nhow many?"
+    (tmp_path / "long.txt").write_text(text)
+    typed = run(capsys, folder, f"{text}\nwhy?")
+    assert run(capsys, folder, "--text", tmp_path / "long.txt", "why?") == typed
+    (tmp_path / "long.txt").write_bytes(b"abc\xff")
+    assert error(capsys, folder, "--text", tmp_path / "long.txt", "why?").endswith("byte 0xff at offset 3")
+
+
+def test_video_equals_its_frames_as_pictures(folder, tmp_path, capsys, letters_only):
+    pytest.importorskip("av")
+    video = write_video(tmp_path / "v.mkv", range(0, 3000, 100))
+    frames = read_frames(video, [0, 5, 10, 15, 20, 25])
+    pictures: list[object] = []
+    for i, frame in enumerate(frames):
+        frame.save(tmp_path / f"{i}.png")
+        pictures += ["--image", tmp_path / f"{i}.png"]
+
+    def question(count: int) -> str:
+        return "".join(f"Frame{i + 1}: <image>\n" for i in range(count)) + "what?"
+
+    expected = run(capsys, folder, question(6), *pictures)
+    assert run(capsys, folder, "what?", "--video", video, "--fps", 2) == expected
+    every_other = [pictures[i] for i in (0, 1, 4, 5, 8, 9)]
+    expected = run(capsys, folder, question(3), *every_other)
+    assert run(capsys, folder, "what?", "--video", video) == expected
+    assert run(capsys, folder, "what?", "--video", video, "--fps", 2, "--max-frames", 3) == expected
+    (tmp_path / "none.mp4").write_bytes(b"")
+    assert "none.mp4: the video is an empty file" in error(capsys, folder, "--video", tmp_path / "none.mp4", "what?")
+    assert "fps must be positive" in error(capsys, folder, "--video", video, "--fps", 0, "what?")
+
+
+def test_session_goes_on_from_its_file(folder, tmp_path, capsys, letters_only, monkeypatch):
+    RED.save(tmp_path / "red.png")
+    network, processor = load(folder), Processor.from_folder(folder)
+    whole = Chat(network, processor, Sampling(temperature=2.0, seed=3), max_new_tokens=5)
+    expected = ["".join(whole.ask("what?", [RED])) + "\n", "".join(whole.ask("sure?")) + "\n"]
+    file = tmp_path / "talk.state"
+    same = ["--temperature", 2.0, "--seed", 3, "--session", file]
+    assert run(capsys, folder, "what?", "--image", tmp_path / "red.png", *same) == expected[0]
+    before = file.read_bytes()
+    assert run(capsys, folder, "sure?", *same, "--keep-session") == expected[1]
+    assert file.read_bytes() == before
+    assert run(capsys, folder, "sure?", *same) == expected[1]
+    assert read_session(file).header.transcript == whole.past.turns
+    monkeypatch.setattr("sys.stdin", io.StringIO("and now?\n"))
+    assert f"goes on from {file} (question 3)" in run(capsys, folder, *same)
+    assert read_session(file).header.answers == 3
+
+
+def test_session_that_cannot_be_gone_on_with_is_named(folder, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "talk.state"
+    assert "--keep-session needs --session" in error(capsys, folder, "what?", "--keep-session")
+    assert f"{file}: no such file" in error(capsys, folder, "what?", "--session", file, "--keep-session")
+    run(capsys, folder, "what?", "--session", file)
+    teacher = tmp_path / "teacher"
+    assert f"{file}: was made with another model" in error(capsys, teacher, "what?", "--session", file)
+    wrong = error(capsys, folder, "what?", "--session", file, "--dtype", "bfloat16")
+    assert f"{file}: was made in float32, but the model runs in bfloat16" in wrong
+    file.write_bytes(file.read_bytes()[:-9])
+    monkeypatch.setattr(chat_module, "load", lambda *_, **__: pytest.fail("loaded"))
+    assert f"{file}: truncated" in error(capsys, folder, "what?", "--session", file)
+
+
+def test_a_template_that_changes_what_came_before_is_read_anew(tiny_model, rewriting, letters_only):
     """Its header of an answer (a space) is not in the prompt: no state can be carried, and the answers are the same."""
-    definition = tiny_processor.tokenizer.definition
-    tokenizer = Tokenizer(definition, {"bos_token": "<s>", "eos_token": "</s>", "chat_template": REWRITING})
-    processor = Processor(tokenizer, tiny_config(template="tokenizer", system_message=None, vision=None))
+    processor = rewriting(vision=None)
     network = tiny_model().double()
     session = Chat(network, processor, max_new_tokens=4)
     turns: list[Turn] = []

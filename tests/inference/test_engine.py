@@ -9,14 +9,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from mmmamba.data import pictures
+from mmmamba.data.pictures import PictureFile
 from mmmamba.data.processor import Encoded, Processor
 from mmmamba.data.samples import Sample, Turn
 from mmmamba.data.tiling import normalise
 from mmmamba.errors import UserError
 from mmmamba.inference import engine, steps
 from mmmamba.inference.sampling import Sampling
-from mmmamba.model import MixerConfig, Model, RopeScaling
+from mmmamba.model import MixerConfig, Model, RopeScaling, VisionConfig, initialise
+from tiny import make_config
 
 NEW = 8
 
@@ -30,6 +34,10 @@ class StoppingAt:
 
     def decode(self, ids):
         return self.processor.decode(ids)
+
+
+def picture(colour: str, size: tuple[int, int] = (56, 56)) -> Image.Image:
+    return Image.new("RGB", size, colour)
 
 
 def pixels(encoded: Encoded) -> torch.Tensor | None:
@@ -89,6 +97,56 @@ def test_chunked_prefill_equals_the_whole(model, prompts, chunk):
             logits, state = steps.prefill(model, [prompt], chunk=chunk, max_new_tokens=1)
         assert torch.allclose(logits, whole.logits, atol=1e-9, rtol=0)
         assert torch.equal(state.positions, whole.state.positions)
+
+
+@pytest.mark.parametrize("chunk", [1, 6, 20])
+def test_patches_that_become_tokens_late_are_read_in_chunks_too(tiny_model, layer_map, tiny_processor, chunk):
+    config = make_config(layer_map, vision=VisionConfig(image_size=56, patch_size=14, pixel_shuffle_loc="post"))
+    model = initialise(Model(config), 0).double().eval()
+    prompt = Processor(tiny_processor.tokenizer, config).prompt(
+        [Turn("human", "<image> what <image>\nhow many?")], [picture("red"), picture("blue", (112, 56))]
+    )
+    with torch.no_grad():
+        ids = torch.from_numpy(prompt.input_ids).long()[None]
+        whole = model(ids, pixels(prompt), logits="last", return_state=True)
+        logits, state = steps.prefill(model, [prompt], chunk=chunk, max_new_tokens=1)
+    assert torch.allclose(logits, whole.logits, atol=1e-9, rtol=0)
+    assert torch.equal(state.positions, whole.state.positions) and torch.equal(state.embedded, whole.state.embedded)
+
+
+def test_many_pictures_are_decoded_and_embedded_as_they_are_read(tiny_model, tiny_processor, monkeypatch, tmp_path):
+    model = tiny_model(("mamba2",) * 5).double()
+    random = np.random.default_rng(0)
+    files = []
+    for i in range(50):
+        files.append(tmp_path / f"{i}.png")
+        Image.fromarray(random.integers(0, 256, (56, 112, 3), np.uint8)).save(files[-1])
+    turns = [Turn("human", "what?")]
+    whole = tiny_processor.prompt(turns, files)
+    unread = tiny_processor.prompt(turns, [PictureFile.check(file, "here") for file in files])
+    events: list[int] = []  # -1 for a picture decoded, else how many tiles are embedded together
+    read, embed = pictures.load_image, model.vision.forward
+    monkeypatch.setattr(pictures, "load_image", lambda path, where: events.append(-1) or read(path, where))
+    monkeypatch.setattr(model.vision, "forward", lambda pixels: events.append(len(pixels)) or embed(pixels))
+    chunk = 5 * model.config.vision.tokens_per_tile
+    with torch.no_grad():
+        logits, state = steps.prefill(model, [unread], chunk=chunk, max_new_tokens=1)
+        embedded = [event for event in events if event > 0]
+        assert events.count(-1) == 50 and sum(embedded) == len(whole.tiles) == 150 and max(embedded) <= 5
+        ahead = np.cumsum([3 if event < 0 else -event for event in events])  # tiles decoded and not embedded yet
+        assert ahead.max() <= 5 + 2 and ahead[-1] == 0
+        expected = model(
+            torch.from_numpy(whole.input_ids).long()[None], pixels(whole), logits="last", return_state=True
+        )
+    assert torch.allclose(logits, expected.logits, atol=1e-9, rtol=0)
+    for one, other in zip(state.layers, expected.state.layers, strict=True):
+        assert torch.allclose(one.ssm, other.ssm, atol=1e-9, rtol=0) and torch.allclose(one.conv, other.conv)
+
+
+def test_tiles_and_positions_that_do_not_agree_are_refused(tiny_model, prompts):
+    for tiles in (prompts[1].tiles[:0], np.concatenate([prompts[1].tiles] * 2)):
+        with pytest.raises(ValueError, match="<IMG_CONTEXT> positions for"):
+            steps.prefill(tiny_model(), [replace(prompts[1], tiles=tiles)], chunk=9, max_new_tokens=1)
 
 
 def test_stream_equals_generate(model, tiny_processor, prompts):

@@ -62,6 +62,12 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: truncated or not a safetensors file ({error})") from error
 
 
+def read_with_metadata(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of one safetensors file, each in memory of its own, and the texts in its header."""
+    with _opened(Path(path)) as stored:
+        return {name: stored.get_tensor(name).clone() for name in stored.keys()}, stored.metadata() or {}
+
+
 class Weights(Mapping[str, Tensor]):
     """The tensors of weight files: shapes are known at once, data is read when a tensor is asked for.
 
@@ -344,8 +350,11 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors in order of their names; each gets its own storage, as the format asks."""
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors in order of their names; each gets its own storage, as the format asks.
+
+    ``metadata`` are texts for the header, by default the mark by which transformers knows a file of PyTorch tensors.
+    """
     seen: set[int] = set()
     own: dict[str, Tensor] = {}
     for name in sorted(tensors):
@@ -356,7 +365,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         seen.add(own[name].untyped_storage().data_ptr())
     path.touch()
     mode = path.stat().st_mode  # as the user's umask has it: safetensors would let nobody else read the file
-    save_file(own, path, metadata={"format": "pt"})
+    save_file(own, path, metadata={"format": "pt"} if metadata is None else dict(metadata))
     path.chmod(mode)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +14,8 @@ import tokenizers
 from PIL import Image
 
 from mmmamba.data.images import load_image, to_rgb
-from mmmamba.data.patches import PATCH, PATCH_END, patch_marks, patch_rows
+from mmmamba.data.patches import PATCH, PATCH_END, fitted_size, patch_marks, patch_rows
+from mmmamba.data.pictures import Picture, PictureFile, Tiles, Unread
 from mmmamba.data.samples import GPT, HUMAN, BadSample, Sample, Turn
 from mmmamba.data.template import (
     IMAGE_CONTEXT,
@@ -27,10 +30,11 @@ from mmmamba.data.template import (
     count_marks,
     get_template,
 )
-from mmmamba.data.tiling import tile
+from mmmamba.data.tiling import grid, tile
 from mmmamba.data.tokenizer import Tokenizer
+from mmmamba.data.video import Frame
 from mmmamba.errors import UserError
-from mmmamba.model.config import ModelConfig
+from mmmamba.model.config import ModelConfig, VisionConfig
 
 #: Label of a token that no loss counts.
 UNSCORED = -100
@@ -43,13 +47,14 @@ class Encoded:
     Attributes:
         input_ids: int32 (l,)
         labels: int32 (l,), unshifted; the assistant's answers with their end marks are scored, the rest is -100.
-        tiles: uint8 (t, H, W, 3), in the order of the ``<IMG_CONTEXT>`` positions.
+        tiles: uint8 (t, H, W, 3), in the order of the ``<IMG_CONTEXT>`` positions; :class:`Tiles` where pictures are
+            decoded only when they are read.
         cut: tokens of the text's tail that did not fit into ``max_length``.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
-    tiles: np.ndarray
+    tiles: np.ndarray | Tiles
     id: str = ""
     where: str = ""
     cut: int = 0
@@ -135,17 +140,17 @@ class Processor:
         encoded.id = sample.id
         return encoded if max_length is None else self._fit(encoded, max_length, cut_tail=answer)
 
-    def prompt(
-        self, turns: Sequence[Turn], images: Sequence[Image.Image | str | Path] = (), *, max_tiles: int | None = None
-    ) -> Encoded:
-        """The prompt of a conversation that ends with a human turn."""
+    def prompt(self, turns: Sequence[Turn], images: Sequence[Picture] = (), *, max_tiles: int | None = None) -> Encoded:
+        """The prompt of a conversation that ends with a human turn.
+
+        A picture that is given as a :class:`PictureFile` or a :class:`Frame` is decoded when the prompt is read. A
+        frame is one tile.
+        """
         if not turns or turns[-1].role != HUMAN:
             raise UserError("a prompt must end with a human turn")
         return self._conversation(turns, images, "prompt", max_tiles, reply=True)
 
-    def continuation(
-        self, turn: Turn, images: Sequence[Image.Image | str | Path] = (), *, max_tiles: int | None = None
-    ) -> Encoded:
+    def continuation(self, turn: Turn, images: Sequence[Picture] = (), *, max_tiles: int | None = None) -> Encoded:
         """What follows a finished answer when the human says ``turn``; pictures without a mark go before its text.
 
         (prompt ids) + (answer ids with the end mark) + (these ids) are the ids of the prompt of the whole
@@ -164,7 +169,7 @@ class Processor:
     def _conversation(
         self,
         turns: Sequence[Turn],
-        images: Sequence[Image.Image | str | Path],
+        images: Sequence[Picture],
         where: str,
         max_tiles: int | None,
         *,
@@ -178,10 +183,10 @@ class Processor:
             raise BadSample(f"{where}: 'conversations': {error}") from error
         return self._encoded(pieces, tiles, where, bos=self.template.adds_bos)
 
-    def _encoded(self, pieces: Sequence[Piece], tiles: Sequence[np.ndarray], where: str, *, bos: bool) -> Encoded:
-        ids: list[int] = [self.config.bos_token_id] if bos else []
+    def _encoded(self, pieces: Sequence[Piece], tiles: Tiles, where: str, *, bos: bool) -> Encoded:
+        ids = array("i", [self.config.bos_token_id] if bos else [])
         scored: list[tuple[int, int]] = []
-        pictures = iter(tiles)
+        grids = iter(tiles.grids)
         text_before = False
         for piece in pieces:
             start = len(ids)
@@ -191,7 +196,7 @@ class Processor:
                 after: Literal["start", "special", "text"] = "text" if text_before else "special" if ids else "start"
                 ids.extend(self.tokenizer.encode(piece.text, allow_special=False, after=after))
             else:
-                ids.extend(self._image_ids(next(pictures)))
+                ids.extend(self._image_ids(next(grids)))
             text_before = piece.kind == "text"
             if piece.scored:
                 scored.append((start, len(ids)))
@@ -199,52 +204,72 @@ class Processor:
         labels = np.full(len(ids), UNSCORED, dtype=np.int32)
         for start, stop in scored:
             labels[start:stop] = input_ids[start:stop]
-        in_order = [picture.reshape(-1, *picture.shape[-3:]) for picture in tiles]
-        return Encoded(input_ids, labels, np.concatenate(in_order) if tiles else self._no_tiles(), where=where)
+        return Encoded(input_ids, labels, np.asarray(tiles) if tiles.decoded else tiles, where=where)
 
-    def _image_ids(self, picture: np.ndarray) -> list[int]:
+    def _image_ids(self, tiles: tuple[int, ...]) -> list[int]:
+        """The tokens of a picture that takes ``tiles``: (t,), or (rows, columns) of patches."""
         assert self.config.vision is not None  # _tiles refuses pictures without it
         if self.config.vision.max_side is not None:
-            return [self._mark_ids[mark] for mark in patch_marks(*picture.shape[:2])]
-        context = [self._mark_ids[IMAGE_CONTEXT]] * (len(picture) * self.config.vision.tokens_per_tile)
+            return [self._mark_ids[mark] for mark in patch_marks(*tiles)]
+        context = [self._mark_ids[IMAGE_CONTEXT]] * (tiles[0] * self.config.vision.tokens_per_tile)
         return [self._mark_ids[IMAGE_START], *context, self._mark_ids[IMAGE_END]]
-
-    def _no_tiles(self) -> np.ndarray:
-        side = self.config.vision.image_size if self.config.vision else 0
-        return np.empty((0, side, side, 3), dtype=np.uint8)
 
     def _tiles(
         self,
         turns: Sequence[Turn],
-        images: Sequence[Image.Image | str | Path],
+        images: Sequence[Picture],
         where: str,
         max_tiles: int | None,
-    ) -> list[np.ndarray]:
-        """uint8 (t, H, W, 3) of each picture, or (rows, columns, H, W, 3) where it is read as rows of patches."""
+    ) -> Tiles:
+        """The tiles of each picture, (t,), or (rows, columns) where it is read as rows of patches."""
         marks = count_marks(turns)
         if marks > len(images):
             raise BadSample(f"{where}: 'conversations' has {marks} <image> marks for {len(images)} images")
         vision = self.config.vision
         if vision is None and images:
             raise BadSample(f"{where}: 'image': this model reads text only")
+        side = vision.image_size if vision else 0
         if vision is None:
-            return []
-        config = self.config
+            return Tiles((), (), lambda image, picture: np.asarray(image), (side, side, 3), where)
         if vision.max_side is not None and max_tiles is not None:
             raise UserError("max_tiles: this model reads a picture as rows of patches, not as tiles")
-        least, most = config.min_dynamic_patch, config.max_dynamic_patch if max_tiles is None else max_tiles
+        most = self.config.max_dynamic_patch if max_tiles is None else max_tiles
         if most < 1:
             raise UserError(f"max_tiles must be at least 1, got {most}")
-        if not config.dynamic_image_size:
-            least = most = 1
-        tiles = []
+        cut = partial(self._cut, vision, most)
+        found: list[np.ndarray | Unread] = []
+        grids: list[tuple[int, ...]] = []
         for image in images:
-            picture = to_rgb(image) if isinstance(image, Image.Image) else load_image(image, where)
-            if vision.max_side is not None:
-                tiles.append(patch_rows(picture, vision.patch_size, vision.max_side))
+            if isinstance(image, (PictureFile, Frame)):
+                found.append(image)
+                grids.append(self._grid(vision, most, image))
             else:
-                tiles.append(tile(picture, vision.image_size, most, min(least, most), config.use_thumbnail))
-        return tiles
+                tiles = cut(to_rgb(image) if isinstance(image, Image.Image) else load_image(image, where), None)
+                found.append(tiles)
+                grids.append(tiles.shape[:-3])
+        return Tiles(found, grids, cut, (side, side, 3), where)
+
+    def _limits(self, most: int, picture: Unread | None) -> tuple[int, int]:
+        """How few and how many tiles a picture may be cut into; a frame of a video is always one."""
+        if isinstance(picture, Frame) or not self.config.dynamic_image_size:
+            return 1, 1
+        return min(self.config.min_dynamic_patch, most), most
+
+    def _cut(self, vision: VisionConfig, most: int, image: Image.Image, picture: Unread | None) -> np.ndarray:
+        """The tiles of an RGB picture, uint8 (t, H, W, 3), or (rows, columns, H, W, 3) for rows of patches."""
+        if vision.max_side is not None:
+            return patch_rows(image, vision.patch_size, vision.max_side)
+        least, most = self._limits(most, picture)
+        return tile(image, vision.image_size, most, least, self.config.use_thumbnail)
+
+    def _grid(self, vision: VisionConfig, most: int, picture: Unread) -> tuple[int, ...]:
+        """How many tiles :meth:`_cut` will give, known from the picture's size."""
+        if vision.max_side is not None:
+            width, height = fitted_size(*picture.size, vision.patch_size, vision.max_side)
+            return height // vision.patch_size, width // vision.patch_size
+        least, most = self._limits(most, picture)
+        columns, rows = grid(*picture.size, vision.image_size, least, most)
+        return (columns * rows + (self.config.use_thumbnail and columns * rows > 1),)
 
     def _fit(self, encoded: Encoded, max_length: int, *, cut_tail: bool) -> Encoded:
         cut = len(encoded.input_ids) - max_length

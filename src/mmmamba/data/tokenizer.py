@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -27,6 +27,10 @@ ADDED_FILE = "added_tokens.json"
 NAMES_FILE = "special_tokens_map.json"
 TEMPLATE_FILE = "chat_template.jinja"
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+STRETCH = 1 << 16
+"""Characters that are tokenised at once, where a text can be cut."""
+WORD_END = re.compile(r"[A-Za-z](?=[ \n][A-Za-z])")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, specials: Sequence[str] = SPECIALS) -> tokenizers.Tokenizer:
@@ -160,7 +164,11 @@ class Tokenizer:
         """
         if not allow_special or self._split is None:
             bare = after == "text" or (after == "special" and self._space_at_start_only)
-            return (self._bare if bare else self._tokenizer).encode(text, add_special_tokens=False).ids
+            first, *rest = self._stretches(text)
+            found: list[int] = (self._bare if bare else self._tokenizer).encode(first, add_special_tokens=False).ids
+            for stretch in rest:
+                found.extend(self._bare.encode(stretch, add_special_tokens=False).ids)
+            return found
         ids: list[int] = []
         for part in self._split.split(text):
             if part in self._special_ids:
@@ -168,6 +176,34 @@ class Tokenizer:
             elif part:
                 ids.extend(self._tokenizer.encode(part, add_special_tokens=False).ids)
         return ids
+
+    def _stretches(self, text: str) -> Iterator[str]:
+        """``text`` in stretches whose ids, one after another, are those of the whole.
+
+        The library needs some hundred bytes a token while it works: a long text is not tokenised all at once.
+        """
+        start = 0
+        while len(text) - start > STRETCH and self._keeps_to_words:
+            end = WORD_END.search(text, start + STRETCH)
+            if end is None:
+                break
+            yield text[start : end.end()]
+            start = end.end()
+        yield text[start:]
+
+    @cached_property
+    def _keeps_to_words(self) -> bool:
+        """Whether a text can be cut behind a word: no token goes on from a letter to a space or a new line."""
+        across = re.compile(
+            "[A-Za-z][ \n\u2581\u0120\u010a]"
+        )  # as they are, and as sentencepiece and byte-level BPE write them
+        if any(across.search(token) for token in self._tokenizer.get_vocab(with_added_tokens=True)):
+            return False
+        whole, first, rest = (
+            tokenizer.encode(text, add_special_tokens=False).ids
+            for tokenizer, text in ((self._tokenizer, "a b\nc"), (self._tokenizer, "a"), (self._bare, " b\nc"))
+        )
+        return bool(whole == first + rest)  # not so where the ends of a text are trimmed
 
     @cached_property
     def _bare(self) -> tokenizers.Tokenizer:

@@ -191,7 +191,7 @@ class MMMambaProcessor(ProcessorMixin):
                 after: Literal["start", "special", "text"] = "text" if text_before else "special" if ids else "start"
                 ids += tokenizer.encode(stretch, allow_special=False, after=after)
             elif stretch == IMAGE_MARK:
-                ids += self._ours._image_ids(next(pictures))
+                ids += self._ours._image_ids(next(pictures).shape[:-3])
             else:
                 ids.append(tokenizer.token_id(stretch))
             text_before = is_text

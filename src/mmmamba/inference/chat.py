@@ -1,32 +1,32 @@
-"""A conversation that carries the model's state from turn to turn, and the ``chat`` verb around it."""
+"""The ``chat`` verb: one question, or a loop of them."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 
 from mmmamba.checkpoints import load
-from mmmamba.data.images import load_image
-from mmmamba.data.processor import UNSCORED, Encoded, Processor
-from mmmamba.data.samples import Turn
-from mmmamba.data.template import add_missing_marks
+from mmmamba.data.processor import Processor
 from mmmamba.device import pick_device, pick_dtype
 from mmmamba.errors import UserError
-from mmmamba.inference.engine import Stream, stream
+from mmmamba.inference.attachments import Attachments
+from mmmamba.inference.conversation import Chat
 from mmmamba.inference.sampling import Sampling
-from mmmamba.model.model import Model
+from mmmamba.inference.session import read_session, save_session
+
+__all__ = ["Chat", "chat", "converse"]
 
 HELP = """\
 Type a question and press Enter. Lines that begin with a slash are commands:
   /image PATH   show a picture with the next question (repeat for several)
+  /video PATH   show frames of a video with the next question
+  /text PATH    put a text file before the next question
+  /save PATH    write the conversation to a session file, to go on from here another time
   /reset        forget the conversation
   /help         this text
   /quit         leave (so does the end of the input, Ctrl-D)
@@ -35,81 +35,8 @@ Ctrl-C stops an answer; the conversation goes on from what was said."""
 # What an answer may not hold when it is shown: control characters (but tab and newline) could steer the terminal.
 CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\t"), ord("\n")})
 
-
-class Chat:
-    """A conversation with a model. Only the new turn is read at each question; the state holds the rest.
-
-    (Some models' own chat templates change what came before when a conversation goes on, and then it is read anew.)
-
-    Args:
-        model: the network.
-        processor: its processor.
-        sampling: how tokens are picked; greedy by default. Turn i draws the random numbers of sequence i.
-        max_new_tokens: longest answer.
-    """
-
-    def __init__(
-        self, model: Model, processor: Processor, sampling: Sampling | None = None, *, max_new_tokens: int = 256
-    ) -> None:
-        self.model = model
-        self.processor = processor
-        self.sampling = sampling or Sampling()
-        self.max_new_tokens = max_new_tokens
-        self.answer: Stream | None = None  # the latest answer: its state and unfed tokens are the conversation so far
-        self.turns = 0
-        self._turns: list[Turn] = []  # all that was said before the latest answer
-        self._shown: list[Image.Image | str | Path] = []  # with these pictures
-
-    def ask(self, text: str, images: Sequence[Image.Image | str | Path] = ()) -> Iterator[str]:
-        """Pieces of the answer to ``text``, as they come.
-
-        The question is read at once. An answer left before its end counts as said up to there. A question that cannot
-        be encoded (a broken picture) leaves the conversation as it was.
-        """
-        turn = Turn(role="human", text=text)
-        (marked,) = add_missing_marks([turn], len(images))
-        turns, shown = [*self._said(), marked], [*self._shown, *images]
-        if self.answer is not None and self.processor.appends:
-            state, encoded = self.answer.state, self._follow(self.answer, turn, images)
-        else:
-            state, encoded = None, self.processor.prompt(turns, shown)
-        self.answer = stream(
-            self.model,
-            self.processor,
-            encoded,
-            state=state,
-            max_new_tokens=self.max_new_tokens,
-            sampling=self.sampling,
-            sequence=self.turns,
-        )
-        self.turns += 1
-        self._turns, self._shown = turns, shown
-        return iter(self.answer)
-
-    def reset(self) -> None:
-        """Forget the conversation."""
-        self.answer = None
-        self.turns = 0
-        self._turns, self._shown = [], []
-
-    def _said(self) -> list[Turn]:
-        """The conversation so far."""
-        if self.answer is None:
-            return []
-        return [*self._turns, Turn(role="gpt", text=self.processor.decode(self.answer.token_ids))]
-
-    def _follow(self, answer: Stream, turn: Turn, images: Sequence[Image.Image | str | Path]) -> Encoded:
-        """What the state has not seen: the last of the answer, the mark that ends it, then the new turn.
-
-        Whatever ended the answer (the model, its longest length, the user), the template closes it with its own mark.
-        """
-        encoded = self.processor.continuation(turn, list(images))
-        ending = np.array([*answer.unfed, self.processor.stop_token_ids[0]], dtype=encoded.input_ids.dtype)
-        return replace(
-            encoded,
-            input_ids=np.concatenate([ending, encoded.input_ids]),
-            labels=np.concatenate([np.full_like(ending, UNSCORED), encoded.labels]),
-        )
+# The commands that take a path, and of what.
+_PATHS = {"/image": "a picture", "/video": "a video", "/text": "a text file", "/save": "a session file"}
 
 
 def chat(
@@ -117,6 +44,12 @@ def chat(
     question: str | None = None,
     *,
     image: tuple[Path, ...] = (),
+    video: tuple[Path, ...] = (),
+    text: tuple[Path, ...] = (),
+    fps: float = 1.0,
+    max_frames: int = 64,
+    session: Path | None = None,
+    keep_session: bool = False,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -126,17 +59,27 @@ def chat(
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
 ) -> None:
-    """Ask a model about pictures and text, once or in a conversation.
+    """Ask a model about pictures, videos and text, once or in a conversation.
 
     With a question, the answer is printed as it is generated and the command ends. Without one, a conversation begins:
     each question adds to what the model remembers, and only the new text is read. For example:
 
         mmmamba chat nano-linear --image picture.png "What is in the picture?"
 
+    With --session the conversation is kept in a file, and the next command goes on from there.
+
     Args:
         model: A checkpoint folder, or the name of a built-in model such as nano-linear, nano-hybrid or nano-teacher.
         question: What to ask. Leave it out for a conversation.
         image: A picture to show with the (first) question. Repeat the option for several pictures.
+        video: A video to show frames of with the (first) question. Repeat the option for several. Needs PyAV:
+            pip install 'mmmamba[video]'.
+        text: A text file (UTF-8) to put before the (first) question. Repeat the option for several.
+        fps: Frames of a video that are taken for each second of it.
+        max_frames: Most frames taken of a video; of a longer one this many, spread evenly.
+        session: The file that holds the conversation. If it exists, the conversation goes on from there, else it
+            begins; after each answer the file is written anew. It belongs to this model in this --dtype.
+        keep_session: Go on from the session, but leave its file as it is.
         temperature: 0 always takes the most likely token. 1 draws from the model's own distribution; lower is more
             cautious, higher more varied.
         top_k: Draw among the k most likely tokens only. Off by default.
@@ -152,62 +95,98 @@ def chat(
     )
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
-    images = [load_image(path, "chat") for path in image]
+    shown = Attachments(fps=fps, max_frames=max_frames)
+    for path in image:
+        shown.add_picture(path)
+    for path in text:
+        shown.add_text(path)
+    for path in video:
+        shown.add_video(path)
+    if keep_session and session is None:
+        raise UserError("--keep-session needs --session")
+    stored = read_session(session) if session is not None and (session.exists() or keep_session) else None
     where = pick_device(device)
-    network = load(model, dtype=pick_dtype(dtype, where), device=where)
-    session = Chat(network, Processor.from_folder(model), sampling, max_new_tokens=max_new_tokens)
+    network, processor = load(model, dtype=pick_dtype(dtype, where), device=where), Processor.from_folder(model)
+    if stored is None:
+        conversation = Chat(network, processor, sampling, max_new_tokens=max_new_tokens)
+    else:
+        conversation = stored.resume(network, processor, sampling, max_new_tokens=max_new_tokens)
+    kept = None if keep_session else session
     console = Console()
     if question is not None:
-        _print_answer(console, session.ask(question, images))
+        _print_answer(console, conversation.ask(*shown.before(question)))
+        if kept is not None:
+            save_session(kept, conversation)
         return
-    console.print(f"[bold]{escape(model)}[/bold], /help lists the commands", highlight=False, soft_wrap=True)
-    converse(session, images, console, _read_line)
+    begun = f", goes on from {session} (question {conversation.turns + 1})" if conversation.turns else ""
+    console.print(
+        f"[bold]{escape(model)}[/bold]{escape(begun)}, /help lists the commands", highlight=False, soft_wrap=True
+    )
+    converse(conversation, shown, console, _read_line, kept)
 
 
 def converse(
-    session: Chat, images: Sequence[Image.Image], console: Console, read: Callable[[Console], str | None]
+    conversation: Chat,
+    shown: Attachments,
+    console: Console,
+    read: Callable[[Console], str | None],
+    session: Path | None = None,
 ) -> None:
     """The interactive loop: read a line, do what it says, until /quit or the end of the input.
 
     Args:
-        session: the conversation.
-        images: pictures for the first question.
+        conversation: what is gone on with.
+        shown: files for the first question.
         console: where answers go.
         read: the next line, or None at the end of the input.
+        session: the file that is written after each answer, complete or stopped.
     """
-    shown = list(images)
     while (line := read(console)) is not None:
         command, _, argument = line.strip().partition(" ")
+        path = argument.strip().strip("\"'")
         try:
             if command == "/quit":
                 return
             if command == "/help":
                 console.print(HELP, markup=False, highlight=False)
             elif command == "/reset":
-                session.reset()
-                shown = []
+                conversation.reset()
+                shown.clear()
                 console.print("The conversation is forgotten.")
-            elif command == "/image" and not argument.strip():
-                console.print("/image needs the path of a picture.")
-            elif command == "/image":
-                shown.append(load_image(Path(argument.strip().strip("\"'")).expanduser(), "chat"))
-                console.print(f"Shown with your next question: {len(shown)} picture{'s' * (len(shown) > 1)}.")
+            elif command in _PATHS and not path:
+                console.print(f"{command} needs the path of {_PATHS[command]}.")
+            elif command == "/save":
+                save_session(Path(path).expanduser(), conversation)
+                console.print(f"Saved: {path}", markup=False, highlight=False, soft_wrap=True)
+            elif command in _PATHS:
+                add = {"/image": shown.add_picture, "/video": shown.add_video, "/text": shown.add_text}[command]
+                add(Path(path).expanduser())
+                console.print(f"Shown with your next question: {shown}.", highlight=False)
             elif command.startswith("/"):
                 console.print(f"There is no command {command}; /help lists them.", markup=False, highlight=False)
             elif command:
-                answer = session.ask(line.strip(), shown)
-                shown = []
-                _print_answer(console, answer)
+                answer = conversation.ask(*shown.before(line.strip()))
+                shown.clear()
+                _print_answer(console, answer, stopped="\n(stopped)")
+                if session is not None:
+                    save_session(session, conversation)
         except UserError as error:  # a wrong path or question must not end the conversation
             console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         except KeyboardInterrupt:
             console.print("\n(stopped)")
 
 
-def _print_answer(console: Console, pieces: Iterator[str]) -> None:
-    for piece in pieces:
-        console.file.write(piece.translate(CONTROLS))
-        console.file.flush()
+def _print_answer(console: Console, pieces: Iterator[str], stopped: str | None = None) -> None:
+    """Show an answer as it comes. With ``stopped``, Ctrl-C ends it, and this is shown."""
+    try:
+        for piece in pieces:
+            console.file.write(piece.translate(CONTROLS))
+            console.file.flush()
+    except KeyboardInterrupt:
+        if stopped is None:
+            raise
+        console.print(stopped)
+        return
     console.print()
 
 

@@ -89,7 +89,7 @@ def _scored_positions(
     steps = [np.flatnonzero(np.asarray(sample.labels)[1:] != UNSCORED) for sample in samples]
     targets = [np.asarray(sample.labels)[1:][kept] for sample, kept in zip(samples, steps, strict=True)]
     owner = np.repeat(np.arange(len(samples)), [len(kept) for kept in steps])
-    if len(samples) == 1 and len(samples[0].input_ids) > chunk and not model.merges_late:
+    if len(samples) == 1 and len(samples[0].input_ids) > chunk:
         hidden = _chunked_hidden(model, samples[0], torch.from_numpy(steps[0]).to(model.device), chunk)
     else:
         batch = pack(list(samples))
@@ -113,9 +113,9 @@ def _chunked_hidden(model: Model, sample: Encoded, positions: torch.Tensor, chun
     state: State | None = None
     start = 0
     found = []
-    for embeddings in chunks(model, sample, chunk):
-        out = model(inputs_embeds=embeddings, state=state, logits="none", return_state=True, max_length=max_length)
-        state, end = out.state, start + embeddings.shape[1]
+    for piece in chunks(model, sample, chunk):
+        out = model(**piece, state=state, logits="none", return_state=True, max_length=max_length)
+        state, end = out.state, start + out.hidden.shape[1]
         found.append(out.hidden[0, positions[(positions >= start) & (positions < end)] - start])
         start = end
     return torch.cat(found)

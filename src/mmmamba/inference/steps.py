@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
+import numpy as np
 import torch
 
 from mmmamba.data.batching import pack
@@ -12,6 +14,7 @@ from mmmamba.data.tiling import normalise
 from mmmamba.errors import UserError
 from mmmamba.model.model import Model
 from mmmamba.model.state import State
+from mmmamba.model.vision import check_slots
 
 Progress = Callable[[int, int], None]
 
@@ -67,18 +70,48 @@ def _dynamic_limit(model: Model) -> int | None:
 
 def pixels(model: Model, tiles: torch.Tensor) -> torch.Tensor | None:
     """Normalised float tiles (t, 3, H, W) on the model's device and in its dtype, from uint8 (t, H, W, 3)."""
+    _check_sees(model, len(tiles))
     if not len(tiles):
         return None
-    if model.vision is None:
-        raise UserError("this model reads text only, it cannot be shown pictures")
     return normalise(tiles.to(model.device)).to(model.dtype)
 
 
-def chunks(model: Model, encoded: Encoded, size: int) -> Iterator[torch.Tensor]:
-    """The input embeddings of one sequence, in pieces (1, <= size, d)."""
-    batch = pack([encoded])
-    embeddings = model.embed(batch.input_ids.to(model.device), pixels(model, batch.tiles))
-    yield from embeddings.split(size, dim=1)
+def _check_sees(model: Model, tiles: int) -> None:
+    if tiles and model.vision is None:
+        raise UserError("this model reads text only, it cannot be shown pictures")
+
+
+def chunks(model: Model, encoded: Encoded, size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """The inputs of the passes that read one sequence, in pieces of at most ``size`` tokens.
+
+    Pictures are decoded and embedded as their piece comes: however many there are, no more than a piece's are in
+    memory. A tile is embedded whole, and where its patches become tokens behind the embedding stack (``merges_late``)
+    it is also read whole, even if it is larger than ``size``.
+    """
+    for ids, pixel_values in _spans(model, encoded, size):
+        if model.merges_late and pixel_values is not None:
+            yield {"input_ids": ids, "pixel_values": pixel_values}
+        else:
+            for piece in model.embed(ids, pixel_values).split(size, dim=1):
+                yield {"inputs_embeds": piece}
+
+
+def _spans(model: Model, encoded: Encoded, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Ids (1, l) and pixels of stretches of about ``size`` tokens, none of which begins or ends within a tile."""
+    _check_sees(model, len(encoded.tiles))
+    ids, tiles = np.asarray(encoded.input_ids), iter(encoded.tiles)
+    per_tile = model.vision.config.tokens_per_tile if model.vision is not None else 1
+    before = np.concatenate([[0], np.cumsum(ids == model.config.img_context_token_id)])  # image tokens, by position
+    check_slots(int(before[-1]), len(encoded.tiles) * per_tile, len(encoded.tiles))
+    borders = np.flatnonzero(before % per_tile == 0)
+    start = 0
+    while start < len(ids):
+        wanted, next_one = np.searchsorted(borders, [start + size, start], side="right")
+        end = int(borders[max(wanted - 1, next_one)])
+        own = list(islice(tiles, int(before[end] - before[start]) // per_tile))
+        stacked = torch.from_numpy(np.stack(own) if own else np.empty((0,)))
+        yield torch.from_numpy(ids[start:end].astype(np.int64))[None].to(model.device), pixels(model, stacked)
+        start = end
 
 
 def prefill(
@@ -86,16 +119,16 @@ def prefill(
 ) -> tuple[torch.Tensor, State]:
     """Read prompts: the logits (s, v) after the last token of each, and the state with one row each.
 
-    ``state`` (of a single sequence) is what came before. A prompt whose patches become tokens behind the embedding
-    stack is read in one piece: a cut may not separate the patches of a tile.
+    A single prompt is read in pieces of ``chunk`` tokens; several are read together, in one pass. ``state`` (of a
+    single sequence) is what came before.
     """
     for encoded in encodeds:
         if not len(encoded.input_ids):
             raise UserError(f"{encoded.where}: the prompt '{encoded.id}' has no tokens")
     max_length = fixed_length(model, max(len(e.input_ids) for e in encodeds) + max_new_tokens)
-    if len(encodeds) == 1 and not model.merges_late:
+    if len(encodeds) == 1:
         for piece in chunks(model, encodeds[0], chunk):
-            out = model(inputs_embeds=piece, state=state, logits="last", return_state=True, max_length=max_length)
+            out = model(**piece, state=state, logits="last", return_state=True, max_length=max_length)
             state = out.state
         return out.logits, out.state
     batch = pack(list(encodeds))

@@ -1,0 +1,149 @@
+"""Frames of a video file: which ones are taken, and reading them one at a time (PyAV, an optional dependency)."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mmmamba.data.images import MAX_PIXELS, MAX_SIDE
+from mmmamba.data.samples import IMAGE_MARK
+from mmmamba.errors import UserError
+
+# From the frame as it is stored to upright: PyAV gives the quarter turn, counter-clockwise, that shows it so.
+_TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A frame of a video: its number in the order of showing, its time in seconds from the first one, its size.
+
+    The size is (width, height) in pixels, upright.
+    """
+
+    path: Path
+    index: int
+    time: float
+    size: tuple[int, int]
+
+
+def choose_frames(path: str | Path, *, fps: float = 1.0, max_frames: int = 64) -> list[Frame]:
+    """The frames that stand for a video. The whole of it is decoded once, and no pixel kept.
+
+    From the first frame's time on, the first frame of every interval of 1/``fps`` seconds is taken; an interval in
+    which no frame begins gives none, whatever the rate of the video and however it varies. Of more than ``max_frames``
+    that many are taken, spread evenly, the first among them.
+
+    Raises:
+        UserError: PyAV is not installed; the file is missing, no video, broken, too large, or has no frame.
+    """
+    check_choice(fps, max_frames)
+    rate = Fraction(str(fps))  # 0.3 is meant as three tenths: an interval's end must not hang on binary rounding
+    path = Path(path)
+    start: Fraction | None = None
+    interval: int | None = None
+    taken: list[Frame] = []
+    for index, (time, frame) in enumerate(_decoded(path)):
+        start = time if start is None else start
+        if interval != (interval := math.floor((time - start) * rate)):
+            taken.append(Frame(path, index, float(time - start), _upright_size(frame)))
+    if not taken:
+        raise UserError(f"{path}: the video has no frame that can be decoded")
+    count = min(max_frames, len(taken))
+    return [taken[i * len(taken) // count] for i in range(count)]
+
+
+def check_choice(fps: float, max_frames: int) -> None:
+    """Refuse what no frames can be chosen by (UserError)."""
+    if not (math.isfinite(fps) and fps > 0):
+        raise UserError(f"fps must be positive, got {fps}")
+    if max_frames < 1:
+        raise UserError(f"max_frames must be at least 1, got {max_frames}")
+
+
+def read_frames(path: str | Path, indices: Iterable[int]) -> Iterator[Image.Image]:
+    """The frames with these numbers as upright RGB pictures, one at a time. Rising numbers take one pass.
+
+    Raises:
+        UserError: as :func:`choose_frames`, and when the video has no frame of a number.
+    """
+    path, before = Path(path), -1
+    frames = enumerate(_decoded(path))
+    for index in indices:
+        if index <= before:
+            frames = enumerate(_decoded(path))
+        before = index
+        frame = next((frame for number, (_, frame) in frames if number == index), None)
+        if frame is None:
+            raise UserError(f"{path}: the video ends before its frame {index}")
+        image = frame.to_image()
+        turn = _TURNS.get(_quarter_turn(frame))
+        yield image if turn is None else image.transpose(turn)
+
+
+def frame_marks(frames: Sequence[Frame]) -> str:
+    """What stands for a video in a question, before its text: a line ``Frame1: <image>`` for each frame (InternVL)."""
+    return "".join(f"Frame{number}: {IMAGE_MARK}\n" for number in range(1, len(frames) + 1))
+
+
+def _decoded(path: Path) -> Iterator[tuple[Fraction, Any]]:
+    """(time in seconds, PyAV frame) of a video in the order of showing; a few frames are in memory at once."""
+    if importlib.util.find_spec("av") is None:
+        raise UserError(f"{path}: reading a video needs PyAV: pip install 'mmmamba[video]' (or pip install av)")
+    if not path.is_file():
+        raise UserError(f"{path}: {'is a folder, not a video' if path.is_dir() else 'no such file'}")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path}: the video is an empty file (zero bytes)")
+    av = importlib.import_module("av")
+    with contextlib.ExitStack() as opened:
+        try:
+            # A stream, not a name, and no protocol: a playlist must not make us open other files or the network.
+            stream = opened.enter_context(path.open("rb"))
+            container = opened.enter_context(av.open(stream, options={"protocol_whitelist": "none"}))
+            if not container.streams.video:
+                raise UserError(f"{path}: has no video stream")
+            video = container.streams.video[0]
+            _check_size(path, video.codec_context.width, video.codec_context.height)
+            video.thread_type = "AUTO"
+            rate = video.average_rate or video.guessed_rate
+            for index, frame in enumerate(container.decode(video)):
+                _check_size(path, frame.width, frame.height)
+                yield _time(path, frame, index, rate), frame
+        except (av.error.FFmpegError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{path}: not a video that can be read, or damaged ({reason})") from error
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror or error}") from error
+
+
+def _time(path: Path, frame: Any, index: int, rate: Fraction | None) -> Fraction:
+    """Seconds; a stream without timestamps (raw H.264) goes by its frame rate."""
+    if frame.pts is not None and frame.time_base:
+        return Fraction(frame.pts) * Fraction(frame.time_base)
+    if not rate:
+        raise UserError(f"{path}: the video has neither timestamps nor a frame rate")
+    return Fraction(index) / Fraction(rate)
+
+
+def _check_size(path: Path, width: int, height: int) -> None:
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        limit = f"{MAX_SIDE:,} pixels a side or {MAX_PIXELS // 1_000_000} megapixels"
+        raise UserError(f"{path}: the video's frames are {width}x{height}, larger than {limit}")
+
+
+def _quarter_turn(frame: Any) -> int:
+    """Degrees, counter-clockwise: 0, 90, 180 or 270."""
+    return round(frame.rotation / 90) * 90 % 360
+
+
+def _upright_size(frame: Any) -> tuple[int, int]:
+    size = (frame.width, frame.height)
+    return size[::-1] if _quarter_turn(frame) % 180 else size

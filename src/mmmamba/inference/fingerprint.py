@@ -1,0 +1,59 @@
+"""Which network a conversation belongs to, and whether tensors are the ones that were written down: hashes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmmamba.config import to_dict
+from mmmamba.data.processor import Processor
+from mmmamba.data.template import JinjaTemplate
+from mmmamba.device import cores
+from mmmamba.model.model import Model
+
+
+def fingerprint(model: Model, processor: Processor) -> str:
+    """sha256 over all that decides an answer: both configs, the tokenizer, the chat template, every parameter.
+
+    It is that of the network in memory: the same for every folder layout it may be loaded from, another one for
+    another number format. Of the configs only what differs from a default counts, so that a field which a later
+    version adds changes nothing.
+    """
+    template = processor.template
+    texts = (
+        json.dumps([_told(model.config), _told(processor.config)], sort_keys=True),
+        processor.tokenizer.definition,
+        template.definition if isinstance(template, JinjaTemplate) else template.name,
+    )
+    return digest(texts, dict(model.named_parameters()))
+
+
+def digest(texts: Sequence[str], tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over texts in order, and over tensors (name, type, shape, bytes) whatever their order."""
+    with ThreadPoolExecutor(cores()) as pool:  # hashing lets go of the interpreter's lock
+        lines = pool.map(_line, sorted(tensors), [tensors[name] for name in sorted(tensors)])
+        content = json.dumps([list(texts), list(lines)])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _line(name: str, tensor: Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return f"{name} {tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(data).hexdigest()}"
+
+
+def _told(config: Any) -> dict[str, Any]:
+    """The fields of a config that are not at their defaults, as plain data."""
+    found = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if value != default:
+            found[field.name] = _told(value) if dataclasses.is_dataclass(value) else to_dict(value)
+    return found

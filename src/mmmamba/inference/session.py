@@ -1,0 +1,242 @@
+"""Session files: a conversation with the whole of the model's state, in one safetensors file.
+
+The tensors are the state's; the header holds what else a :class:`Chat` needs to go on (the transcript, the tokens that
+the state has not seen, how many answers were drawn), the fingerprint of the model, and a checksum over everything. For
+a linear student only the transcript grows. A conversation that is saved, loaded in another process and gone on with is,
+bit for bit, the conversation that went on. How tokens are picked is not part of it: it is given anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmmamba.checkpoints import write_atomically
+from mmmamba.checkpoints.io import read_with_metadata, write_safetensors
+from mmmamba.config import from_dict, to_dict
+from mmmamba.data.pictures import PictureFile, Unread
+from mmmamba.data.processor import Processor
+from mmmamba.data.samples import Turn
+from mmmamba.data.video import Frame
+from mmmamba.errors import UserError
+from mmmamba.inference.conversation import Chat, Past
+from mmmamba.inference.fingerprint import digest, fingerprint
+from mmmamba.inference.sampling import Sampling
+from mmmamba.model.config import ATTENTION
+from mmmamba.model.model import Model
+from mmmamba.model.state import KVState, LayerState, MambaState, State
+
+VERSION = 1
+HEADER = "mmmamba_session"  # the one key of a file's metadata
+MAX_HEADER = 90_000_000  # bytes; a reader of safetensors takes headers of up to 100 MB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """A picture or a frame of a video that lies in a file, which must not change."""
+
+    path: str
+    sha256: str
+    width: int
+    height: int
+    frame: int | None = None
+    time: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a session file holds beside the tensors of the state.
+
+    Attributes:
+        fingerprint, dtype: which model and processor it is (:mod:`mmmamba.inference.fingerprint`), in which format.
+        max_length: the state's.
+        unfed, answers: the conversation's (see :class:`Past`).
+        transcript: all that was said.
+        pictures: where the chat template has the whole conversation read anew, those of all turns; else none.
+    """
+
+    fingerprint: str
+    dtype: str
+    max_length: int
+    unfed: tuple[int, ...]
+    answers: int
+    transcript: tuple[Turn, ...]
+    pictures: tuple[Reference, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """A session file that was read and found whole; which model it belongs to is seen when it is resumed."""
+
+    path: Path
+    header: Header
+    tensors: Mapping[str, Tensor]
+
+    def resume(
+        self, model: Model, processor: Processor, sampling: Sampling | None = None, *, max_new_tokens: int = 256
+    ) -> Chat:
+        """The conversation, to go on with (arguments as :class:`Chat` has them).
+
+        Raises:
+            UserError: when it was held with another model or number format, or one of its pictures has changed.
+        """
+        dtype = _name(model.dtype)
+        if self.header.dtype != dtype:
+            raise UserError(f"{self.path}: was made in {self.header.dtype}, but the model runs in {dtype}")
+        found = fingerprint(model, processor)
+        if self.header.fingerprint != found:
+            raise UserError(
+                f"{self.path}: was made with another model: its fingerprint is {self.header.fingerprint[:12]}…, "
+                f"this model's is {found[:12]}…"
+            )
+        past = Past(
+            turns=self.header.transcript,
+            state=_state(self.path, self.tensors, model, self.header.max_length),
+            unfed=self.header.unfed,
+            answers=self.header.answers,
+            shown=tuple(_picture(self.path, reference) for reference in self.header.pictures),
+        )
+        chat = Chat(model, processor, sampling, max_new_tokens=max_new_tokens, past=past)
+        chat.fingerprint = found  # worked out just now
+        return chat
+
+
+def save_session(path: str | Path, chat: Chat) -> Path:
+    """Write a conversation as it is at this moment; a crash leaves the file that was there, or the new one.
+
+    Raises:
+        UserError: naming ``path``: nothing has been said yet; the file can't be written; the transcript is too long
+            for a header; the conversation has to be read anew at each turn and has a picture that lies in no file.
+    """
+    path, past = Path(path), chat.past
+    if past is None:
+        raise UserError(f"{path}: not saved: nothing has been said yet")
+    header = Header(
+        fingerprint=chat.fingerprint,
+        dtype=_name(chat.model.dtype),
+        max_length=past.state.max_length,
+        unfed=past.unfed,
+        answers=past.answers,
+        transcript=past.turns,
+        pictures=tuple(_reference(path, number, picture) for number, picture in enumerate(past.shown, 1)),
+    )
+    content, tensors = {"version": VERSION, **to_dict(header)}, _tensors(past.state)
+    text = _json({**content, "sha256": digest([_json(content)], tensors)})
+    size = len(_json(text).encode())  # as a text in the header, which is JSON too
+    if size > MAX_HEADER:
+        raise UserError(f"{path}: not saved: the transcript takes {size:,} bytes, at most {MAX_HEADER:,} fit")
+    return write_atomically(path, lambda temporary: write_safetensors(temporary, tensors, {HEADER: text}))
+
+
+def load_session(
+    path: str | Path,
+    model: Model,
+    processor: Processor,
+    sampling: Sampling | None = None,
+    *,
+    max_new_tokens: int = 256,
+) -> Chat:
+    """The conversation in a session file, to go on with: :func:`read_session`, then :meth:`Session.resume`."""
+    return read_session(path).resume(model, processor, sampling, max_new_tokens=max_new_tokens)
+
+
+def read_session(path: str | Path) -> Session:
+    """A session file, whole in memory on the CPU.
+
+    Raises:
+        UserError: naming ``path``: it is missing, truncated, altered, no session, or of a newer format.
+    """
+    path = Path(path)
+    tensors, metadata = read_with_metadata(path)
+    if HEADER not in metadata:
+        raise UserError(f"{path}: is not a session file (no '{HEADER}' in its header)")
+    try:
+        content = json.loads(metadata[HEADER])
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: was altered or damaged: its header is not JSON ({error.msg})") from error
+    if not isinstance(content, dict) or not isinstance(content.get("version"), int):
+        raise UserError(f"{path}: was altered or damaged: its header has no 'version'")
+    if content["version"] > VERSION:
+        raise UserError(f"{path}: is of format version {content['version']}, newer than this mmmamba reads ({VERSION})")
+    checksum = content.pop("sha256", None)
+    if checksum != digest([_json(content)], tensors):
+        raise UserError(f"{path}: was altered or damaged: its checksum does not match its content")
+    del content["version"]
+    return Session(path=path, header=from_dict(Header, content, path), tensors=tensors)
+
+
+# ---------------------------------------------------------------------------------------------- state and pictures
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _tensors(state: State) -> dict[str, Tensor]:
+    found = {
+        f"layers.{i}.{field.name}": getattr(layer, field.name)
+        for i, layer in enumerate(state.layers)
+        for field in dataclasses.fields(layer)
+    }
+    found["positions"] = state.positions
+    return found if state.embedded is None else {**found, "embedded": state.embedded}
+
+
+def _state(path: Path, tensors: Mapping[str, Tensor], model: Model, max_length: int) -> State:
+    kinds: Sequence[type[LayerState]] = [KVState if k == ATTENTION else MambaState for k in model.config.layer_map]
+    names = [[f"layers.{i}.{field.name}" for field in dataclasses.fields(kind)] for i, kind in enumerate(kinds)]
+    expected = {"positions", *(["embedded"] if model.merges_late else []), *(name for layer in names for name in layer)}
+    if wrong := sorted(expected ^ set(tensors)):
+        raise UserError(f"{path}: is not a session of this model: tensor '{wrong[0]}' is missing or not of its state")
+    return State(
+        layers=tuple(kind(*(tensors[name] for name in layer)) for kind, layer in zip(kinds, names, strict=True)),
+        positions=tensors["positions"],
+        max_length=max_length,
+        embedded=tensors.get("embedded"),
+    ).to(model.device)
+
+
+def _reference(path: Path, number: int, picture: Image.Image | Unread) -> Reference:
+    if isinstance(picture, Image.Image):
+        raise UserError(
+            f"{path}: not saved: this model's chat template has the whole conversation read anew at each turn, and "
+            f"picture {number} lies in no file"
+        )
+    width, height = picture.size
+    file = picture.path.resolve()
+    reference = Reference(path=str(file), sha256=_hash_picture(path, file), width=width, height=height)
+    if isinstance(picture, Frame):
+        return dataclasses.replace(reference, frame=picture.index, time=picture.time)
+    return reference
+
+
+def _picture(path: Path, reference: Reference) -> Unread:
+    file, size = Path(reference.path), (reference.width, reference.height)
+    if _hash_picture(path, file) != reference.sha256:
+        raise UserError(f"{path}: the conversation's picture {file} has changed")
+    if reference.frame is None:
+        return PictureFile(file, size)
+    return Frame(file, reference.frame, reference.time or 0.0, size)
+
+
+def _hash_picture(session: Path, file: Path) -> str:
+    if not file.is_file():
+        raise UserError(f"{session}: the conversation's picture {file} is no longer there")
+    found = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
