@@ -15,6 +15,7 @@ import torch
 
 from mmmamba.data.processor import Encoded, Processor
 from mmmamba.errors import UserError
+from mmmamba.inference.decoder import Decoder
 from mmmamba.inference.likelihood import Score, score
 from mmmamba.inference.sampling import Sampler, Sampling
 from mmmamba.inference.steps import (
@@ -22,7 +23,6 @@ from mmmamba.inference.steps import (
     PREFILL_CHUNK,
     Progress,
     check_positive,
-    decode_one_token,
     groups,
     prefill,
 )
@@ -102,10 +102,13 @@ def generate(
     stops = frozenset(processor.stop_token_ids)
     answers = [_Answer() for _ in prompts]
     done = 0
+    decoder: Decoder | None = None
     for group in groups(model, lengths, extra=max_new_tokens, budget=batch_tokens, chunk=prefill_chunk):
         sampler = Sampler(sampling or Sampling(), group, banned=_unspeakable(model))
         logits, state = prefill(model, [prompts[i] for i in group], chunk=prefill_chunk, max_new_tokens=max_new_tokens)
-        rows = list(group)  # which prompt each row of the state belongs to
+        rows = list(group)  # which prompt each row of the batch belongs to
+        slots = torch.arange(len(rows), device=model.device)
+        admitted = False
         while True:
             tokens = _pick(sampler, logits, [(answers[i], prompts[i]) for i in rows], stops, max_new_tokens)
             going = [row for row, i in enumerate(rows) if answers[i].finish is None]
@@ -118,8 +121,13 @@ def generate(
                 rows = [rows[row] for row in going]
                 sampler.select(going)
                 kept = torch.tensor(going, device=tokens.device)
-                state, tokens = state.select(kept), tokens[kept]
-            logits, state = decode_one_token(model, tokens, state)
+                slots, tokens = slots[kept], tokens[kept]
+            if not admitted:
+                decoder = _pool(decoder, model, len(group), state.longest + max_new_tokens, state)
+                decoder.admit(slots, state.select(slots))
+                admitted = True
+            assert decoder is not None
+            logits = decoder.step(tokens, slots)
     return [_generated(answer, processor) for answer in answers]
 
 
@@ -131,7 +139,6 @@ class Stream:
     with ``unfed``.
 
     Attributes:
-        state: what the model keeps of all tokens fed so far.
         unfed: tokens of the answer that the state has not seen yet.
         token_ids, logprobs: the answer so far, without the stop token.
         finish: ``stop`` or ``length`` once the answer is complete, else None.
@@ -159,11 +166,18 @@ class Stream:
         self._answer = _Answer()
         self._logits: torch.Tensor | None  # of the next token, unless that token is already picked
         self._tokens: torch.Tensor  # (1,) the token picked last
+        self._slot = torch.zeros(1, dtype=torch.long, device=model.device)
+        self._decoder: Decoder | None = None  # made when a second token is wanted
         self.unfed: tuple[int, ...] = ()
         with torch.no_grad():
-            self._logits, self.state = prefill(
+            self._logits, self._prefilled = prefill(
                 model, [encoded], chunk=prefill_chunk, max_new_tokens=max_new_tokens, state=state
             )
+
+    @property
+    def state(self) -> State:
+        """What the model keeps of all tokens fed so far: a value, which no later token changes."""
+        return self._prefilled if self._decoder is None else self._decoder.export(self._slot)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -190,7 +204,11 @@ class Stream:
     def _next(self) -> str:
         """Generate one token and return the text that it completes."""
         if self._logits is None:
-            self._logits, self.state = decode_one_token(self._model, self._tokens, self.state)
+            if self._decoder is None:
+                state = self._prefilled
+                self._decoder = _pool(None, self._model, 1, state.longest + self._max_new_tokens, state)
+                self._decoder.admit(self._slot, self._prefilled)
+            self._logits = self._decoder.step(self._tokens, self._slot)
             self.unfed = ()
         self._tokens = _pick(
             self._sampler, self._logits, [(self._answer, self._prompt)], self._stops, self._max_new_tokens
@@ -235,6 +253,15 @@ def stream(
         sequence=sequence,
         prefill_chunk=prefill_chunk,
     )
+
+
+def _pool(decoder: Decoder | None, model: Model, slots: int, capacity: int, state: State) -> Decoder:
+    """``decoder``, emptied, where that many sequences fit into it, else one with a little more room than asked for."""
+    if decoder is None or not decoder.holds(slots, capacity, state.max_length):
+        room = 1 << (slots - 1).bit_length()
+        decoder = Decoder(model, room, capacity + capacity // 8, max_length=state.max_length)
+    decoder.clear()
+    return decoder
 
 
 def _pick(

@@ -1,4 +1,4 @@
-"""The steps that generation and scoring are made of: grouping, embedding, prefill, one token."""
+"""The steps that generation and scoring are made of: grouping, embedding, prefill."""
 
 from __future__ import annotations
 
@@ -143,8 +143,3 @@ def prefill(
     )
     return out.logits, out.state
 
-
-def decode_one_token(model: Model, tokens: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
-    """Feed one token to each sequence: tokens (s,) -> logits (s, v) of the next ones, and the new state."""
-    out = model(tokens[:, None], state=state, logits="last", return_state=True)
-    return out.logits, out.state

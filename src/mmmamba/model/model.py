@@ -169,7 +169,7 @@ class Model(nn.Module):
             inputs_embeds, cu_seqlens, None if state is None else state.positions
         )
         fixed = state.max_length if state is not None else max(max_length or 0, longest)
-        if longest > fixed and self._dynamic():
+        if longest > fixed and self.dynamic_rope:
             log.warning(
                 "the text grew to %d tokens, past the %d that dynamic RoPE scaling was fixed for", longest, fixed
             )
@@ -225,16 +225,18 @@ class Model(nn.Module):
             rows, length = x.shape[:2]
             offset = torch.arange(length, device=x.device).expand(rows, length)
             past = torch.zeros(rows, dtype=torch.long, device=x.device) if seen is None else seen
-            longest = length if seen is None or not self._dynamic() else length + int(past.max())
+            longest = length if seen is None or not self.dynamic_rope else length + int(past.max())
             return offset + past[:, None], past + length, longest
         layout = layout_of(cu_seqlens)
         if layout.total != x.shape[1] or x.shape[0] != 1:
             raise ValueError(f"cu_seqlens ends at {layout.total}, the packed row is {tuple(x.shape[:2])}")
         past = torch.zeros_like(layout.sizes) if seen is None else seen
-        longest = layout.longest if seen is None or not self._dynamic() else layout.longest + int(past.max())
+        longest = layout.longest if seen is None or not self.dynamic_rope else layout.longest + int(past.max())
         return (layout.offset + past[layout.sequence])[None], past + layout.sizes, longest
 
-    def _dynamic(self) -> bool:
+    @property
+    def dynamic_rope(self) -> bool:
+        """Whether a stack's RoPE base depends on how long the text will get."""
         stacks = (self.config.embedding, self.config.decoder)
         return any(s.rope_scaling is not None and s.rope_scaling.type == "dynamic" for s in stacks)
 

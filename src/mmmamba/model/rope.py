@@ -33,12 +33,22 @@ def rope_base(stack: StackConfig, max_length: int) -> float:
     return stack.rope_theta * stretch ** (p / (p - 2))
 
 
+def _inverse(stack: StackConfig, max_length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    steps = torch.arange(0, stack.head_dim, 2, device=device, dtype=dtype) / stack.head_dim
+    # 1 / base^x, as everybody computes it: base^-x is rounded otherwise, which a logit shows as 1e-4 in float32.
+    return _scaled_by_parts(1 / rope_base(stack, max_length) ** steps, stack.rope_scaling)
+
+
+def inverse_frequencies(stack: StackConfig, max_length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The angle (p/2,) by which each pair of a head's channels turns from one position to the next."""
+    inverse, scaling = _inverse(stack, max_length, device, dtype), stack.rope_scaling
+    return inverse / scaling.factor if scaling is not None and scaling.type == "linear" else inverse
+
+
 def rotation(stack: StackConfig, positions: Tensor, max_length: int, dtype: torch.dtype) -> Rotation:
     """The rotation of ``positions`` (b, l); angles in float32 at least."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    steps = torch.arange(0, stack.head_dim, 2, device=positions.device, dtype=wide) / stack.head_dim
-    # 1 / base^x, as everybody computes it: base^-x is rounded otherwise, which a logit shows as 1e-4 in float32.
-    inverse = _scaled_by_parts(1 / rope_base(stack, max_length) ** steps, stack.rope_scaling)
+    inverse = _inverse(stack, max_length, positions.device, wide)
     scaled = positions.to(wide)
     if stack.rope_scaling is not None and stack.rope_scaling.type == "linear":
         scaled = scaled / stack.rope_scaling.factor

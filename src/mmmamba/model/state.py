@@ -60,6 +60,12 @@ class State:
         return self.positions.shape[0]
 
     @property
+    def longest(self) -> int:
+        """The most tokens (or patches) that any layer has seen of a sequence."""
+        seen = self.positions if self.embedded is None else torch.maximum(self.positions, self.embedded)
+        return int(seen.max())
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the state holds."""
         tensors = [getattr(layer, f.name) for layer in self.layers for f in fields(layer)]

@@ -1,0 +1,313 @@
+"""One token for each of many sequences, again and again: their states in one pool, changed in place.
+
+A pass of the model takes a state and returns another; a decoding step is so small that making new tensors for it would
+cost more than the step. Here states lie in tensors that stay: a sequence is admitted to a slot, stepped, exported as a
+state again, and its slot given to another. What a layer projects is one product. On a GPU a step is one CUDA graph for
+each size of batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmmamba.model.attention import Attention
+from mmmamba.model.config import StackConfig
+from mmmamba.model.layer import Layer
+from mmmamba.model.mamba2 import Mamba2
+from mmmamba.model.model import Model
+from mmmamba.model.rope import inverse_frequencies
+from mmmamba.model.state import KVState, LayerState, MambaState, State
+from mmmamba.ops import mixer_step, rms_norm, rotate
+
+WARM_UP = 2  # steps of a batch size before it is captured
+
+_FUSED: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
+
+
+class Decoder:
+    """A pool of sequences whose next logits are computed in place.
+
+    Args:
+        model: the network; its projections are laid side by side in memory (their parameters become views), which
+            changes no value, name or shape.
+        slots: sequences that the pool has room for.
+        capacity: most tokens that a sequence will hold: the length of the softmax layers' caches.
+        max_length: the length that dynamic RoPE scaling was fixed for when the sequences' states were made.
+        graph: replay steps as CUDA graphs (default: on a GPU).
+    """
+
+    def __init__(self, model: Model, slots: int, capacity: int, *, max_length: int, graph: bool | None = None) -> None:
+        config = model.config
+        self.model, self.slots, self.capacity, self.max_length = model, slots, capacity, max_length
+        self.graph = model.device.type == "cuda" if graph is None else graph
+        # One slot more than asked for: idle rows of a batch write there.
+        self.positions = torch.zeros(slots + 1, dtype=torch.long, device=model.device)
+        self.embedded = torch.zeros_like(self.positions) if model.merges_late else self.positions
+        self.longest = 0  # no sequence of the pool is longer; known on the host
+        self.layers: list[_Mamba2Layer | _AttentionLayer] = []
+        for layer in model.layers:
+            assert isinstance(layer, Layer)
+            kind = _Mamba2Layer if isinstance(layer.mixer, Mamba2) else _AttentionLayer
+            self.layers.append(kind(layer, self, config.stack_of(layer.index)))
+        self._graphs: dict[int, _Graph] = {}
+
+    def admit(self, slots: Tensor, state: State) -> None:
+        """Lay the sequences of ``state`` into ``slots`` (s,), over whatever was there.
+
+        Raises:
+            ValueError: when a sequence is longer than the pool's capacity, or was begun for another ``max_length``.
+        """
+        longest = state.longest
+        if longest > self.capacity:
+            raise ValueError(f"a sequence of {longest} tokens does not fit into slots of {self.capacity}")
+        if not self.holds(len(slots), longest, state.max_length):
+            raise ValueError(f"the state was fixed for {state.max_length} tokens, the pool for {self.max_length}")
+        for layer, kept in zip(self.layers, state.layers, strict=True):
+            layer.admit(slots, kept)
+        self.positions[slots] = state.positions
+        if state.embedded is not None:
+            self.embedded[slots] = state.embedded
+        self.longest = max(self.longest, longest)
+
+    def clear(self) -> None:
+        """Forget all sequences: the pool is as new."""
+        self.longest = 0
+
+    def holds(self, slots: int, capacity: int, max_length: int) -> bool:
+        """Whether ``slots`` sequences of up to ``capacity`` tokens, begun for ``max_length``, fit into the pool."""
+        fixed = max_length == self.max_length or not self.model.dynamic_rope
+        return slots <= self.slots and capacity <= self.capacity and fixed
+
+    def export(self, slots: Tensor) -> State:
+        """The state of some slots (s,): copies, which no later step changes."""
+        embedded = self.embedded[slots] if self.model.merges_late else None
+        layers = tuple(layer.export(slots) for layer in self.layers)
+        return State(layers, self.positions[slots], self.max_length, embedded)
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, slots: Tensor) -> Tensor:
+        """Feed one token to each of some sequences.
+
+        Args:
+            tokens: (b,) ids.
+            slots: (b,) int64, no two the same; a negative one marks a row that only fills the batch.
+
+        Returns:
+            logits (b, v) behind the tokens; those of idle rows mean nothing. A graph's are overwritten by its next
+            replay.
+
+        Raises:
+            ValueError: when a sequence would outgrow the capacity.
+        """
+        if self.longest >= self.capacity:
+            raise ValueError(f"a sequence has grown to the {self.capacity} tokens that its slot holds")
+        self.longest += 1
+        if not self.graph:
+            return self._step(tokens, slots)
+        rows = 1 << (len(tokens) - 1).bit_length()  # a graph for each power of two, filled up with idle rows
+        if rows not in self._graphs:
+            self._graphs[rows] = _Graph(self, rows)
+        return self._graphs[rows](tokens, slots)[: len(tokens)]
+
+    def _step(self, tokens: Tensor, slots: Tensor) -> Tensor:
+        model = self.model
+        safe = torch.where(slots < 0, self.slots, slots)
+        x = model.embed(tokens[None])[0]
+        for layer in self.layers:
+            x = layer.step(x, slots, safe)
+        for counts in {id(t): t for t in (self.positions, self.embedded)}.values():
+            counts.index_add_(0, safe, torch.ones_like(safe))
+            counts[self.slots] = 0
+        return model.head(model.norm(x))
+
+
+class _Graph:
+    """The step of one batch size: tensors that stay, and a graph over them."""
+
+    def __init__(self, decoder: Decoder, rows: int) -> None:
+        device = decoder.model.device
+        self.decoder = decoder
+        self.tokens = torch.zeros(rows, dtype=torch.long, device=device)
+        self.slots = torch.zeros(rows, dtype=torch.long, device=device)
+        self.taken = 0
+        self.graph: Any = None
+        self.logits: Tensor | None = None
+
+    def __call__(self, tokens: Tensor, slots: Tensor) -> Tensor:
+        self.tokens[: len(tokens)] = tokens
+        self.slots[: len(slots)] = slots
+        self.slots[len(slots) :] = -1
+        if self.graph is None:
+            if self.taken < WARM_UP:
+                self.taken += 1
+                return self.decoder._step(self.tokens, self.slots)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.logits = self.decoder._step(self.tokens, self.slots)
+            self.graph = graph
+        self.graph.replay()
+        assert self.logits is not None
+        return self.logits
+
+
+class _MlpLayer:
+    """What every layer has around its mixer."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        mlp = layer.mlp
+        self.gate_up = fused(mlp, "gate_up", [mlp.gate.weight, mlp.up.weight])
+
+    def finish(self, x: Tensor, heads: Tensor) -> Tensor:
+        """All that follows the heads (b, h·p): W_o, residual, norm, SwiGLU, residual."""
+        layer = self.layer
+        x = x + F.linear(heads, layer.mixer.o_proj.weight, layer.mixer.o_proj.bias)
+        u = rms_norm(x, layer.mlp_norm.weight, layer.mlp_norm.eps)
+        gate, up = F.linear(u, self.gate_up).chunk(2, dim=-1)
+        return x + F.linear(F.silu(gate) * up, layer.mlp.down.weight)
+
+
+class _Mamba2Layer(_MlpLayer):
+    """A Mamba-2 layer's part of the pool and of the step."""
+
+    def __init__(self, layer: Layer, decoder: Decoder, stack: StackConfig) -> None:
+        super().__init__(layer)
+        mixer = layer.mixer
+        assert isinstance(mixer, Mamba2)
+        self.mixer, config = mixer, mixer.config
+        projections = [mixer.v_proj, mixer.k_proj, mixer.q_proj, mixer.gate_proj, mixer.dt_proj]
+        self.weight = fused(mixer, "projections", [p.weight for p in projections])
+        self.bias = _joined_bias(projections)
+        h, g, p = mixer.heads_count, mixer.groups, mixer.head_dim
+        channels = (h + 2 * g) * p
+        self.sizes = [channels, h * p, h]
+        weight = mixer.q_proj.weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        pool = decoder.slots + 1
+        self.conv = weight.new_zeros(pool, config.conv_kernel - 1, channels)
+        self.ssm = weight.new_zeros(pool, h, p, p, dtype=wide)
+        self.counts = decoder.embedded if layer.index < decoder.model.config.embedding.num_layers else decoder.positions
+        self.frequencies = inverse_frequencies(stack, decoder.max_length, weight.device, wide) if config.rope else None
+
+    def admit(self, slots: Tensor, state: LayerState) -> None:
+        assert isinstance(state, MambaState)
+        self.conv[slots] = state.conv.to(self.conv.dtype)
+        self.ssm[slots] = state.ssm.to(self.ssm.dtype)
+
+    def export(self, slots: Tensor) -> MambaState:
+        return MambaState(self.conv[slots], self.ssm[slots])
+
+    def step(self, x: Tensor, slots: Tensor, safe: Tensor) -> Tensor:
+        mixer, layer = self.mixer, self.layer
+        u = rms_norm(x, layer.input_norm.weight, layer.input_norm.eps)
+        vkq, gate, dt = F.linear(u, self.weight, self.bias).split(self.sizes, dim=-1)
+        heads = mixer_step(
+            vkq,
+            gate,
+            dt,
+            conv_weight=mixer.conv.weight,
+            conv_bias=mixer.conv.bias,
+            dt_bias=mixer.dt_bias,
+            A_log=mixer.A_log,
+            norm_weight=mixer.norm.weight,
+            conv_state=self.conv,
+            ssm_state=self.ssm,
+            slots=slots,
+            eps=mixer.config.norm_eps,
+            activation=mixer.config.conv_activation,
+            qk_norm=mixer.config.qk_norm,
+            positions=None if self.frequencies is None else self.counts[safe],
+            frequencies=self.frequencies,
+        )
+        return self.finish(x, heads)
+
+
+class _AttentionLayer(_MlpLayer):
+    """A softmax layer's preallocated cache and its part of the step."""
+
+    def __init__(self, layer: Layer, decoder: Decoder, stack: StackConfig) -> None:
+        super().__init__(layer)
+        mixer = layer.mixer
+        assert isinstance(mixer, Attention)
+        self.decoder, self.mixer = decoder, mixer
+        projections = [mixer.q_proj, mixer.k_proj, mixer.v_proj]
+        self.weight = fused(mixer, "projections", [p.weight for p in projections])
+        self.bias = _joined_bias(projections)
+        self.heads, self.groups = mixer.heads_count, mixer.groups
+        weight = mixer.q_proj.weight
+        shape = (decoder.slots + 1, decoder.capacity, mixer.groups, mixer.head_dim)
+        self.k, self.v = weight.new_zeros(shape), weight.new_zeros(shape)
+        self.counts = decoder.embedded if layer.index < decoder.model.config.embedding.num_layers else decoder.positions
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        self.frequencies = inverse_frequencies(stack, decoder.max_length, weight.device, wide)
+
+    def admit(self, slots: Tensor, state: LayerState) -> None:
+        assert isinstance(state, KVState)
+        # Rows that were padded, in any place, are closed up: what is filled comes first, in its order.
+        order = state.filled.logical_not().byte().argsort(dim=1, stable=True)[..., None, None]
+        width = min(state.k.shape[1], self.decoder.capacity)
+        for pool, kept in ((self.k, state.k), (self.v, state.v)):
+            pool[slots, :width] = kept.gather(1, order.expand_as(kept))[:, :width].to(pool.dtype)
+
+    def export(self, slots: Tensor) -> KVState:
+        counts = self.counts[slots]
+        width = int(counts.max()) if len(counts) else 0
+        filled = torch.arange(width, device=counts.device) < counts[:, None]
+        return KVState(self.k[slots, :width], self.v[slots, :width], filled)
+
+    def step(self, x: Tensor, slots: Tensor, safe: Tensor) -> Tensor:
+        layer, decoder = self.layer, self.decoder
+        u = rms_norm(x, layer.input_norm.weight, layer.input_norm.eps)
+        heads = F.linear(u, self.weight, self.bias).unflatten(-1, (self.heads + 2 * self.groups, -1))
+        q, k, v = heads.split([self.heads, self.groups, self.groups], dim=1)
+        at = self.counts[safe]
+        angles = at.to(self.frequencies.dtype)[:, None, None] * self.frequencies
+        cos, sin = angles.cos(), angles.sin()
+        self.k[safe, at] = rotate(k, cos, sin)
+        self.v[safe, at] = v
+        # The host knows how long the longest sequence is, but a graph is made for all lengths.
+        width = decoder.capacity if decoder.graph else decoder.longest
+        seen = torch.arange(width, device=x.device) <= at[:, None]
+        y = F.scaled_dot_product_attention(
+            rotate(q, cos, sin)[:, :, None],
+            self.k[safe, :width].transpose(1, 2),
+            self.v[safe, :width].transpose(1, 2),
+            attn_mask=seen[:, None, None],
+            enable_gqa=self.heads != self.groups,
+        )
+        return self.finish(x, y.flatten(1))
+
+
+def fused(owner: nn.Module, name: str, weights: Sequence[Tensor]) -> Tensor:
+    """The weights (rows_i, d) as one matrix (rows, d) of which each becomes a view: no memory is taken twice.
+
+    Made once for as long as the weights stay where they are; a model that was moved or reloaded is joined anew.
+    """
+    kept = _FUSED.setdefault(owner, {})
+    whole = kept.get(name)
+    if whole is None or not _are_parts(weights, whole):
+        whole = kept[name] = torch.cat([weight.detach() for weight in weights])
+        for weight, part in zip(weights, whole.split([len(weight) for weight in weights]), strict=True):
+            weight.data = part
+    return whole
+
+
+def _are_parts(weights: Sequence[Tensor], whole: Tensor) -> bool:
+    if whole.dtype != weights[0].dtype or whole.device != weights[0].device:
+        return False
+    parts = whole.split([len(weight) for weight in weights])
+    return all(weight.data_ptr() == part.data_ptr() for weight, part in zip(weights, parts, strict=True))
+
+
+def _joined_bias(projections: Sequence[nn.Linear]) -> Tensor | None:
+    """The biases behind one another, zeros for projections without one; None when no projection has one."""
+    if all(p.bias is None for p in projections):
+        return None
+    parts = [p.weight.new_zeros(p.out_features) if p.bias is None else p.bias.detach() for p in projections]
+    return torch.cat(parts)

@@ -1,0 +1,160 @@
+"""The pool of states: a step in place is a pass of the model, whoever joins, leaves or idles beside it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mmmamba.inference.decoder import Decoder, fused
+from mmmamba.model import ATTENTION, MAMBA2, MixerConfig, Model, RopeScaling, State, initialise
+from tiny import make_config
+
+TEACHER = (ATTENTION,) * 5
+LINEAR = (MAMBA2,) * 5
+HYBRID = (ATTENTION, MAMBA2, MAMBA2, ATTENTION, MAMBA2)
+ROTATED = MixerConfig(rope=True, qk_norm=True, conv_kernel=3, conv_activation="none", gate_bias=True)
+CASES = {
+    "teacher": (TEACHER, MixerConfig(), {}),
+    "linear": (LINEAR, MixerConfig(), {}),
+    "linear, rotated": (LINEAR, ROTATED, {}),
+    "hybrid": (HYBRID, MixerConfig(rope=True), {}),
+    "hybrid, linear scaling": (HYBRID, ROTATED, {"rope_scaling": RopeScaling(type="linear", factor=2.5)}),
+    "hybrid, dynamic scaling": (
+        HYBRID,
+        ROTATED,
+        {"rope_scaling": RopeScaling(type="dynamic", factor=2.0), "max_position_embeddings": 8},
+    ),
+}
+LENGTHS = [3, 9, 1, 6]
+
+
+def build(name: str, **scaled) -> Model:
+    layer_map, mixer, changes = CASES[name]
+    config = make_config(layer_map, mixer)
+    changes = {**changes, **scaled}
+    config = replace(config, embedding=replace(config.embedding, **changes), decoder=replace(config.decoder, **changes))
+    model = initialise(Model(config)).double().requires_grad_(False).eval()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return model
+
+
+def begun(model: Model) -> State:
+    ids = torch.randint(8, 300, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0)).to(model.device)
+    borders = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32, device=model.device)
+    return model(ids, cu_seqlens=borders, logits="none", return_state=True, max_length=40).state
+
+
+@pytest.fixture(params=CASES)
+def model(request) -> Model:
+    return build(request.param)
+
+
+def close(ours: torch.Tensor, truth: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-9 * float(truth.abs().max()))
+
+
+def test_steps_are_passes_of_the_model(model):
+    state = begun(model)
+    decoder = Decoder(model, 4, 20, max_length=state.max_length)
+    slots = torch.tensor([2, 0, 3, 1])
+    decoder.admit(slots, state)
+    for step in range(5):
+        tokens = torch.tensor([8, 40, 77, 200]) + step
+        out = model(tokens[:, None], state=state, logits="last", return_state=True)
+        close(decoder.step(tokens, slots), out.logits)
+        state = out.state
+    for ours, truth in zip(decoder.export(slots).layers, state.layers, strict=True):
+        if hasattr(truth, "ssm"):
+            close(ours.ssm, truth.ssm)
+            close(ours.conv, truth.conv)
+        else:
+            for kept, expected in ((ours.k, truth.k), (ours.v, truth.v)):
+                for row in range(4):  # wherever a pass left gaps
+                    close(kept[row][ours.filled[row]], expected[row][truth.filled[row]])
+    assert torch.equal(decoder.export(slots).positions, state.positions)
+
+
+def test_who_joins_leaves_or_idles_changes_nobody_else(model):
+    state = begun(model)
+    alone = []
+    for row in range(4):
+        decoder = Decoder(model, 1, 20, max_length=state.max_length)
+        decoder.admit(torch.tensor([0]), state.select(torch.tensor([row])))
+        alone.append(torch.cat([decoder.step(torch.tensor([9 + row + i]), torch.tensor([0])) for i in range(4)]))
+    pool = Decoder(model, 3, 20, max_length=state.max_length)
+    pool.admit(torch.tensor([0, 2]), state.select(torch.tensor([0, 1])))
+    first = pool.step(torch.tensor([9, 5, 10]), torch.tensor([0, -1, 2]))
+    pool.admit(torch.tensor([1]), state.select(torch.tensor([2])))  # joins a running batch
+    second = pool.step(torch.tensor([11, 10, 11]), torch.tensor([1, 0, 2]))
+    third = pool.step(torch.tensor([12, 12]), torch.tensor([2, 1]))  # slot 0 has left
+    pool.admit(torch.tensor([0]), state.select(torch.tensor([3])))  # its slot is given away
+    fourth = pool.step(torch.tensor([7, 12, 7, 13]), torch.tensor([-1, 0, -1, 2]))
+    for ours, (row, step) in {
+        (0, first): (0, 0), (2, first): (1, 0), (0, second): (2, 0), (1, second): (0, 1), (2, second): (1, 1),
+        (0, third): (1, 2), (1, third): (2, 1), (1, fourth): (3, 0), (3, fourth): (1, 3),
+    }.items():  # fmt: skip
+        close(ours[1][ours[0]], alone[row][step])
+
+
+def test_an_exported_state_goes_on_alone_and_is_changed_by_no_step(model):
+    state = begun(model)
+    decoder = Decoder(model, 4, 20, max_length=state.max_length)
+    decoder.admit(torch.arange(4), state)
+    decoder.step(torch.arange(8, 12), torch.arange(4))
+    kept = decoder.export(torch.tensor([1]))
+    before = [t.clone() for layer in kept.layers for t in vars(layer).values()]
+    logits = decoder.step(torch.tensor([50]), torch.tensor([1]))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, (t for k in kept.layers for t in vars(k).values()), strict=True)
+    )
+    close(model(torch.tensor([[50]]), state=kept, logits="last").logits, logits)
+
+
+def test_a_sequence_never_outgrows_its_slot():
+    model = build("hybrid")
+    state = begun(model)
+    decoder = Decoder(model, 4, 10, max_length=state.max_length)
+    decoder.admit(torch.arange(4), state)
+    decoder.step(torch.arange(8, 12), torch.arange(4))
+    with pytest.raises(ValueError, match="10 tokens"):
+        decoder.step(torch.arange(8, 12), torch.arange(4))
+    with pytest.raises(ValueError, match="9 tokens does not fit"):
+        Decoder(model, 4, 8, max_length=state.max_length).admit(torch.arange(4), state)
+
+
+def test_fusing_takes_no_memory_twice_and_changes_no_value():
+    model = build("hybrid")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    decoder = Decoder(model, 1, 4, max_length=4)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    mlp = model.layers[0].mlp
+    whole = decoder.layers[0].gate_up
+    assert mlp.up.weight.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+    assert fused(mlp, "gate_up", [mlp.gate.weight, mlp.up.weight]) is whole
+    mlp.up.weight.data = mlp.up.weight.data.clone()  # moved, as by a load: joined anew
+    assert fused(mlp, "gate_up", [mlp.gate.weight, mlp.up.weight]) is not whole
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["teacher", "linear, rotated", "hybrid"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_graph_gives_what_the_steps_give(name, dtype):
+    model = build(name, head_dim=32).to("cuda", dtype)
+    state = begun(model)
+    logits = {}
+    for graph in (False, True):
+        decoder = Decoder(model, 4, 40, max_length=state.max_length, graph=graph)
+        decoder.admit(torch.arange(4, device="cuda"), state)
+        seen = []
+        for step in range(8):
+            rows = torch.tensor([0, 1, 2, 3] if step % 2 else [3, 1, 0], device="cuda")
+            seen.append(decoder.step(rows + 20 + step, rows).clone())
+        logits[graph] = torch.cat(seen)
+    error = (logits[True] - logits[False]).float().norm() / logits[False].float().norm()
+    assert error < (1e-5 if dtype == torch.float32 else 2e-2)
