@@ -423,6 +423,41 @@ def run_step(bench: Bench) -> None:
             )  # fmt: skip
 
 
+# ---------------------------------------------------------------------------------------------- decoding attention
+
+
+def run_attend(bench: Bench) -> None:
+    attend = ours("attend", "attend_step")
+    if attend is None:
+        return
+    h, g, p = HEADS, GROUPS, DIM
+
+    def inputs(batch: int, length: int, dtype: torch.dtype) -> list[Tensor]:
+        q = torch.randn(batch, h, p, device=DEVICE).to(dtype)
+        k, v = (torch.randn(batch, length, g, p, device=DEVICE).to(dtype) for _ in range(2))
+        slots = torch.arange(batch, device=DEVICE)
+        return [q, k, v, slots, torch.full_like(slots, length)]
+
+    def check(dtype: torch.dtype) -> None:
+        args = inputs(3, bench.size(3000, 70), dtype)
+        args[4] -= torch.tensor([0, 17, len(args[1][0]) - 1], device=DEVICE)
+        truth = {"y": ops.attend_step_torch(*(t.double() for t in args[:3]), *args[3:])}
+        with poisoned():
+            values = {"y": attend(*args)}
+        bench.check("attend_step", str(dtype)[6:], values, truth, torch={"y": ops.attend_step_torch(*args)})
+
+    for dtype in (torch.float32, BF16):
+        bench.attempt("attend_step", lambda dtype=dtype: check(dtype))
+    for batch, length in ((1, 103_424), (4, 16_384), (64, 1_024)) if not bench.tiny else ((2, 70),):
+        args = inputs(batch, length, BF16)
+        bench.time(
+            "attend_step", f"batch {batch}, {length:,} cached",
+            lambda args=args: bench.replayed(lambda: attend(*args)),
+            {"SDPA": lambda args=args: bench.replayed(lambda: ops.attend_step_torch(*args))},
+            floor=2 * args[1].nbytes / bench.copy * 1e3,
+        )  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------------- conv and norm
 
 
@@ -611,7 +646,7 @@ def run_kl(bench: Bench) -> None:
 
 # ---------------------------------------------------------------------------------------------- the tables
 
-SECTIONS = {"ssd": run_ssd, "step": run_step, "conv": run_conv, "norm": run_norm, "kl": run_kl}
+SECTIONS = {"ssd": run_ssd, "step": run_step, "attend": run_attend, "conv": run_conv, "norm": run_norm, "kl": run_kl}
 
 
 def number(value: float | None) -> str:

@@ -1,6 +1,6 @@
 """Make the shipped models on one GPU: teachers, then the students of every nano recipe, then their evaluation.
 
-    python scripts/gpu/nano.py data                                       # the sources, and their encoded caches
+    python scripts/gpu/nano.py data                                       # the sources (the others make them too)
     python scripts/gpu/nano.py teach  --keep OUT                          # nano-teacher
     python scripts/gpu/nano.py teach  --keep OUT --recipes pico-teacher
     python scripts/gpu/nano.py distil --keep OUT                          # the four nano recipes, side by side
@@ -76,14 +76,9 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
     return [word for item in arguments.set for word in ("--set", item)]
 
 
-def data(_: argparse.Namespace) -> None:
-    """The sources and their encoded caches, made once, before anything is timed; at once where they are there."""
-    began = time.monotonic()
-    finish(data=mmmamba("data", "data", "build", "--out", DATA, "--scale", "20"))
-    print(f"data: {time.monotonic() - began:.0f} s", flush=True)
-    finish(cache=mmmamba("cache", "teach", "nano-teacher", "--out", "runs/cache", "--resume", "--device", "cpu",
-                         "--set", "train.steps=0"))  # fmt: skip
-    print(f"cache: {time.monotonic() - began:.0f} s", flush=True)
+def data(arguments: argparse.Namespace) -> None:
+    """The sources, made once; the first run that reads them encodes them into caches beside."""
+    finish(data=mmmamba("data", "data", "build", "--out", DATA, "--scale", arguments.scale))
 
 
 def teach(arguments: argparse.Namespace) -> None:
@@ -128,6 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("data", "teach", "distil", "eval"))
     parser.add_argument("--keep", help="folder for the results worth keeping")
+    parser.add_argument("--scale", default="20", help="size of the sources, where they have to be made")
     parser.add_argument("--limit", type=int, default=200, help="questions an ability")
     parser.add_argument("--set", action="append", default=[], help="recipe keys to change, e.g. stage3.lr=1e-3")
     parser.add_argument(

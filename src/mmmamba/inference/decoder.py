@@ -23,7 +23,7 @@ from mmmamba.model.mamba2 import Mamba2
 from mmmamba.model.model import Model
 from mmmamba.model.rope import inverse_frequencies
 from mmmamba.model.state import KVState, LayerState, MambaState, State
-from mmmamba.ops import mixer_step, rms_norm, rotate
+from mmmamba.ops import attend_step, mixer_step, rms_norm, rotate
 
 WARM_UP = 2  # steps of a batch size before it is captured
 
@@ -272,15 +272,8 @@ class _AttentionLayer(_MlpLayer):
         self.k[safe, at] = rotate(k, cos, sin)
         self.v[safe, at] = v
         # The host knows how long the longest sequence is, but a graph is made for all lengths.
-        width = decoder.capacity if decoder.graph else decoder.longest
-        seen = torch.arange(width, device=x.device) <= at[:, None]
-        y = F.scaled_dot_product_attention(
-            rotate(q, cos, sin)[:, :, None],
-            self.k[safe, :width].transpose(1, 2),
-            self.v[safe, :width].transpose(1, 2),
-            attn_mask=seen[:, None, None],
-            enable_gqa=self.heads != self.groups,
-        )
+        longest = None if decoder.graph else decoder.longest
+        y = attend_step(rotate(q, cos, sin), self.k, self.v, slots, at + 1, longest=longest)
         return self.finish(x, y.flatten(1))
 
 

@@ -1,5 +1,6 @@
 """Pure functions of the state space layers: each a PyTorch twin, Triton kernels, and one dispatch by device."""
 
+from mmmamba.ops.attend import attend_step, attend_step_torch
 from mmmamba.ops.conv import causal_conv, causal_conv_step, causal_conv_torch
 from mmmamba.ops.kl import chunked_kl, chunked_kl_torch
 from mmmamba.ops.layout import Layout, layout_of
@@ -10,6 +11,8 @@ from mmmamba.ops.step import mixer_step, mixer_step_torch
 
 __all__ = [
     "Layout",
+    "attend_step",
+    "attend_step_torch",
     "causal_conv",
     "causal_conv_step",
     "causal_conv_torch",
