@@ -8,12 +8,15 @@ of a stored state (2 for bfloat16 inputs, else 4), each tensor counted once (re-
 state hit the L2)::
 
     forward                                                            bytes
-    1 states   what each segment adds to the state, how it decays      t g (p+n) e + 4 t h + 4 s h p n
-    2 output   the state entering each segment, then y chunk by chunk  t (g+h) (p+n) e + 4 t h + 4 s h p n
+    0 decays   steps and their summed log decays, by chunk and head    12 t h
+    1 states   what each segment adds to the state, how it decays      t g (p+n) e + 8 t h + 4 s h p n
+    2 output   the state entering each segment, then y chunk by chunk  t (g+h) (p+n) e + 8 t h + 4 s h p n
     backward
+    0 decays   as above                                                12 t h
     1 states   as above, and for the states' gradients from the end    t (g+h) (p+n) e + 8 t h + 8 s h p n
     2 chunks   state entering, gradient leaving, of every chunk        as 1, and 2 c h p n f
-    3 grads    all gradients of a chunk, a group's heads summed        2 c h p n f + t (2 g (p+n) + h (p+2n)) e + 8 t h
+    3 reads    dC, and the gradients of the steps                      2 c h p n f + t (g (p+n) + h (p+2n)) e + 12 t h
+    4 writes   dx and dB, a group's heads summed                       c h p n f + t (2 g + h) (p+n) e + 8 t h
 
 Launch 1 does nothing for a segment behind which a sequence starts. The sum of dA over chunks is one more, tiny,
 reduction. Nothing is added atomically: two runs give the same bits.
@@ -23,8 +26,9 @@ In a chunk with inclusive log decays a_i (float32, a_q at its end), entering sta
     y_i = sum_{j<=i} exp(a_i - a_j) dt_j (C_i.B_j) x_j + exp(a_i) S C_i
     S'  = exp(a_q) S + sum_j exp(a_q - a_j) dt_j x_j B_j^T          D' = exp(a_q) D + sum_i exp(a_i) dy_i C_i^T
 
-Only differences that are at most 0 are ever exponentiated. The gradient of a step's log decay sums over just the pairs
-(earlier token, later token) that the step lies between: nothing cancels, however strong the decay.
+Decays are kept as powers of two; only differences that are at most 0 are ever exponentiated. The gradient of a step's
+log decay sums over just the pairs (earlier token, later token) that the step lies between: nothing cancels, however
+strong the decay.
 
 bfloat16 products use the tensor cores with float32 sums. float16 inputs are multiplied in TF32, which holds them
 exactly and does not overflow for large states; float32 ones in three TF32 products.
@@ -53,25 +57,37 @@ class Tiles(NamedTuple):
     stages: int
 
 
+class Launch(NamedTuple):
+    """Warps of a program and stages of its loads' pipeline, for a launch that is not cut into tiles."""
+
+    warps: int
+    stages: int
+
+
 class Tuning(NamedTuple):
-    """Tokens a chunk, programs of the output launch that fill the machine, and the tiles of each launch."""
+    """Tokens a chunk, programs of the output launch that fill the machine, and how each launch runs.
+
+    The output launch has whole rows of the state (n is not cut), the launch of the reads whole columns (p is not cut).
+    """
 
     chunk: int
     programs: int
     states: Tiles
     output: Tiles
-    gradients: Tiles
+    reads: Tiles
+    writes: Launch
 
 
 # By the larger of p and n, for 2-byte and for 4-byte products; a tile is never larger than p and n.
 TUNED = {
-    (32, 2): Tuning(64, 528, Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 1)),
-    (64, 2): Tuning(64, 264, Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 1)),
-    (128, 2): Tuning(64, 264, Tiles(64, 64, 4, 3), Tiles(64, 128, 4, 2), Tiles(128, 128, 8, 1)),
-    (32, 4): Tuning(32, 528, Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
-    (64, 4): Tuning(32, 264, Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1)),
-    (128, 4): Tuning(16, 264, Tiles(64, 64, 4, 1), Tiles(64, 128, 8, 1), Tiles(128, 128, 8, 1)),
+    (32, 2): Tuning(64, 528, Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 1), Launch(4, 1)),
+    (64, 2): Tuning(64, 264, Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 1), Launch(4, 1)),
+    (128, 2): Tuning(64, 132, Tiles(64, 64, 4, 3), Tiles(128, 128, 8, 2), Tiles(128, 32, 4, 2), Launch(4, 1)),
+    (32, 4): Tuning(32, 528, Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Launch(4, 1)),
+    (64, 4): Tuning(32, 264, Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 32, 4, 1), Launch(4, 1)),
+    (128, 4): Tuning(16, 264, Tiles(64, 64, 4, 1), Tiles(64, 128, 8, 1), Tiles(128, 32, 8, 1), Launch(8, 1)),
 }
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -87,64 +103,83 @@ def _locate(table, chunk, length, CHUNK: tl.constexpr):
         first = tl.load(table + chunk * 4 + 1)
         start = tl.load(table + chunk * 4 + 2).to(tl.int64)
         tokens = tl.load(table + chunk * 4 + 3)
+        first = tl.where(tokens == 0, chunk, first)  # what pads a table counts as empty sequences
     return row, first, first + tl.maximum(tl.cdiv(tokens, CHUNK), 1) - 1, start, start + tokens
 
 
-@triton.jit
-def _log_decays(steps, CHUNK: tl.constexpr):
-    """Inclusive sums (q,) of the log decays of a chunk's steps, and their last one."""
-    decays = tl.cumsum(steps, 0)
-    return decays, tl.sum(tl.where(tl.arange(0, CHUNK) == CHUNK - 1, decays, 0.0), 0)
+@triton.jit(do_not_specialize=["length"])
+def _decays_kernel(
+    dt, dt_token, dt_head, A, steps, decays, table, length, heads, CHUNK: tl.constexpr, HEADS: tl.constexpr
+):
+    """Programs (chunk, tile of heads): steps and inclusive log2 decays, (c, h, q); no step behind a sequence's end."""
+    chunk = tl.program_id(0)
+    _row, first, _last, start, stop = _locate(table, chunk, length, CHUNK)
+    token = start + (chunk - first) * CHUNK
+    inside = tl.arange(0, CHUNK)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    mask = (inside < stop - token)[:, None] & (head < heads)[None, :]
+    rate = tl.load(A + head, mask=head < heads, other=0.0) * LOG2_E
+    step = tl.load(dt + token * dt_token + (inside[:, None] * dt_token + head[None, :] * dt_head), mask=mask, other=0.0)
+    at = (chunk.to(tl.int64) * heads + head)[None, :] * CHUNK + inside[:, None]
+    tl.store(steps + at, step, mask=(head < heads)[None, :])
+    tl.store(decays + at, tl.cumsum(step * rate[None, :], 0), mask=(head < heads)[None, :])
 
 
 @triton.jit
 def _run(
-    state, total, left, left_token, right, right_token, query, query_token, y, y_token, dt, dt_token, rate,
+    state, total, left, left_token, right, right_token, query, query_token, y, y_token, steps, decays, heads,
     kept, kept_chunk, chunk, count, first, start, stop, tile, at_p, at_n,
     CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """``count`` chunks of one sequence from ``chunk`` on: the state behind them, and ``total`` plus their log decay.
+    """``count`` chunks of one sequence from ``chunk`` on: the state behind them, and ``total`` plus their log2 decay.
 
     A tile (p, n) of state' = decay · state + (weight · left)^T right, forward (x, B) or from the end (dy, C). What it
     was before each chunk goes to ``kept``, the output of the recurrence to ``y``, each unless None.
+
+    Products have the state's rows on their left: the state and the weighted left-hand inputs are then operands that the
+    tensor cores take from registers.
     """
     inside = tl.arange(0, CHUNK)
-    rows = inside[:, None]
+    columns = inside[None, :]
     for k in range(count):
         now = chunk - k if REVERSE else chunk + k
         token = start + (now - first) * CHUNK  # scalar and wide; offsets inside a chunk are narrow
-        valid = inside < stop - token
+        valid = inside < tl.minimum(stop - token, CHUNK).to(tl.int32)
         if kept is not None:
             tl.store(kept + now.to(tl.int64) * kept_chunk + tile, state)
-        step = tl.load(dt + token * dt_token + inside * dt_token, mask=valid, other=0.0)
-        decays, whole = _log_decays(step * rate, CHUNK)
-        mask = valid[:, None]
-        a = tl.load(left + token * left_token + (rows * left_token + at_p[None, :]), mask=mask, other=0.0)
-        b = tl.load(right + token * right_token + (rows * right_token + at_n[None, :]), mask=mask, other=0.0).to(DOT)
-        if y is not None:
-            q = tl.load(query + token * query_token + (rows * query_token + at_n[None, :]), mask=mask, other=0.0)
-            q = q.to(DOT)
-            scores = tl.dot(q, tl.trans(b), input_precision=PRECISION)
-            relative = tl.where(rows >= inside[None, :], decays[:, None] - decays[None, :], float("-inf"))
-            scores = scores * tl.exp(relative) * step[None, :]
-            out = tl.dot(q, state.to(DOT), input_precision=PRECISION) * tl.exp(decays)[:, None]
-            out = tl.dot(scores.to(DOT), a.to(DOT), out, input_precision=PRECISION)
-            tl.store(y + token * y_token + (rows * y_token + at_p[None, :]), out, mask=mask)
+        decay = tl.load(decays + now.to(tl.int64) * heads * CHUNK + inside)
+        whole = tl.sum(tl.where(inside == CHUNK - 1, decay, 0.0), 0)
+        at_left = left + token * left_token + (columns * left_token + at_p[:, None])
+        a = tl.load(at_left, mask=valid[None, :], other=0.0)  # (p, q)
+        at_right = right + token * right_token + (inside[:, None] * right_token + at_n[None, :])
+        b = tl.load(at_right, mask=valid[:, None], other=0.0).to(DOT)
         if REVERSE:
-            weight = tl.exp(decays)
+            weight = tl.exp2(decay)
         else:
-            weight = tl.exp(whole - decays) * step
-        weighted = (a.to(tl.float32) * weight[:, None]).to(DOT)
-        state = tl.dot(tl.trans(b), weighted, state * tl.exp(whole), input_precision=PRECISION)
+            step = tl.load(steps + now.to(tl.int64) * heads * CHUNK + inside)
+            weight = tl.exp2(whole - decay) * step
+        if y is not None:
+            at_query = query + token * query_token + (inside[:, None] * query_token + at_n[None, :])
+            q = tl.trans(tl.load(at_query, mask=valid[:, None], other=0.0).to(DOT))
+            held = state.to(DOT)
+            scores = tl.dot(b, q, input_precision=PRECISION)  # (j, i)
+            out = tl.dot(held, q, input_precision=PRECISION)
+            relative = tl.where(inside[:, None] <= columns, decay[None, :] - decay[:, None], float("-inf"))
+            scores = scores * tl.exp2(relative) * step[:, None]
+            out = out * tl.exp2(decay)[None, :]
+            out = tl.dot(a.to(DOT), scores.to(DOT), out, input_precision=PRECISION)
+            tl.store(y + token * y_token + (columns * y_token + at_p[:, None]), out, mask=valid[None, :])
+        weighted = (a.to(tl.float32) * weight[None, :]).to(DOT)
+        state = tl.dot(weighted, b, state * tl.exp2(whole), input_precision=PRECISION)
         total += whole
     return state, total
 
 
 @triton.jit
 def _sweep(
-    left, left_token, right, right_token, query, query_token, y, y_token, dt, dt_token, rate,
+    left, left_token, right, right_token, query, query_token, y, y_token, steps, decays,
     edge, far_edge, local, decay, kept, table, length, chunks, per_segment, segments, head, heads,
-    tile, outer, at_p, at_n,
+    tile, at_p, at_n,
     SIZE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, REVERSE: tl.constexpr, LOCAL: tl.constexpr,
 ):  # fmt: skip
@@ -155,7 +190,7 @@ def _sweep(
     segment = tl.program_id(1)
     begin = segment * per_segment
     end = tl.minimum(begin + per_segment, chunks)
-    state = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
+    state = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
     if LOCAL:
         # The only sequence that matters is the one that goes on behind the segment, if one does.
         if REVERSE:
@@ -173,14 +208,14 @@ def _sweep(
         if goes_on:
             if edge is not None:
                 if fresh:
-                    state = tl.load(edge + (row * heads + head).to(tl.int64) * SIZE + outer)
+                    state = tl.load(edge + (row * heads + head).to(tl.int64) * SIZE + tile)
             total = tl.full([], 0.0, tl.float32)
             state, total = _run(
-                state, total, left, left_token, right, right_token, None, 0, None, 0, dt, dt_token, rate,
+                state, total, left, left_token, right, right_token, None, 0, None, 0, steps, decays, heads,
                 None, 0, chunk, count, first, start, stop, tile, at_p, at_n, CHUNK, DOT, PRECISION, REVERSE,
             )  # fmt: skip
             tl.store(local + (segment * heads + head).to(tl.int64) * SIZE + tile, state)
-            tl.store(decay + segment * heads + head, tl.where(fresh, 0.0, tl.exp(total)))
+            tl.store(decay + segment * heads + head, tl.where(fresh, 0.0, tl.exp2(total)))
     else:
         chunk = end - 1 if REVERSE else begin
         row, first, last, start, stop = _locate(table, chunk, length, CHUNK)
@@ -194,7 +229,7 @@ def _sweep(
         remaining = end - begin
         while remaining > 0:
             row, first, last, start, stop = _locate(table, chunk, length, CHUNK)
-            here = (row * heads + head).to(tl.int64) * SIZE + outer
+            here = (row * heads + head).to(tl.int64) * SIZE + tile
             if REVERSE:
                 count = chunk - tl.maximum(first, begin) + 1
                 fresh = chunk == last
@@ -207,10 +242,11 @@ def _sweep(
                 if edge is not None:
                     state = tl.load(edge + here)
                 else:
-                    state = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
+                    state = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
             state, _ = _run(
-                state, factor, left, left_token, right, right_token, query, query_token, y, y_token, dt, dt_token, rate,
-                kept, heads * SIZE, chunk, count, first, start, stop, tile, at_p, at_n, CHUNK, DOT, PRECISION, REVERSE,
+                state, factor, left, left_token, right, right_token, query, query_token, y, y_token, steps, decays,
+                heads, kept, heads * SIZE, chunk, count, first, start, stop, tile, at_p, at_n,
+                CHUNK, DOT, PRECISION, REVERSE,
             )  # fmt: skip
             if far_edge is not None:
                 if done:
@@ -221,7 +257,7 @@ def _sweep(
 
 @triton.jit(do_not_specialize=["length", "chunks", "per_segment", "segments"])
 def _scan_kernel(
-    x, x_token, x_head, B, B_token, B_head, C, C_token, C_head, dt, dt_token, dt_head, A, dy, dy_token, dy_head,
+    x, x_token, x_head, B, B_token, B_head, C, C_token, C_head, steps, decays, dy, dy_token, dy_head,
     y, initial, final, d_final, d_initial, local, decay, kept, table, length, chunks, per_segment, segments,
     heads, ratio,
     P: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -232,99 +268,168 @@ def _scan_kernel(
     head = tl.program_id(0) // tiles
     at_p = (tl.program_id(0) % tiles) // (N // BLOCK_N) * BLOCK_P + tl.arange(0, BLOCK_P)
     at_n = (tl.program_id(0) % tiles) % (N // BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
-    tile = at_n[:, None] * P + at_p[None, :]
-    outer = at_n[:, None] + at_p[None, :] * N
+    tile = at_p[:, None] * N + at_n[None, :]
     group = head // ratio
-    rate = tl.load(A + head)
     if kept is not None:
         kept += head * P * N
     x += group * x_head
     B += group * B_head
     C += head * C_head
-    dt += head * dt_head
+    steps += head * CHUNK
+    decays += head * CHUNK
     if tl.program_id(2) == 0:
         _sweep(
-            x, x_token, B, B_token, C, C_token, None if y is None else y + head * P, heads * P, dt, dt_token, rate,
+            x, x_token, B, B_token, C, C_token, None if y is None else y + head * P, heads * P, steps, decays,
             initial, final, local, decay, kept,
-            table, length, chunks, per_segment, segments, head, heads, tile, outer, at_p, at_n, P * N,
+            table, length, chunks, per_segment, segments, head, heads, tile, at_p, at_n, P * N,
             CHUNK, BLOCK_P, BLOCK_N, DOT, PRECISION, False, LOCAL,
         )  # fmt: skip
     elif dy is not None:
         _sweep(
-            dy + head * dy_head, dy_token, C, C_token, None, 0, None, 0, dt, dt_token, rate,
+            dy + head * dy_head, dy_token, C, C_token, None, 0, None, 0, steps, decays,
             d_final, d_initial, local + segments.to(tl.int64) * heads * P * N, decay + segments * heads,
             None if kept is None else kept + chunks.to(tl.int64) * heads * P * N,
-            table, length, chunks, per_segment, segments, head, heads, tile, outer, at_p, at_n, P * N,
+            table, length, chunks, per_segment, segments, head, heads, tile, at_p, at_n, P * N,
             CHUNK, BLOCK_P, BLOCK_N, DOT, PRECISION, True, LOCAL,
         )  # fmt: skip
 
 
+@triton.jit
+def _rows_of(tensor, token, stride, inside, at, valid):
+    """The (q, width) inputs of a chunk's tokens, zeros behind its end."""
+    return tl.load(tensor + token * stride + (inside[:, None] * stride + at[None, :]), mask=valid[:, None], other=0.0)
+
+
 @triton.jit(do_not_specialize=["length", "chunks"])
-def _gradients_kernel(
-    x, x_token, x_head, B, B_token, B_head, C, C_token, C_head, dt, dt_token, dt_head, A, dy, dy_token, dy_head,
-    kept, dx, ddt, dA, dB, dC, table, length, chunks, heads, groups, ratio,
-    P: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+def _reads_kernel(
+    x, x_token, x_head, B, B_token, B_head, C, C_token, C_head, steps, decays, A, dy, dy_token, dy_head,
+    kept, ddt, dA, dC, table, length, chunks, heads, ratio,
+    P: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Programs (chunk × group): the gradients of a chunk's tokens, its heads one after another."""
-    group, chunk = tl.program_id(0) % groups, tl.program_id(0) // groups
+    """Programs (chunk × head): dC and the gradients of the steps, with each step's part of dA."""
+    head, chunk = tl.program_id(0) % heads, tl.program_id(0) // heads
+    group = head // ratio
     _row, first, _last, start, stop = _locate(table, chunk, length, CHUNK)
     inside = tl.arange(0, CHUNK)
-    rows = inside[:, None]
+    rows, columns = inside[:, None], inside[None, :]
     token = start + (chunk - first) * CHUNK
-    valid = inside < stop - token
-    mask = valid[:, None]
+    valid = inside < tl.minimum(stop - token, CHUNK).to(tl.int32)
+    at_p = tl.arange(0, P)
+    here = chunk.to(tl.int64) * heads + head
+    step = tl.load(steps + here * CHUNK + inside)
+    decay = tl.load(decays + here * CHUNK + inside)
+    whole = tl.load(decays + here * CHUNK + CHUNK - 1)
+    dys = _rows_of(dy + head * dy_head, token, dy_token, inside, at_p, valid).to(DOT)
+    xs = _rows_of(x + group * x_head, token, x_token, inside, at_p, valid).to(DOT)
+    kept += here * P * N
+    B += group * B_head
+    C += head * C_head
+    dC += head * N
+
+    # What a read i takes from the write j <= i, and what a step's writes give to the state that leaves the chunk.
+    reach = tl.dot(dys, tl.trans(xs), input_precision=PRECISION)  # dy_i . x_j
+    reach *= tl.exp2(tl.where(rows >= columns, decay[:, None] - decay[None, :], float("-inf")))
+    weighted = (reach * step[None, :]).to(DOT)
+    scores = tl.zeros([CHUNK, CHUNK], tl.float32)  # C_i . B_j
+    d_read = tl.zeros([CHUNK], tl.float32)
+    d_write = tl.zeros([CHUNK], tl.float32)
+    through = tl.zeros([P], tl.float32)
+    for part in range(0, N, BLOCK_N):
+        at_n = part + tl.arange(0, BLOCK_N)
+        at = at_p[:, None] * N + at_n[None, :]
+        Cs = _rows_of(C, token, C_token, inside, at_n, valid).to(DOT)
+        Bs = _rows_of(B, token, B_token, inside, at_n, valid).to(DOT)
+        state = tl.load(kept + at).to(DOT)
+        leaving = tl.load(kept + chunks.to(tl.int64) * heads * P * N + at).to(DOT)
+        scores = tl.dot(Cs, tl.trans(Bs), scores, input_precision=PRECISION)
+        dCs = tl.dot(dys, state, input_precision=PRECISION) * tl.exp2(decay)[:, None]
+        d_read += tl.sum(dCs * Cs.to(tl.float32), 1)
+        dCs = tl.dot(weighted, Bs, dCs, input_precision=PRECISION)
+        tl.store(dC + token * heads * N + (rows * (heads * N) + at_n[None, :]), dCs, mask=valid[:, None])
+        written = tl.dot(xs, leaving, input_precision=PRECISION)
+        d_write += tl.sum(written * Bs.to(tl.float32), 1)
+        through += tl.sum(state.to(tl.float32) * leaving.to(tl.float32), 1)
+    d_write *= tl.exp2(whole - decay)
+    share = reach * scores
+    d_step = tl.sum(share + tl.where(rows == columns, d_write[:, None], 0.0), 0)
+
+    # A step's log decay touches the pairs around it, the reads behind it, the writes before it, and what passes through
+    # the whole chunk. Column k of ``before`` sums each read's share over the writes before k: a product with ones, its
+    # operand in two parts where one would lose digits.
+    share *= step[None, :]
+    ones = tl.where(rows < columns, 1.0, 0.0).to(DOT)
+    high = share.to(DOT)
+    if DOT == tl.float32:
+        before = tl.dot(high, ones, input_precision="tf32x3")
+    else:
+        before = tl.dot((share - high.to(tl.float32)).to(DOT), ones)
+        before = tl.dot(high, ones, before)
+    crossing = tl.where(rows >= columns, before + d_read[:, None], (d_write * step)[:, None])
+    d_decay = tl.sum(crossing, 0) + tl.exp2(whole) * tl.sum(through, 0)
+    tl.store(ddt + token * heads + head + inside * heads, d_step + tl.load(A + head) * d_decay, mask=valid)
+    tl.store(dA + here, tl.sum(d_decay * step, 0))
+
+
+@triton.jit
+def _writes(
+    left, left_token, query, query_token, query_head, value, value_token, value_head, steps, decays, leaving, size,
+    out, out_token, ratio, token, valid, inside, at, at_out, tile,
+    CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """dx (left B, value dy) or dB (left x, value C) of a chunk, (q, at_out): the sum over the heads of a group."""
+    rows, columns = inside[:, None], inside[None, :]
+    ls = _rows_of(left, token, left_token, inside, at, valid).to(DOT)
+    total = tl.zeros([CHUNK, at_out.shape[0]], tl.float32)
+    for k in range(ratio):
+        step = tl.load(steps + k * CHUNK + inside)
+        decay = tl.load(decays + k * CHUNK + inside)
+        whole = tl.load(decays + k * CHUNK + CHUNK - 1)
+        qs = _rows_of(query + k * query_head, token, query_token, inside, at, valid).to(DOT)
+        vs = _rows_of(value + k * value_head, token, value_token, inside, at_out, valid).to(DOT)
+        gradient = tl.load(leaving + k * size + tile).to(DOT)
+        if TRANSPOSED:
+            gradient = tl.trans(gradient)
+        scores = tl.dot(ls, tl.trans(qs), input_precision=PRECISION)  # (j, i)
+        scores *= tl.exp2(tl.where(rows <= columns, decay[None, :] - decay[:, None], float("-inf")))
+        here = tl.dot(ls, gradient, input_precision=PRECISION) * tl.exp2(whole - decay)[:, None]
+        here = tl.dot(scores.to(DOT), vs, here, input_precision=PRECISION)
+        total += here * step[:, None]
+    tl.store(out + token * out_token + (rows * out_token + at_out[None, :]), total, mask=valid[:, None])
+
+
+@triton.jit(do_not_specialize=["length", "chunks"])
+def _writes_kernel(
+    x, x_token, x_head, B, B_token, B_head, C, C_token, C_head, steps, decays, dy, dy_token, dy_head,
+    kept, dx, dB, table, length, chunks, heads, groups, ratio,
+    P: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Programs (chunk × group × which): dx or dB of a chunk's tokens, a group's heads one after another."""
+    group, chunk = tl.program_id(0) // 2 % groups, tl.program_id(0) // 2 // groups
+    _row, first, _last, start, stop = _locate(table, chunk, length, CHUNK)
+    inside = tl.arange(0, CHUNK)
+    token = start + (chunk - first) * CHUNK
+    valid = inside < tl.minimum(stop - token, CHUNK).to(tl.int32)
     at_p, at_n = tl.arange(0, P), tl.arange(0, N)
-    tile = at_n[:, None] * P + at_p[None, :]
-    xs = tl.load(x + group * x_head + token * x_token + (rows * x_token + at_p[None, :]), mask=mask, other=0.0).to(DOT)
-    Bs = tl.load(B + group * B_head + token * B_token + (rows * B_token + at_n[None, :]), mask=mask, other=0.0).to(DOT)
-    dx_sum = tl.zeros([CHUNK, P], tl.float32)
-    dB_sum = tl.zeros([CHUNK, N], tl.float32)
-    for head in range(group * ratio, group * ratio + ratio):
-        rate = tl.load(A + head)
-        step = tl.load(dt + head * dt_head + token * dt_token + inside * dt_token, mask=valid, other=0.0)
-        decays, whole = _log_decays(step * rate, CHUNK)
-        to_end = tl.exp(whole - decays)
-
-        # Across the chunk's borders. A step's log decay touches reads of the old state behind it, writes before it,
-        # and what passes through the whole chunk.
-        state = kept + (chunk.to(tl.int64) * heads + head) * P * N + tile
-        leaving = tl.load(state + chunks.to(tl.int64) * heads * P * N).to(DOT)
-        state = tl.load(state).to(DOT)
-        through = tl.exp(whole) * tl.sum(tl.sum(state.to(tl.float32) * leaving.to(tl.float32), 1), 0)
-        written = tl.dot(xs, tl.trans(leaving), input_precision=PRECISION) * to_end[:, None]
-        d_step = tl.sum(written * Bs.to(tl.float32), 1)
-        d_write = d_step * step
-        dB_sum += written * step[:, None]
-        dx_sum += tl.dot(Bs, leaving, input_precision=PRECISION) * (to_end * step)[:, None]
-        at_dy = dy + head * dy_head + token * dy_token + (rows * dy_token + at_p[None, :])
-        dys = tl.load(at_dy, mask=mask, other=0.0).to(DOT)
-        at_C = C + head * C_head + token * C_token + (rows * C_token + at_n[None, :])
-        Cs = tl.load(at_C, mask=mask, other=0.0).to(DOT)
-        dCs = tl.dot(dys, tl.trans(state), input_precision=PRECISION) * tl.exp(decays)[:, None]
-        d_read = tl.sum(dCs * Cs.to(tl.float32), 1)
-
-        # Inside the chunk, over pairs (i, j <= i). A step's log decay touches the pairs around it.
-        scores = tl.dot(Cs, tl.trans(Bs), input_precision=PRECISION)  # C_i . B_j
-        reach = tl.dot(dys, tl.trans(xs), input_precision=PRECISION)  # dy_i . x_j
-        pair = tl.exp(tl.where(rows >= inside[None, :], decays[:, None] - decays[None, :], float("-inf")))
-        share = pair * scores * reach
-        d_step += tl.sum(share, 0)
-        apart = rows > inside[None, :]
-        around = tl.cumsum(tl.where(apart, share * step[None, :], 0.0), 0, reverse=True)  # (k, j): over all i >= k
-        around = tl.where(apart, around + d_write[None, :], 0.0)
-        d_decay = through + tl.sum(around, 1) + tl.cumsum(d_read, 0, reverse=True)
-        pair *= step[None, :]
-        reach = (pair * reach).to(DOT)
-        scores = (pair * scores).to(DOT)
-        dCs = tl.dot(reach, Bs, dCs, input_precision=PRECISION)
-        at_dC = dC + (token * heads + head) * N + (rows * (heads * N) + at_n[None, :])
-        tl.store(at_dC, dCs, mask=mask)
-        dB_sum = tl.dot(tl.trans(reach), Cs, dB_sum, input_precision=PRECISION)
-        dx_sum = tl.dot(tl.trans(scores), dys, dx_sum, input_precision=PRECISION)
-        tl.store(ddt + token * heads + head + inside * heads, d_step + rate * d_decay, mask=valid)
-        tl.store(dA + chunk * heads + head, tl.sum(d_decay * step, 0))
-    tl.store(dx + (token * groups + group) * P + (rows * (groups * P) + at_p[None, :]), dx_sum, mask=mask)
-    tl.store(dB + (token * groups + group) * N + (rows * (groups * N) + at_n[None, :]), dB_sum, mask=mask)
+    tile = at_p[:, None] * N + at_n[None, :]
+    here = chunk.to(tl.int64) * heads + group * ratio
+    leaving = kept + (chunks.to(tl.int64) * heads + here) * P * N
+    steps += here * CHUNK
+    decays += here * CHUNK
+    x += group * x_head
+    B += group * B_head
+    C += group * ratio * C_head
+    dy += group * ratio * dy_head
+    if tl.program_id(0) % 2 == 0:
+        _writes(
+            B, B_token, C, C_token, C_head, dy, dy_token, dy_head, steps, decays, leaving, P * N,
+            dx + group * P, groups * P, ratio, token, valid, inside, at_n, at_p, tile, CHUNK, DOT, PRECISION, True,
+        )  # fmt: skip
+    else:
+        _writes(
+            x, x_token, dy, dy_token, dy_head, C, C_token, C_head, steps, decays, leaving, P * N,
+            dB + group * N, groups * N, ratio, token, valid, inside, at_p, at_n, tile, CHUNK, DOT, PRECISION, False,
+        )  # fmt: skip
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -342,15 +447,19 @@ def _dot(x: Tensor, B: Tensor, C: Tensor) -> tuple[tl.dtype, str, torch.dtype]:
     return tl.float32, "tf32x3" if torch.float32 in dtypes else "tf32", torch.float32
 
 
+def _parts(size: int, part: int) -> int:
+    return -(-size // part)
+
+
 class _Shape:
     """The sizes that the launches of one call share."""
 
     def __init__(self, x: Tensor, C: Tensor, table: Tensor | None, chunk: int, segments: int) -> None:
         self.b, self.length, self.g, self.p = x.shape
         self.h, self.n = C.shape[2:]
-        self.chunks = self.b * max(triton.cdiv(self.length, chunk), 1) if table is None else table.shape[0]
-        self.per_segment = max(triton.cdiv(self.chunks, segments), 1)
-        self.segments = triton.cdiv(self.chunks, self.per_segment)
+        self.chunks = self.b * max(_parts(self.length, chunk), 1) if table is None else table.shape[0]
+        self.per_segment = max(_parts(self.chunks, segments), 1)
+        self.segments = _parts(self.chunks, self.per_segment)
 
     def tiles(self, tiles: Tiles) -> tuple[int, int]:
         return min(tiles.p, self.p), min(tiles.n, self.n)
@@ -358,6 +467,17 @@ class _Shape:
 
 def _tuning(x: Tensor, B: Tensor, C: Tensor) -> Tuning:
     return TUNED[max(x.shape[3], C.shape[3]), _dot(x, B, C)[2].itemsize]
+
+
+def _decays(shape: _Shape, dt: Tensor, A: Tensor, table: Tensor | None, chunk: int) -> tuple[Tensor, Tensor]:
+    """The steps and the inclusive log2 decays of each chunk, (c, h, q) float32: what all launches read."""
+    steps, decays = dt.new_empty(2, shape.chunks, shape.h, chunk).unbind()
+    block = min(1 << (shape.h - 1).bit_length(), 16)
+    with on_device(dt):
+        _decays_kernel[(shape.chunks, _parts(shape.h, block))](
+            dt, dt.stride(1), dt.stride(2), A, steps, decays, table, shape.length, shape.h, CHUNK=chunk, HEADS=block
+        )
+    return steps, decays
 
 
 def _scan(
@@ -378,15 +498,15 @@ def _scan(
     kept: Tensor | None = None,
     only_local: bool = False,
 ) -> None:
-    """One launch of the scan over ``inputs`` (x, dt, A, B, C)."""
-    x, dt, A, B, C = inputs
+    """One launch of the scan over ``inputs`` (x, B, C, steps, decays)."""
+    x, B, C, steps, decays = inputs
     block_p, block_n = shape.tiles(tiles)
     dot, precision, _ = _dot(x, B, C)
     grid = (shape.h * (shape.p // block_p) * (shape.n // block_n), shape.segments, 1 if dy is None else 2)
     with on_device(x):
         _scan_kernel[grid](
             x, x.stride(1), x.stride(2), B, B.stride(1), B.stride(2), C, C.stride(1), C.stride(2),
-            dt, dt.stride(1), dt.stride(2), A, dy, *((0, 0) if dy is None else (dy.stride(1), dy.stride(2))),
+            steps, decays, dy, *((0, 0) if dy is None else (dy.stride(1), dy.stride(2))),
             y, initial, final, d_final, d_initial, local, decay, kept,
             table, shape.length, shape.chunks, shape.per_segment, shape.segments, shape.h, shape.h // shape.g,
             P=shape.p, N=shape.n, CHUNK=chunk, BLOCK_P=block_p, BLOCK_N=block_n, DOT=dot, PRECISION=precision,
@@ -414,7 +534,7 @@ def _ssd(
     initial = None if initial_state is None else initial_state.contiguous()
     local = x.new_empty(shape.segments, shape.h, shape.p, shape.n, dtype=torch.float32)
     decay = x.new_empty(shape.segments, shape.h, dtype=torch.float32)
-    inputs = (x, dt, A, B, C)
+    inputs = (x, B, C, *_decays(shape, dt, A, table, chunk))
     if shape.segments > 1:
         _scan(
             shape, tuning.states, inputs, table, chunk, initial=initial, local=local, decay=decay, only_local=True
@@ -459,7 +579,8 @@ def _ssd_backward(
     decay = x.new_empty(2, shape.segments, shape.h, dtype=torch.float32)
     kept = x.new_empty(2, shape.chunks, *size, dtype=stored)
     dA = x.new_empty(shape.chunks, shape.h, dtype=torch.float32)
-    inputs = (x, dt, A, B, C)
+    steps, decays = _decays(shape, dt, A, table, chunk)
+    inputs = (x, B, C, steps, decays)
     initial = None if initial_state is None else initial_state.contiguous()
     d_final = None if d_final is None else d_final.contiguous()
     scan = functools.partial(
@@ -469,13 +590,21 @@ def _ssd_backward(
     if shape.segments > 1:
         scan(only_local=True)
     scan(kept=kept, d_initial=None if initial is None else d_initial)
+    sources = (
+        x, x.stride(1), x.stride(2), B, B.stride(1), B.stride(2), C, C.stride(1), C.stride(2), steps, decays,
+    )  # fmt: skip
+    seed = (dy, dy.stride(1), dy.stride(2))
+    options = {"P": shape.p, "N": shape.n, "CHUNK": chunk, "DOT": dot, "PRECISION": precision}
+    ratio = shape.h // shape.g
     with on_device(x):
-        _gradients_kernel[(shape.chunks * shape.g,)](
-            x, x.stride(1), x.stride(2), B, B.stride(1), B.stride(2), C, C.stride(1), C.stride(2),
-            dt, dt.stride(1), dt.stride(2), A, dy, dy.stride(1), dy.stride(2),
-            kept, dx, ddt, dA, dB, dC, table, shape.length, shape.chunks, shape.h, shape.g, shape.h // shape.g,
-            P=shape.p, N=shape.n, CHUNK=chunk, DOT=dot, PRECISION=precision,
-            num_warps=tuning.gradients.warps, num_stages=tuning.gradients.stages,
+        _reads_kernel[(shape.chunks * shape.h,)](
+            *sources, A, *seed, kept, ddt, dA, dC, table, shape.length, shape.chunks, shape.h, ratio,
+            BLOCK_N=shape.tiles(tuning.reads)[1],
+            num_warps=tuning.reads.warps, num_stages=tuning.reads.stages, **options,
+        )  # fmt: skip
+        _writes_kernel[(shape.chunks * shape.g * 2,)](
+            *sources, *seed, kept, dx, dB, table, shape.length, shape.chunks, shape.h, shape.g, ratio,
+            num_warps=tuning.writes.warps, num_stages=tuning.writes.stages, **options,
         )  # fmt: skip
     return dx, ddt, dA.sum(0), dB, dC, d_initial
 
@@ -536,7 +665,7 @@ def ssd(
         raise ValueError(f"ssd: {reason}")
     tuning = _tuning(x, B, C)
     chunk = chunk or tuning.chunk
-    segments = segments or max(tuning.programs // (C.shape[2] * triton.cdiv(x.shape[3], tuning.output.p)), 1)
+    segments = segments or max(tuning.programs // (C.shape[2] * _parts(x.shape[3], tuning.output.p)), 1)
     table = None if layout is None else layout.cuts(chunk)
     state = None if initial_state is None else initial_state.float()
     y, final = _ssd(
