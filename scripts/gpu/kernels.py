@@ -423,6 +423,39 @@ def run_step(bench: Bench) -> None:
             )  # fmt: skip
 
 
+# ---------------------------------------------------------------------------------------------- one token's linear maps
+
+
+def run_linear(bench: Bench) -> None:
+    linear = ours("linear", "linear_step")
+    if linear is None:
+        return
+    width, inner, words = bench.size(2048, 40), bench.size(8192, 64), bench.size(92_553, 70)
+
+    def measure(name: str, n: int, k: int, normed: bool) -> None:
+        x, weight = torch.randn(1, k, device=DEVICE).to(BF16), torch.randn(n, k, device=DEVICE).to(BF16)
+        norm = torch.rand(k, device=DEVICE).to(BF16) if normed else None
+        swiglu = name == "gate|up"
+        wide = None if norm is None else norm.double()
+        truth = {"y": ops.linear_step_torch(x.double(), weight.double(), norm=wide, swiglu=swiglu)}
+
+        def run(function: Function) -> Tensor:
+            return function(x, weight, norm=norm, swiglu=swiglu)
+
+        values = {"y": run(linear)}
+        bench.check("linear_step", name, values, truth, torch={"y": run(ops.linear_step_torch)})
+        bench.time(
+            "linear_step", f"{name}, {n:,} × {k:,}", lambda: bench.replayed(lambda: run(linear)),
+            {"torch": lambda: bench.replayed(lambda: run(ops.linear_step_torch))},
+            floor=weight.nbytes / (bench.copy) * 1e3,
+        )  # fmt: skip
+
+    for name, n, k, normed in (("projections", 3 * width + 16, width, True), ("out", width, width, False),
+                               ("gate|up", 2 * inner, width, True), ("down", width, inner, False),
+                               ("head", words, width, True)):  # fmt: skip
+        bench.attempt(f"linear_step, {name}", lambda name=name, n=n, k=k, normed=normed: measure(name, n, k, normed))
+
+
 # ---------------------------------------------------------------------------------------------- decoding attention
 
 
@@ -646,7 +679,15 @@ def run_kl(bench: Bench) -> None:
 
 # ---------------------------------------------------------------------------------------------- the tables
 
-SECTIONS = {"ssd": run_ssd, "step": run_step, "attend": run_attend, "conv": run_conv, "norm": run_norm, "kl": run_kl}
+SECTIONS = {
+    "ssd": run_ssd,
+    "kl": run_kl,
+    "conv": run_conv,
+    "norm": run_norm,
+    "step": run_step,
+    "attend": run_attend,
+    "linear": run_linear,
+}
 
 
 def number(value: float | None) -> str:

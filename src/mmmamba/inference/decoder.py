@@ -2,8 +2,8 @@
 
 A pass of the model takes a state and returns another; a decoding step is so small that making new tensors for it would
 cost more than the step. Here states lie in tensors that stay: a sequence is admitted to a slot, stepped, exported as a
-state again, and its slot given to another. What a layer projects is one product. On a GPU a step is one CUDA graph for
-each size of batch.
+state again, and its slot given to another. What a layer projects is one product. On a GPU a step can be one CUDA graph
+for each size of batch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmmamba.model.attention import Attention
@@ -23,7 +22,7 @@ from mmmamba.model.mamba2 import Mamba2
 from mmmamba.model.model import Model
 from mmmamba.model.rope import inverse_frequencies
 from mmmamba.model.state import KVState, LayerState, MambaState, State
-from mmmamba.ops import attend_step, mixer_step, rms_norm, rotate
+from mmmamba.ops import attend_step, linear_step, mixer_step, rotate
 
 WARM_UP = 2  # steps of a batch size before it is captured
 
@@ -39,13 +38,13 @@ class Decoder:
         slots: sequences that the pool has room for.
         capacity: most tokens that a sequence will hold: the length of the softmax layers' caches.
         max_length: the length that dynamic RoPE scaling was fixed for when the sequences' states were made.
-        graph: replay steps as CUDA graphs (default: on a GPU).
+        graph: replay steps as CUDA graphs.
     """
 
-    def __init__(self, model: Model, slots: int, capacity: int, *, max_length: int, graph: bool | None = None) -> None:
+    def __init__(self, model: Model, slots: int, capacity: int, *, max_length: int, graph: bool = False) -> None:
         config = model.config
         self.model, self.slots, self.capacity, self.max_length = model, slots, capacity, max_length
-        self.graph = model.device.type == "cuda" if graph is None else graph
+        self.graph = graph
         # One slot more than asked for: idle rows of a batch write there.
         self.positions = torch.zeros(slots + 1, dtype=torch.long, device=model.device)
         self.embedded = torch.zeros_like(self.positions) if model.merges_late else self.positions
@@ -124,7 +123,7 @@ class Decoder:
         for counts in {id(t): t for t in (self.positions, self.embedded)}.values():
             counts.index_add_(0, safe, torch.ones_like(safe))
             counts[self.slots] = 0
-        return model.head(model.norm(x))
+        return linear_step(x, model.head.weight, norm=model.norm.weight, eps=model.norm.eps)
 
 
 class _Graph:
@@ -166,11 +165,15 @@ class _MlpLayer:
 
     def finish(self, x: Tensor, heads: Tensor) -> Tensor:
         """All that follows the heads (b, h·p): W_o, residual, norm, SwiGLU, residual."""
-        layer = self.layer
-        x = x + F.linear(heads, layer.mixer.o_proj.weight, layer.mixer.o_proj.bias)
-        u = rms_norm(x, layer.mlp_norm.weight, layer.mlp_norm.eps)
-        gate, up = F.linear(u, self.gate_up).chunk(2, dim=-1)
-        return x + F.linear(F.silu(gate) * up, layer.mlp.down.weight)
+        out, norm = self.layer.mixer.o_proj, self.layer.mlp_norm
+        x = linear_step(heads, out.weight, out.bias, residual=x)
+        inner = linear_step(x, self.gate_up, norm=norm.weight, eps=norm.eps, swiglu=True)
+        return linear_step(inner, self.layer.mlp.down.weight, residual=x)
+
+    def project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's norm, and all that its mixer projects."""
+        norm = self.layer.input_norm
+        return linear_step(x, weight, bias, norm=norm.weight, eps=norm.eps)
 
 
 class _Mamba2Layer(_MlpLayer):
@@ -204,9 +207,8 @@ class _Mamba2Layer(_MlpLayer):
         return MambaState(self.conv[slots], self.ssm[slots])
 
     def step(self, x: Tensor, slots: Tensor, safe: Tensor) -> Tensor:
-        mixer, layer = self.mixer, self.layer
-        u = rms_norm(x, layer.input_norm.weight, layer.input_norm.eps)
-        vkq, gate, dt = F.linear(u, self.weight, self.bias).split(self.sizes, dim=-1)
+        mixer = self.mixer
+        vkq, gate, dt = self.project(x, self.weight, self.bias).split(self.sizes, dim=-1)
         heads = mixer_step(
             vkq,
             gate,
@@ -262,9 +264,8 @@ class _AttentionLayer(_MlpLayer):
         return KVState(self.k[slots, :width], self.v[slots, :width], filled)
 
     def step(self, x: Tensor, slots: Tensor, safe: Tensor) -> Tensor:
-        layer, decoder = self.layer, self.decoder
-        u = rms_norm(x, layer.input_norm.weight, layer.input_norm.eps)
-        heads = F.linear(u, self.weight, self.bias).unflatten(-1, (self.heads + 2 * self.groups, -1))
+        decoder = self.decoder
+        heads = self.project(x, self.weight, self.bias).unflatten(-1, (self.heads + 2 * self.groups, -1))
         q, k, v = heads.split([self.heads, self.groups, self.groups], dim=1)
         at = self.counts[safe]
         angles = at.to(self.frequencies.dtype)[:, None, None] * self.frequencies

@@ -4,6 +4,7 @@ from mmmamba.ops.attend import attend_step, attend_step_torch
 from mmmamba.ops.conv import causal_conv, causal_conv_step, causal_conv_torch
 from mmmamba.ops.kl import chunked_kl, chunked_kl_torch
 from mmmamba.ops.layout import Layout, layout_of
+from mmmamba.ops.linear import linear_step, linear_step_torch
 from mmmamba.ops.norm import compute_dtype, gated_norm, gated_norm_torch, rms_norm
 from mmmamba.ops.rope import rotate
 from mmmamba.ops.ssd import ssd, ssd_chunked, ssd_reference, ssd_step
@@ -22,6 +23,8 @@ __all__ = [
     "gated_norm",
     "gated_norm_torch",
     "layout_of",
+    "linear_step",
+    "linear_step_torch",
     "mixer_step",
     "mixer_step_torch",
     "rms_norm",
