@@ -114,6 +114,18 @@ def test_an_exported_state_goes_on_alone_and_is_changed_by_no_step(model):
     close(model(torch.tensor([[50]]), state=kept, logits="last").logits, logits)
 
 
+def test_states_in_bfloat16_stay_near_the_others():
+    model = build("linear, rotated").float()
+    state = begun(model)
+    wide, narrow = (Decoder(model, 4, 60, max_length=40, state_dtype=dtype) for dtype in (None, torch.bfloat16))
+    for decoder in (wide, narrow):
+        decoder.admit(torch.arange(4), state)
+    for step in range(40):
+        truth, ours = (decoder.step(torch.arange(8, 12) + step, torch.arange(4)) for decoder in (wide, narrow))
+    assert narrow.export(torch.arange(4)).layers[0].ssm.dtype == torch.float32
+    assert 0 < (ours - truth).norm() < 0.05 * truth.norm()
+
+
 def test_a_sequence_never_outgrows_its_slot():
     model = build("hybrid")
     state = begun(model)

@@ -39,12 +39,25 @@ class Decoder:
         capacity: most tokens that a sequence will hold: the length of the softmax layers' caches.
         max_length: the length that dynamic RoPE scaling was fixed for when the sequences' states were made.
         graph: replay steps as CUDA graphs.
+        state_dtype: of the SSM states (default: float32 at least). bfloat16 halves what a step moves in a large batch;
+            it is rounded stochastically, so that a state does not drift.
     """
 
-    def __init__(self, model: Model, slots: int, capacity: int, *, max_length: int, graph: bool = False) -> None:
+    def __init__(
+        self,
+        model: Model,
+        slots: int,
+        capacity: int,
+        *,
+        max_length: int,
+        graph: bool = False,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
         config = model.config
         self.model, self.slots, self.capacity, self.max_length = model, slots, capacity, max_length
-        self.graph = graph
+        self.graph, self.state_dtype = graph, state_dtype
+        # A seed for each layer's rounding, another one in every step.
+        self.seeds = torch.arange(config.num_layers, device=model.device)
         # One slot more than asked for: idle rows of a batch write there.
         self.positions = torch.zeros(slots + 1, dtype=torch.long, device=model.device)
         self.embedded = torch.zeros_like(self.positions) if model.merges_late else self.positions
@@ -123,6 +136,7 @@ class Decoder:
         for counts in {id(t): t for t in (self.positions, self.embedded)}.values():
             counts.index_add_(0, safe, torch.ones_like(safe))
             counts[self.slots] = 0
+        self.seeds += len(self.layers)
         return linear_step(x, model.head.weight, norm=model.norm.weight, eps=model.norm.eps)
 
 
@@ -194,7 +208,8 @@ class _Mamba2Layer(_MlpLayer):
         wide = torch.promote_types(weight.dtype, torch.float32)
         pool = decoder.slots + 1
         self.conv = weight.new_zeros(pool, config.conv_kernel - 1, channels)
-        self.ssm = weight.new_zeros(pool, h, p, p, dtype=wide)
+        self.ssm = weight.new_zeros(pool, h, p, p, dtype=decoder.state_dtype or wide)
+        self.seed = decoder.seeds[layer.index : layer.index + 1]
         self.counts = decoder.embedded if layer.index < decoder.model.config.embedding.num_layers else decoder.positions
         self.frequencies = inverse_frequencies(stack, decoder.max_length, weight.device, wide) if config.rope else None
 
@@ -204,7 +219,8 @@ class _Mamba2Layer(_MlpLayer):
         self.ssm[slots] = state.ssm.to(self.ssm.dtype)
 
     def export(self, slots: Tensor) -> MambaState:
-        return MambaState(self.conv[slots], self.ssm[slots])
+        wide = torch.promote_types(self.ssm.dtype, torch.float32)
+        return MambaState(self.conv[slots], self.ssm[slots].to(wide))
 
     def step(self, x: Tensor, slots: Tensor, safe: Tensor) -> Tensor:
         mixer = self.mixer
@@ -226,6 +242,7 @@ class _Mamba2Layer(_MlpLayer):
             qk_norm=mixer.config.qk_norm,
             positions=None if self.frequencies is None else self.counts[safe],
             frequencies=self.frequencies,
+            seed=self.seed,
         )
         return self.finish(x, heads)
 
