@@ -90,7 +90,8 @@ def test_without_a_gpu_a_step_is_taken_as_it_comes(tiny_model):
 def test_replayed_steps_train_as_others_do(name):
     """Rows of changing sizes: the graph is captured anew when one is larger; losses and weights stay with the truth."""
     where = torch.device("cuda")
-    batches = [[SAMPLES[:2]], [SAMPLES[:1]], [SAMPLES[1:3]], [SAMPLES], [SAMPLES[2:]], [SAMPLES[::-1]], [SAMPLES[:2]]]
+    # Each step shows a picture.
+    batches = [[SAMPLES[:2]], [SAMPLES[1:2]], [SAMPLES[1:3]], [SAMPLES], [SAMPLES[2:]], [SAMPLES[::-1]], [SAMPLES[:2]]]
     batches += [[SAMPLES[:2], SAMPLES[2:]]] * 4 + [[]] + [[SAMPLES]] * 3
     stack = StackConfig(num_layers=2, intermediate_size=96, num_heads=4, num_kv_heads=2, head_dim=32)
     seen = {}

@@ -60,7 +60,8 @@ class ReplayedStep(Step):
     """The same step, captured once for each number of rows and replayed.
 
     A row larger than the graph has room for makes the room larger, and the graph is captured anew: after some steps
-    that no longer happens.
+    that no longer happens. What a step's rows do not use (the patch embedding, where no picture is shown) has a
+    gradient of zero here and none there, so that AdamW's momentum and decay go on moving it.
     """
 
     def __init__(self, objective: Objective, config: TrainConfig, device: torch.device, precision: torch.dtype) -> None:
