@@ -73,14 +73,14 @@ def test_data_lists_its_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["data", "--help"]) == 0
     out = capsys.readouterr().out
     assert "mmmamba data VERB" in out
-    assert "build" in out and "convert" in out and "distill" not in out
+    assert all(word in out for word in ("build", "check", "convert")) and "distill" not in out
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         ([], "error: mmmamba needs a verb: teach, distill"),
-        (["data"], "error: mmmamba data needs a verb: build, convert"),
+        (["data"], "error: mmmamba data needs a verb: build, check, convert"),
         (["destill"], "error: mmmamba has no verb 'destill' (did you mean 'distill'?)"),
         (["data", "biuld"], "error: mmmamba data has no verb 'biuld' (did you mean 'build'?)"),
         (["xyzzy"], "error: mmmamba has no verb 'xyzzy' (known: teach, "),

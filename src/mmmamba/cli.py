@@ -75,6 +75,11 @@ VERBS: Mapping[str, Verb | Mapping[str, Verb]] = {
             example="mmmamba data build --out data/nano",
             go_on="run the same command; finished sources are kept",
         ),
+        "check": Verb(
+            function="mmmamba.data.check:check",
+            summary="read a conversation set as training would: what is in it, what is wrong",
+            example="mmmamba data check mydata/train.jsonl --teacher pico-teacher",
+        ),
         "convert": Verb(
             function="mmmamba.evaluation.converters:convert_dataset",
             summary="convert a public benchmark's files to our JSONL",

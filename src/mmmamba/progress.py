@@ -145,6 +145,13 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, 
     console.print(drawn)
 
 
+def markdown(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """The table that :func:`table` prints, as Markdown under a heading."""
+    cells = [["" if cell is None else _number(cell).replace("|", "\\|") for cell in row] for row in rows]
+    lines = ["| " + " | ".join(row) + " |" for row in ([*columns], ["---"] * len(columns), *cells)]
+    return "\n".join([f"## {title}", "", *lines]) + "\n"
+
+
 def _number(value: Any) -> str:
     """Four significant digits of a float, thousands of an int apart, anything else as it is."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

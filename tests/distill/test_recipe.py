@@ -45,7 +45,7 @@ def test_a_shipped_recipe_loads_strictly_and_is_named_like_its_file(path):
 
 
 @pytest.mark.parametrize("kind", ["linear", "hybrid"])
-@pytest.mark.parametrize("family", ["nano", "pico"])
+@pytest.mark.parametrize("family", ["nano", "pico", "hovle-2.6b"])
 def test_linear_and_hybrid_of_a_family_differ_in_their_layers_alone(family, kind):
     """So that the hybrid can take stages 1 and 2 over from the linear run."""
     plan = load_recipe(DistillRecipe, f"{family}-{kind}")
@@ -65,6 +65,34 @@ def test_the_papers_recipes_follow_the_paper(path):
     for stage in (plan.stage1, plan.stage2, plan.stage3):
         assert (stage.clip, stage.prompt_weight, stage.supervised, stage.temperature) == (5.0, 1.0, 0.0, 1.0)
     assert plan.stage1.loss_scale == plan.stage2.loss_scale == 1000
+
+
+@pytest.mark.parametrize("kind", ["linear", "hybrid"])
+def test_the_papers_recipes_at_its_size_have_its_numbers(kind):
+    plan = load_recipe(DistillRecipe, f"hovle-2.6b-{kind}-paper")
+    stages = (plan.stage1, plan.stage2, plan.stage3)
+    assert [(s.steps, s.batch_size, s.lr) for s in stages] == [
+        (20_000, 128, 1e-3), (20_000, 128, 5e-4), (20_000, 64, 5e-5),
+    ]  # fmt: skip
+    for stage in stages:
+        assert (stage.warmup, stage.decay, stage.weight_decay, stage.betas) == (0.1, 0.1, 0.05, (0.9, 0.999))
+        assert stage.micro_tokens == plan.data.max_length == 8192
+    assert (plan.teacher, plan.data.max_tiles) == ("HoVLE", 12)
+    softmax = [i for i, kind in enumerate(plan.layer_map(32)) if kind == ATTENTION]
+    assert softmax == ([] if kind == "linear" else list(range(0, 32, 4)))
+
+
+@pytest.mark.parametrize("kind", ["linear", "hybrid"])
+def test_our_recipes_at_its_size_keep_nanos_choices_and_the_papers_samples(kind):
+    plan, nano, paper = (load_recipe(DistillRecipe, name) for name in (
+        f"hovle-2.6b-{kind}", f"nano-{kind}", f"hovle-2.6b-{kind}-paper",
+    ))  # fmt: skip
+    assert (plan.mixer, plan.layers) == (nano.mixer, nano.layers)
+    for name in ("stage1", "stage2", "stage3"):
+        ours, theirs, small = (getattr(one, name) for one in (plan, paper, nano))
+        assert (ours.train, ours.prompt_weight, ours.decay) == (small.train, small.prompt_weight, small.decay)
+        assert (ours.steps, ours.batch_size) == (theirs.steps, theirs.batch_size)
+    assert plan.stage3.lr == pytest.approx(nano.stage3.lr * 256 / 2048)
 
 
 # ---------------------------------------------------------------------------------------------- layer map

@@ -19,6 +19,7 @@ from mmmamba.evaluation.report import markdown, write_html
 from mmmamba.evaluation.results import Report, Row, assemble
 from mmmamba.evaluation.suite import Item, Suite
 from mmmamba.evaluation.tables import plain, tables, to_data
+from mmmamba.figures import render
 from mmmamba.inference.likelihood import Score
 
 
@@ -103,7 +104,7 @@ def test_a_teacher_that_scores_nothing_leaves_no_number(tmp_path: Path) -> None:
     assert linear.abilities["read"].retention_over_chance is None
     json.dumps(to_data(report), allow_nan=False)
     assert "–" in markdown(report)
-    plots.render(plots.ability_bars(report), "png")
+    render(plots.ability_bars(report), "png")
     write_html(tmp_path / "r.html", title="t", report=report)
 
 
@@ -117,7 +118,7 @@ def test_markdown_and_plain_tables_say_the_same(report: Report) -> None:
 
 
 def test_figures_repeat_bit_for_bit(report: Report) -> None:
-    one, two = (plots.render(plots.ability_bars(report), "svg") for _ in range(2))
+    one, two = (render(plots.ability_bars(report), "svg") for _ in range(2))
     assert one == two
 
 

@@ -76,6 +76,7 @@ def parse(line: bytes, *, where: str, image_root: Path) -> Sample:
         images=_images(record, where, image_root),
         where=where,
         extra={key: value for key, value in record.items() if key not in _KNOWN_KEYS},
+        named=record.get("id") is not None,
     )
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from mmmamba.data.images import load_image, to_rgb
 from mmmamba.data.patches import PATCH, PATCH_END, fitted_size, patch_marks, patch_rows
 from mmmamba.data.pictures import Picture, PictureFile, Tiles, Unread
-from mmmamba.data.samples import GPT, HUMAN, BadSample, Sample, Turn
+from mmmamba.data.samples import GPT, HUMAN, BadSample, NothingScored, Sample, Turn
 from mmmamba.data.template import (
     IMAGE_CONTEXT,
     IMAGE_END,
@@ -135,7 +135,7 @@ class Processor:
         if not answer and turns[-1].role == GPT:
             turns = turns[:-1]
         if answer and not any(turn.role == GPT for turn in turns):
-            raise BadSample(f"{sample.where}: 'conversations' has no 'gpt' turn, so nothing is scored")
+            raise NothingScored(f"{sample.where}: 'conversations' has no 'gpt' turn, so nothing is scored")
         encoded = self._conversation(turns, sample.images, sample.where, max_tiles, reply=not answer)
         encoded.id = sample.id
         return encoded if max_length is None else self._fit(encoded, max_length, cut_tail=answer)
@@ -283,7 +283,9 @@ class Processor:
             raise BadSample(f"{where}: 'image': the image tokens do not fit into max_length {max_length}")
         labels = encoded.labels[:max_length]
         if (labels == UNSCORED).all():
-            raise BadSample(f"{where}: nothing is scored within max_length {max_length} (the sample takes {length})")
+            raise NothingScored(
+                f"{where}: nothing is scored within max_length {max_length} (the sample takes {length})"
+            )
         ids = encoded.input_ids[:max_length]
         return Encoded(ids, labels, encoded.tiles, encoded.id, where, encoded.cut + cut)
 

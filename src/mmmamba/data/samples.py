@@ -20,6 +20,10 @@ class BadSample(UserError):
     """A record that cannot be used; the message opens with its ``file:line`` and names the field."""
 
 
+class NothingScored(BadSample):
+    """A conversation from which nothing can be learnt: it has no answer, or none within the greatest length."""
+
+
 @dataclass(frozen=True)
 class Turn:
     """One utterance. ``role`` is ``human``, ``gpt`` or ``system``; ``<image>`` marks count in human turns only."""
@@ -36,6 +40,7 @@ class Sample:
         images: paths of the pictures, absolute, in the order of their marks.
         where: ``file.jsonl:12``, for error messages.
         extra: every other key of the record (ability, choices, ...), as it was read.
+        named: whether the record has an ``id``; its line's number stands for one otherwise.
     """
 
     id: str
@@ -43,3 +48,4 @@ class Sample:
     images: tuple[str, ...] = ()
     where: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+    named: bool = True

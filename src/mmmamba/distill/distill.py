@@ -16,6 +16,7 @@ from mmmamba.checkpoints import fingerprint, load, resolve, save_student
 from mmmamba.checkpoints.io import read_json, write_atomically
 from mmmamba.data.processor import Processor
 from mmmamba.device import pick_device, pick_precision
+from mmmamba.distill import dry_run as rehearsal
 from mmmamba.distill.feed import Feed
 from mmmamba.distill.objectives import AlignHeads, MatchLogits
 from mmmamba.distill.recipe import MIXER_PARAMETERS, DistillRecipe, SourceConfig, StageConfig, load_recipe
@@ -41,6 +42,9 @@ def distill(
     on_bad_sample: Literal["stop", "skip"] | None = None,
     device: str = "auto",
     precision: Literal["auto", "fp32", "bf16"] = "auto",
+    dry_run: bool = False,
+    gpu: Literal["h100", "h200", "a100", "rtx4090"] | None = None,
+    geometry: str | None = None,
 ) -> Path:
     """Turn a teacher into a linear or hybrid student: seed its mixers, then distil in three stages.
 
@@ -49,6 +53,12 @@ def distill(
     Stage 1 aligns the new state space parameters with the attention they replace, stage 2 the whole mixer, both layer
     by layer; stage 3 matches the teacher's output distribution. A run that lies beside this one and aligned the same
     teacher in the same way (stages 1 and 2 of linear and hybrid are the same) lends its stages 1 and 2.
+
+    With --dry-run nothing is trained or written. It prints what each stage trains, its memory by part, its tokens and
+    hours on a GPU of the kind that --gpu names, then takes real first steps on random data, on a GPU or with a model
+    small enough for a CPU, to see that they fit. It needs the teacher's config.json alone, or not even that:
+
+        mmmamba distill hovle-2.6b-linear --dry-run --geometry hovle-2.6b
 
     Args:
         recipe: a recipe file, or the name of a built-in one.
@@ -60,9 +70,12 @@ def distill(
         on_bad_sample: stop at the first bad sample, or skip and list them.
         device: auto, cpu, cuda, cuda:1, ….
         precision: fp32, or bf16 passes over fp32 weights; auto picks bf16 on a GPU.
+        dry_run: say what the run will need and try its first steps, instead of running it.
+        gpu: the kind of GPU to reckon with, with --dry-run (default: h100).
+        geometry: hovle-2.6b or nano, in place of a teacher's folder, with --dry-run.
 
     Returns:
-        the folder of the finished student, RUN/model.
+        the folder of the finished student, RUN/model; of a dry run, where it would be.
     """
     plan = load_recipe(DistillRecipe, recipe, set)
     if teacher is not None:
@@ -74,6 +87,13 @@ def distill(
         plan = replace(plan, data=replace(plan.data, on_bad_sample=on_bad_sample))
     where = pick_device(device)
     dtype = pick_precision(precision, where)
+    run_folder = out or Path("runs") / plan.name
+    if dry_run:
+        rehearsal.dry_run(plan, geometry=geometry, gpu=gpu or "h100", device=where, precision=dtype)
+        return run_folder / "model"
+    for name, given in (("geometry", geometry), ("gpu", gpu)):
+        if given is not None:
+            raise UserError(f"--{name} {given} goes with --dry-run; a run takes its teacher's weights and --device")
     folder = resolve(plan.teacher)
     source_hash = fingerprint(folder)
     model = load(folder, device=where)
@@ -100,7 +120,7 @@ def distill(
         }
     )
     run = RunFolder(
-        out or Path("runs") / plan.name,
+        run_folder,
         plan,
         {"kind": "distill", "teacher": source_hash, "data": feed.identity},
         resume=resume,

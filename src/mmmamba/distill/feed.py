@@ -30,11 +30,9 @@ class Feed:
 
     def __init__(self, config: DataConfig, processor: Processor, seed: int) -> None:
         self.config, self.seed = config, seed
-        root = prepare_root(config)
+        prepare_root(config)
         limits: dict[str, Any] = {"max_length": config.max_length, "max_tiles": config.max_tiles}
-        self.paths = [
-            Path(source.path) if Path(source.path).is_absolute() else root / source.path for source in config.sources
-        ]
+        self.paths = source_paths(config)
         self.sources: list[Source] = []
         for path in self.paths:
             dataset = JsonlDataset(path)
@@ -94,6 +92,11 @@ class _Rows:
         for rows in loader:
             self.bad_samples = loader.bad_samples
             yield rows
+
+
+def source_paths(config: DataConfig) -> list[Path]:
+    """The file of each source, there or not."""
+    return [Path(config.root) / source.path for source in config.sources]  # an absolute path stays as it is
 
 
 def prepare_root(config: DataConfig) -> Path:

@@ -1,27 +1,21 @@
-"""Figures of a report: scores by ability and loss curves. Matplotlib without pyplot: no global state, no display."""
+"""Figures of a report: scores by ability and loss curves."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from mmmamba.evaluation.results import Report
+from mmmamba.figures import GRID, INK, PALETTE, Theme, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Colours that stay apart for colour-blind readers and read on white and on near-black.
-PALETTE = ("#3b82c4", "#e0862f", "#2f9e77", "#c65a9e", "#8a6fd1", "#b59a1c", "#4fb3d1", "#d1574b")
 BLIND = "#9aa3ad"
-Theme = Literal["light", "dark"]
-THEMES: tuple[Theme, Theme] = ("light", "dark")
-INK = {"light": "#1f2933", "dark": "#e4e9ee"}
 WIDEST = 13.0  # inches: wider than this, the letters get too small on a screen
-GRID = {"light": "#d9dee4", "dark": "#3a444f"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +33,7 @@ def ability_bars(report: Report, theme: Theme = "light") -> Figure:
     students = [model for model in report.models if model.retention is not None and not model.blind]
     groups = [*report.abilities, "mean"]
     width = min(max(8.0, 1.2 + len(groups) * (0.30 + 0.17 * len(report.models))), WIDEST)
-    figure = _figure(width, 7.4 if students else 4.2, theme)
+    figure = new_figure(width, 7.4 if students else 4.2, theme)
     top, *rest = figure.subplots(2 if students else 1, 1, squeeze=False, sharex=True)[:, 0]
     colours = model_colours(report)
     scores = {
@@ -75,10 +69,10 @@ def loss_curves(curves: Sequence[Curve], theme: Theme = "light") -> Figure:
     runs = list(dict.fromkeys(curve.label for curve in curves))
     columns = min(len(stages), 3)
     rows = math.ceil(len(stages) / columns)
-    figure = _figure(max(4.2 * columns, 5.0), 3.1 * rows + 0.5, theme)
+    figure = new_figure(max(4.2 * columns, 5.0), 3.1 * rows + 0.5, theme)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, stage in zip(axes, stages, strict=False):
-        _style(axis, theme)
+        style(axis, theme)
         for curve in (curve for curve in curves if curve.stage == stage):
             colour = PALETTE[runs.index(curve.label) % len(PALETTE)]
             smooth = running_mean(curve.losses)
@@ -114,36 +108,6 @@ def model_colours(report: Report) -> dict[str, str]:
     return colours
 
 
-def render(figure: Figure, format: Literal["png", "svg"]) -> bytes:
-    """The figure's file content; the same figure gives the same bytes."""
-    buffer = io.BytesIO()
-    from matplotlib import rc_context
-
-    with rc_context({"svg.hashsalt": "mmmamba"}):
-        figure.savefig(buffer, format=format, dpi=160, metadata={"Date": None} if format == "svg" else None)
-    return buffer.getvalue()
-
-
-def _figure(width: float, height: float, theme: Theme) -> Figure:
-    from matplotlib.figure import Figure  # here: matplotlib takes half a second to import
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.patch.set_facecolor("white" if theme == "light" else "none")
-    return figure
-
-
-def _style(axis: Axes, theme: Theme) -> None:
-    axis.set_facecolor("none")
-    axis.grid(axis="y", color=GRID[theme], linewidth=0.8)
-    axis.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axis.spines[side].set_visible(False)
-    axis.spines["bottom"].set_color(GRID[theme])
-    axis.tick_params(which="both", length=0, colors=INK[theme], labelsize=9)
-    for text in (axis.title, axis._left_title, axis.xaxis.label, axis.yaxis.label):  # type: ignore[attr-defined]
-        text.set_color(INK[theme])
-
-
 def _bars(
     axis: Axes,
     groups: Sequence[str],
@@ -152,7 +116,7 @@ def _bars(
     theme: Theme,
 ) -> None:
     """Grouped bars in per cent. ``values``: label → per group (value, low, high) in [0, 1]; NaN draws nothing."""
-    _style(axis, theme)
+    style(axis, theme)
     width = 0.82 / max(len(values), 1)
     for k, (label, row) in enumerate(values.items()):
         places = [g - 0.41 + width * (k + 0.5) for g in range(len(groups))]

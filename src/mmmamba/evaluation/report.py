@@ -17,6 +17,7 @@ from mmmamba.evaluation import plots
 from mmmamba.evaluation.results import Report
 from mmmamba.evaluation.tables import tables, to_data
 from mmmamba.evaluation.webpage import Answer, Example, pick_examples, write_html
+from mmmamba.figures import render
 
 __all__ = ["Answer", "Example", "check_folder", "markdown", "pick_examples", "write_html", "write_report"]
 
@@ -46,8 +47,8 @@ def write_report(report: Report, out: Path) -> Path:
     for stale in set(out.glob("predictions-*.jsonl")) - {out / name for name in names.values()}:
         stale.unlink()  # of the evaluation that this one replaces
     figure = plots.ability_bars(report)
-    _write(out / "abilities.png", plots.render(figure, "png"))
-    _write(out / "abilities.svg", plots.render(figure, "svg"))
+    _write(out / "abilities.png", render(figure, "png"))
+    _write(out / "abilities.svg", render(figure, "svg"))
     _write(out / "results.md", markdown(report).encode())
     data = to_data(report) | {"predictions": names}
     _write(out / RESULTS, (json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())

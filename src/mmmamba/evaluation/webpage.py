@@ -24,6 +24,7 @@ from mmmamba.evaluation import plots
 from mmmamba.evaluation.plots import Curve
 from mmmamba.evaluation.results import ModelResult, Report
 from mmmamba.evaluation.tables import Table, tables
+from mmmamba.figures import THEMES, render
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -200,17 +201,17 @@ def _tile(model: ModelResult, colour: str, abilities: int) -> str:
 
 
 def _bars(report: Report) -> str:
-    light, dark = (plots.ability_bars(report, theme) for theme in plots.THEMES)
+    light, dark = (plots.ability_bars(report, theme) for theme in THEMES)
     return _figure(light, dark, "Scores by ability, and retention against each model's teacher")
 
 
 def _curves(curves: Sequence[Curve]) -> str:
-    light, dark = (plots.loss_curves(curves, theme) for theme in plots.THEMES)
+    light, dark = (plots.loss_curves(curves, theme) for theme in THEMES)
     return _figure(light, dark, "Loss by step of each stage: the running mean over the raw values")
 
 
 def _figure(light: Figure, dark: Figure, caption: str) -> str:
-    day, night = (_data_url("image/svg+xml", plots.render(figure, "svg")) for figure in (light, dark))
+    day, night = (_data_url("image/svg+xml", render(figure, "svg")) for figure in (light, dark))
     return (
         f'<div class="card wide"><figure><picture><source media="(prefers-color-scheme: dark)" srcset="{night}">'
         f'<img src="{day}" alt="{escape(caption)}"></picture><figcaption>{escape(caption)}</figcaption></figure></div>'

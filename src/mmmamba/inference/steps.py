@@ -142,4 +142,3 @@ def prefill(
         max_length=max_length,
     )
     return out.logits, out.state
-

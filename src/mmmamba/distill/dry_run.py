@@ -1,0 +1,427 @@
+"""``mmmamba distill RECIPE --dry-run``: what a run will need, and whether its first step fits, before it runs."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mmmamba.checkpoints import read_config, resolve
+from mmmamba.data.batching import Batch
+from mmmamba.data.cache import EncodedSource
+from mmmamba.data.jsonl import JsonlDataset
+from mmmamba.data.processor import UNSCORED, Processor
+from mmmamba.data.samples import BadSample
+from mmmamba.distill.feed import source_paths
+from mmmamba.distill.objectives import AlignHeads, MatchLogits
+from mmmamba.distill.plan import (
+    BANDWIDTH_USED,
+    GPUS,
+    LAUNCH,
+    MOST_ROWS,
+    OVERHEAD,
+    RATE_USED,
+    REPLAY,
+    UNIT,
+    Counts,
+    Memory,
+    Passes,
+    count_parameters,
+    greatest_row,
+    stage_memory,
+    step_seconds,
+    step_work,
+    student_config,
+)
+from mmmamba.distill.recipe import MIXER_PARAMETERS, DistillRecipe, StageConfig
+from mmmamba.distill.seeding import seed
+from mmmamba.distill.step import make_step
+from mmmamba.errors import UserError
+from mmmamba.model.config import MAMBA2, ModelConfig
+from mmmamba.model.geometries import geometry as named_geometry
+from mmmamba.model.model import Model
+from mmmamba.ops.triton import SIZES
+from mmmamba.progress import Progress, table
+
+SAMPLED = 256  # samples of each source that are looked at
+CPU_WORK, CPU_MEMORY = 1e12, 4e9  # FLOP and bytes up to which a CPU takes real steps: about half a minute
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSize:
+    """How long samples are: the mean, the mean over tokens of their own sample's length, the longest that may come."""
+
+    mean: float
+    length: float
+    longest: int
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """One stage, reckoned through on the GPU that was named."""
+
+    name: str
+    config: StageConfig
+    student: ModelConfig
+    layer_local: bool
+    row: int  # tokens of the greatest row
+    tokens: float  # of a step
+    rows: float  # of a step
+    counts: Counts
+    memory: Memory
+    fitting: int  # tokens of the greatest row that fits the GPU
+    seconds: float  # of a step
+
+
+def dry_run(
+    plan: DistillRecipe, *, geometry: str | None, gpu: str, device: torch.device, precision: torch.dtype
+) -> None:
+    """Print what ``plan`` needs, then take real first steps on random data where that can be done.
+
+    Raises:
+        UserError: when there is neither a teacher folder nor a geometry, and when a real step does not fit.
+    """
+    teacher = teacher_config(plan.teacher, geometry)
+    data = data_size(plan)
+    stages = plan_stages(plan, teacher, data, gpu)
+    for title, columns, rows in tables(stages, gpu):
+        table(title, columns, rows)
+    named = GPUS[gpu]
+    print(f"Samples: {data.source}; {data.mean:,.0f} tokens on average.")
+    print(
+        f"Reckoned with bfloat16 passes over float32 weights on one {gpu}, at {RATE_USED:.0%} of its matrix rate of "
+        f"{named.rate / 1e12:.0f} TFLOP/s and {BANDWIDTH_USED:.0%} of its {named.bandwidth / 1e12:.2f} TB/s. The "
+        f"host takes {1000 * LAUNCH:g} ms to launch a layer's kernels for a row ({1000 * REPLAY:g} ms in a graph), the "
+        f"driver {OVERHEAD / 1e9:.1f} GB. Reading and decoding the data is not part of it."
+    )
+    rehearse(plan, teacher, stages, device, precision)
+
+
+def teacher_config(teacher: str, geometry: str | None) -> ModelConfig:
+    """The geometry of that name or, without one, what the teacher's folder says; no weight is read."""
+    if geometry is not None:
+        return named_geometry(geometry)
+    try:
+        config = read_config(resolve(teacher))
+    except UserError as error:
+        raise UserError(f"{error} (--geometry hovle-2.6b reckons without the folder)") from error
+    if config.mamba2_layers:
+        layer = config.mamba2_layers[0]
+        raise UserError(f"{teacher}: layer {layer} is Mamba-2; a teacher has softmax attention in every layer")
+    return config
+
+
+def data_size(plan: DistillRecipe) -> DataSize:
+    """Lengths of some samples of each source, spread evenly over it, weighted as the recipe mixes them.
+
+    Without the data, or without a teacher folder to encode them, every sample is taken to fill what it may.
+    """
+    config = plan.data
+    paths = source_paths(config)
+    try:
+        processor = Processor.from_folder(plan.teacher)
+        datasets = [JsonlDataset(path) for path in paths]
+    except UserError as error:
+        full = min(config.max_length, plan.stage1.micro_tokens)
+        source = f"not measured ({error}); each is taken to fill what it may"
+        return DataSize(mean=full, length=full, longest=config.max_length, source=source)
+    mean = squares = weights = 0.0
+    longest, looked, bad = 0, 0, 0
+    for dataset, source_config in zip(datasets, config.sources, strict=True):
+        encoded = EncodedSource(dataset, processor, max_length=config.max_length, max_tiles=config.max_tiles)
+        found = []
+        for row in np.unique(np.linspace(0, len(encoded) - 1, SAMPLED).astype(int)) if len(encoded) else ():
+            try:
+                found.append(len(encoded.encode(int(row)).input_ids))
+            except BadSample:
+                bad += 1
+        if found:
+            mean += source_config.weight * float(np.mean(found))
+            squares += source_config.weight * float(np.mean(np.square(found)))
+            weights += source_config.weight
+        looked += len(found)
+        longest = max([longest, *found]) if len(encoded) <= SAMPLED else config.max_length
+    if not mean:
+        raise UserError(f"{paths[0]}: none of the samples that were looked at is good; see mmmamba data check")
+    said = f"{looked:,} samples of {len(paths)} sources" + (f"; {bad} more are bad: mmmamba data check" if bad else "")
+    return DataSize(mean=mean / weights, length=squares / mean, longest=longest, source=said)
+
+
+def plan_stages(plan: DistillRecipe, teacher: ModelConfig, data: DataSize, gpu: str) -> list[StagePlan]:
+    """The three stages of a recipe on a GPU of :data:`GPUS`."""
+    layer_map = plan.layer_map(teacher.num_layers)
+    found = []
+    for name in ("stage1", "stage2", "stage3"):
+        config: StageConfig = getattr(plan, name)
+        local = name != "stage3"
+        student = student_config(teacher, (MAMBA2,) * teacher.num_layers if local else layer_map, plan.mixer)
+        row = min(max(config.micro_tokens, data.longest), config.batch_size * data.longest)
+        passes = passes_of(teacher, torch.bfloat16)
+        tokens = config.batch_size * data.mean
+        rows = max(1.0, tokens / row)
+        work = (teacher, student, config)
+        found.append(
+            StagePlan(
+                name=name,
+                config=config,
+                student=student,
+                layer_local=local,
+                row=row,
+                tokens=tokens,
+                rows=rows,
+                counts=count_parameters(student, config),
+                memory=stage_memory(*work, passes, row, layer_local=local),
+                fitting=greatest_row(*work, passes, GPUS[gpu].memory, layer_local=local),
+                seconds=step_seconds(*work, GPUS[gpu], tokens, rows, data.length, layer_local=local),
+            )
+        )
+    return found
+
+
+def passes_of(teacher: ModelConfig, precision: torch.dtype, kernels: bool = True) -> Passes:
+    """How passes run in ``precision``; PyTorch's operators serve float32, and heads that no kernel is built for."""
+    served = all(s.head_dim in SIZES["head_dim"] for s in (teacher.embedding, teacher.decoder) if s.num_layers)
+    return Passes(width=precision.itemsize, kernels=kernels and served and precision != torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------- tables
+
+Table = tuple[str, Sequence[str], list[Sequence[Any]]]
+
+
+def tables(stages: Sequence[StagePlan], gpu: str) -> list[Table]:
+    """Parameters, memory, and tokens with hours, as (title, columns, rows) with a column a stage."""
+    names = [stage.name for stage in stages]
+    kinds = [kind for kind in MIXER_PARAMETERS if any(kind in stage.counts.trained for stage in stages)]
+    parameters: list[Sequence[Any]] = [(f"mixer {k}", *(s.counts.trained.get(k) for s in stages)) for k in kinds]
+    parameters += [
+        ("trained", *(s.counts.moved for s in stages)),
+        ("share", *(f"{100 * s.counts.moved / s.counts.total:.1f} %" for s in stages)),
+        ("frozen", *(s.counts.total - s.counts.moved for s in stages)),
+    ]
+    on_top = [stage.memory.moments[stage.memory.peak_moment] for stage in stages]
+    unit, name = _unit(stage.memory for stage in stages)
+
+    def size(value: float | None) -> str | None:
+        return None if value is None else f"{value / unit:,.2f}"
+
+    memory: list[Sequence[Any]] = [("tokens of a row", *(s.row for s in stages))]
+    memory += [(part, *(size(s.memory.held[part]) for s in stages)) for part in stages[0].memory.held]
+    parts = dict.fromkeys(part for parts in on_top for part in parts)
+    memory += [(part, *(size(parts.get(part)) for parts in on_top)) for part in parts]
+    memory += [("peak", *(size(s.memory.peak) for s in stages))]
+    for moment in dict.fromkeys(moment for s in stages for moment in s.memory.moments):
+        memory.append((f"in all in {moment}", *(size(_in_all(s.memory, moment)) for s in stages)))
+    memory += [
+        (f"fits {gpu} ({GPUS[gpu].memory / 1e9:.0f} GB)", *("yes" if s.row <= s.fitting else "no" for s in stages)),
+        ("greatest row that would", *(s.fitting if s.fitting < UNIT * MOST_ROWS else "over a million" for s in stages)),
+    ]
+    tokens = [s.config.steps * s.tokens for s in stages]
+    hours = [s.config.steps * s.seconds / 3600 for s in stages]
+    work: list[Sequence[Any]] = [
+        ("steps", *(s.config.steps for s in stages), sum(s.config.steps for s in stages)),
+        ("samples a step", *(s.config.batch_size for s in stages), None),
+        ("tokens a step", *(round(s.tokens) for s in stages), None),
+        ("rows a step", *(round(s.rows, 1) for s in stages), None),
+        ("tokens", *(round(n) for n in tokens), round(sum(tokens))),
+        ("seconds a step", *(s.seconds for s in stages), None),
+        ("hours", *hours, sum(hours)),
+    ]
+    return [
+        ("Parameters", ("", *names), parameters),
+        (f"Memory, {name}", ("", *names), memory),
+        (f"Work on one {gpu}", ("", *names, "all"), work),
+    ]
+
+
+def _unit(memories: Iterable[Memory]) -> tuple[float, str]:
+    """The unit that peaks of this size are read in."""
+    return (1e9, "GB") if max(memory.peak for memory in memories) >= 1e9 else (1e6, "MB")
+
+
+def _in_all(memory: Memory, moment: str) -> int | None:
+    """All that is in use at a moment, where a stage has it."""
+    if moment not in memory.moments:
+        return None
+    return sum(memory.held.values()) + sum(memory.moments[moment].values())
+
+
+# ---------------------------------------------------------------------------------------------- real steps
+
+
+def rehearse(
+    plan: DistillRecipe, teacher: ModelConfig, stages: Sequence[StagePlan], device: torch.device, precision: torch.dtype
+) -> None:
+    """Take the first steps of every stage on random weights and tokens; print what they took beside what was reckoned.
+
+    On a CPU only where the model is small enough. Graphs and compilation are left out.
+
+    Raises:
+        UserError: when a stage's rows do not fit.
+    """
+    on_gpu = device.type == "cuda"
+    passes = passes_of(teacher, precision, kernels=on_gpu)
+    reckoned = {
+        s.name: stage_memory(teacher, s.student, s.config, passes, s.row, layer_local=s.layer_local) for s in stages
+    }
+    work = sum(3 * s.row * step_work(teacher, s.student, s.config, s.row, layer_local=s.layer_local)[0] for s in stages)
+    if not on_gpu and (work > CPU_WORK or max(memory.peak for memory in reckoned.values()) > CPU_MEMORY):
+        print("No real step was taken: there is no GPU here, and for a CPU the model or its rows are too large.")
+        return
+    unit, unit_name = _unit(reckoned.values())
+    rows: list[Sequence[Any]] = []
+    failed = None
+    with Allocated(device) as allocated, Progress("first steps", total=len(stages)) as progress:
+        try:
+            model, aligned = _random_models(plan, teacher, device)
+        except torch.OutOfMemoryError as error:
+            raise UserError("the teacher's weights and the students' mixers alone do not fit into this GPU") from error
+        for stage in stages:
+            expected = reckoned[stage.name].peak
+            took = _first_steps(plan, stage, model, aligned, device, precision, allocated)
+            if took is None:
+                failed = failed or stage
+                rows.append((stage.name, stage.row, expected / unit, None, "did not fit", None, None))
+            else:
+                difference = f"{100 * (took.peak / expected - 1):+.0f} %"
+                hours = took.seconds * stage.tokens / stage.row * stage.config.steps / 3600
+                rows.append((stage.name, stage.row, expected / unit, took.peak / unit, difference, took.seconds, hours))
+            progress.advance()
+    name = torch.cuda.get_device_name(device) if on_gpu else "this CPU"
+    columns = ("stage", "tokens of a row", f"reckoned peak, {unit_name}", f"measured, {unit_name}", "difference",
+               "seconds a row", "hours of the stage")  # fmt: skip
+    table(f"First steps on {name}, random weights and tokens", columns, rows)
+    if failed is not None:
+        total = total_memory(device)
+        most = greatest_row(teacher, failed.student, failed.config, passes, total, layer_local=failed.layer_local)
+        raise UserError(
+            f"{failed.name}: rows of {failed.row:,} tokens do not fit into this GPU's {total / 1e9:.0f} GB; "
+            + (f"{most:,} should (micro_tokens, and max_length of the data)" if most else "nor would any other")
+        )
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes that a GPU has."""
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+@dataclass(frozen=True)
+class Took:
+    """What a step took: its peak in bytes, and seconds of a row."""
+
+    peak: int
+    seconds: float
+
+
+def _random_models(plan: DistillRecipe, teacher: ModelConfig, device: torch.device) -> tuple[Model, Model]:
+    """A random teacher, and the student that stages 1 and 2 align with it."""
+    with torch.device(device):
+        model = Model(teacher)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    return model, seed(model, mixer=plan.mixer, seed=plan.seed)
+
+
+def _first_steps(
+    plan: DistillRecipe,
+    stage: StagePlan,
+    model: Model,
+    aligned: Model,
+    device: torch.device,
+    precision: torch.dtype,
+    allocated: Allocated,
+) -> Took | None:
+    """Two steps of a stage; None when they do not fit.
+
+    The first makes AdamW's state, and whatever is compiled; of the second's two rows the last finds all gradients.
+    """
+    config = replace(stage.config, graph=False, compile=False)
+    objective: AlignHeads | MatchLogits
+    if stage.layer_local:
+        objective = AlignHeads(model, aligned, config)
+    else:
+        objective = MatchLogits(model, seed(model, stage.student.layer_map, plan.mixer, aligned=aligned), config)
+    rows = [_random_row(stage.row, model.config) for _ in range(2)]
+    allocated.reset()
+    try:
+        step = make_step(objective, config, device, precision)
+        float(step(rows[:1], config.lr)[1])  # waits for the device
+        began = time.perf_counter()
+        float(step(rows, config.lr)[1])
+        return Took(allocated.peak, (time.perf_counter() - began) / len(rows))
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        for parameter in objective.trained.values():
+            parameter.grad = None
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _random_row(tokens: int, config: ModelConfig) -> Batch:
+    """One sequence of random text, the second half of it scored."""
+    ids = torch.randint(0, config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    ids[ids == config.img_context_token_id] = 0
+    labels = ids.clone()
+    labels[:, : tokens // 2] = UNSCORED
+    side = config.vision.image_size if config.vision else 0
+    borders = torch.tensor([0, tokens], dtype=torch.int32)
+    return Batch(ids, labels, borders, torch.zeros(0, side, side, 3, dtype=torch.uint8), ["random"])
+
+
+class Allocated(TorchDispatchMode):
+    """Bytes of tensors that are alive on a device, and their peak: the allocator's count on a GPU, our own elsewhere.
+
+    Elsewhere it counts what operators return while it is entered, until it is freed; what they use inside and give
+    back before they return is not seen.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device, self.live, self._peak = device, 0, 0
+        self._known: set[int] = set()
+
+    def __enter__(self) -> Allocated:
+        return self if self.device.type == "cuda" else super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        if self.device.type != "cuda":
+            super().__exit__(*error)
+
+    @property
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else self._peak
+
+    def reset(self) -> None:
+        """Forget the peak so far."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self._peak = self.live
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.device.type == self.device.type:
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.live += size
+            self._peak = max(self._peak, self.live)
+            weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size

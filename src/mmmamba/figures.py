@@ -1,0 +1,49 @@
+"""How every figure looks, and how it becomes a file. Matplotlib without pyplot: no global state, no display."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Colours that stay apart for colour-blind readers and read on white and on near-black.
+PALETTE = ("#3b82c4", "#e0862f", "#2f9e77", "#c65a9e", "#8a6fd1", "#b59a1c", "#4fb3d1", "#d1574b")
+Theme = Literal["light", "dark"]
+THEMES: tuple[Theme, Theme] = ("light", "dark")
+INK = {"light": "#1f2933", "dark": "#e4e9ee"}
+GRID = {"light": "#d9dee4", "dark": "#3a444f"}
+
+
+def new_figure(width: float, height: float, theme: Theme = "light") -> Figure:
+    """An empty figure of ``width`` × ``height`` inches: white, or see-through for a dark page."""
+    from matplotlib.figure import Figure  # here: matplotlib takes half a second to import
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.patch.set_facecolor("white" if theme == "light" else "none")
+    return figure
+
+
+def style(axis: Axes, theme: Theme = "light") -> None:
+    """The house's look: horizontal grid lines behind what is drawn, one spine, no ticks."""
+    axis.set_facecolor("none")
+    axis.grid(axis="y", color=GRID[theme], linewidth=0.8)
+    axis.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axis.spines[side].set_visible(False)
+    axis.spines["bottom"].set_color(GRID[theme])
+    axis.tick_params(which="both", length=0, colors=INK[theme], labelsize=9)
+    for text in (axis.title, axis._left_title, axis.xaxis.label, axis.yaxis.label):  # type: ignore[attr-defined]
+        text.set_color(INK[theme])
+
+
+def render(figure: Figure, format: Literal["png", "svg"]) -> bytes:
+    """The figure's file content; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    from matplotlib import rc_context
+
+    with rc_context({"svg.hashsalt": "mmmamba"}):
+        figure.savefig(buffer, format=format, dpi=160, metadata={"Date": None} if format == "svg" else None)
+    return buffer.getvalue()

@@ -1,0 +1,165 @@
+"""A dry run, as a user calls it: it says what a run needs, tries first steps, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import small_run
+from mmmamba import cli
+from mmmamba.checkpoints import load
+from mmmamba.data.cache import EncodedSource
+from mmmamba.data.jsonl import JsonlDataset
+from mmmamba.data.processor import Processor
+from mmmamba.distill import dry_run
+from mmmamba.distill.distill import distill
+from mmmamba.distill.dry_run import DataSize, data_size, plan_stages
+from mmmamba.distill.objectives import mixer_parameters
+from mmmamba.distill.plan import GPUS, LAUNCH
+from mmmamba.distill.recipe import DistillRecipe, load_recipe
+from mmmamba.distill.seeding import seed
+from mmmamba.errors import UserError
+from mmmamba.model.geometries import geometry
+
+LARGE = ("hovle-2.6b-linear", "hovle-2.6b-hybrid", "hovle-2.6b-linear-paper", "hovle-2.6b-hybrid-paper")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, teacher_folder: Path, small_data: Path) -> Path:
+    plan = small_run.recipe(teacher=str(teacher_folder), data__sources=[{"path": str(small_data)}], layers="hybrid:4")
+    return small_run.write_recipe(tmp_path / "small.yaml", plan)
+
+
+def cells(printed: str, row: str) -> list[str]:
+    """The cells of a table's row."""
+    line = next(line for line in printed.splitlines() if line.strip().startswith(row))
+    return re.split(r"\s{2,}", line.strip())[1:]
+
+
+def test_from_the_command_line(recipe: Path, tmp_path: Path) -> None:
+    before = small_run.hashes(tmp_path)
+    done = small_run.run("distill", recipe, "--dry-run", "--gpu", "rtx4090", "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert small_run.hashes(tmp_path) == before  # no run folder, no cache
+    assert "Work on one rtx4090" in done.stdout and "60% of its matrix rate of 165 TFLOP/s" in done.stdout
+    assert "6 samples of 1 sources" in done.stdout
+    for stage in ("stage1", "stage2", "stage3"):
+        difference = cells(done.stdout.partition("First steps on this CPU")[2], stage)[3]
+        assert abs(int(difference.removesuffix(" %"))) <= 40  # of few tokens, where small things count
+
+
+def test_parameters_are_those_that_the_run_trains(
+    recipe: Path, teacher_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    distill(str(recipe), dry_run=True, device="cpu")
+    printed = capsys.readouterr().out
+    plan = load_recipe(DistillRecipe, recipe)
+    teacher = load(teacher_folder)
+    students = [seed(teacher), seed(teacher), seed(teacher, plan.layer_map(5))]
+    trained = [
+        sum(p.numel() for p in mixer_parameters(student, stage.train).values())
+        for student, stage in zip(students, (plan.stage1, plan.stage2, plan.stage3), strict=True)
+    ]
+    everything = [sum(p.numel() for p in student.parameters()) for student in students]
+    assert cells(printed, "trained") == [f"{count:,}" for count in trained]
+    assert cells(printed, "frozen") == [f"{all_ - moved:,}" for all_, moved in zip(everything, trained, strict=True)]
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_recipes_of_hovles_size_need_no_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["distill", name, "--dry-run", "--geometry", "hovle-2.6b", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert cells(printed, "tokens of a row") == ["8,192"] * 3
+    assert cells(printed, "fits h100") == ["yes"] * 3
+    peaks = [float(peak) for peak in cells(printed, "peak")]
+    assert 10 < peaks[0] < peaks[1] < peaks[2] < 80
+    assert "No real step was taken: there is no GPU here" in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_teacher_says_how_to_reckon_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["distill", "hovle-2.6b-linear", "--dry-run", "--device", "cpu"]) == 2
+    assert "(--geometry hovle-2.6b reckons without the folder)" in capsys.readouterr().err
+
+
+def test_a_config_alone_is_enough(recipe: Path, teacher_folder: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((teacher_folder / "config.json").read_bytes())
+    distill(str(recipe), teacher=str(bare), set=("data.max_length=100",), dry_run=True, device="cpu")
+
+
+def test_what_a_dry_run_alone_takes(recipe: Path) -> None:
+    with pytest.raises(UserError, match="--geometry nano goes with --dry-run"):
+        distill(str(recipe), geometry="nano", device="cpu")
+    with pytest.raises(UserError, match="--gpu a100 goes with --dry-run"):
+        distill(str(recipe), gpu="a100", device="cpu")
+    with pytest.raises(UserError, match="no geometry is called 'mano'"):
+        distill(str(recipe), geometry="mano", dry_run=True, device="cpu")
+
+
+def test_a_student_is_no_teacher(recipe: Path) -> None:
+    with pytest.raises(UserError, match="layer 0 is Mamba-2; a teacher has softmax attention in every layer"):
+        distill(str(recipe), teacher="pico-linear", dry_run=True, device="cpu")
+
+
+def test_lengths_are_those_of_the_samples(recipe: Path, teacher_folder: Path, small_data: Path) -> None:
+    source = EncodedSource(JsonlDataset(small_data), Processor.from_folder(teacher_folder))
+    lengths = [len(source.encode(i).input_ids) for i in range(len(source))]
+    size = data_size(load_recipe(DistillRecipe, recipe))
+    assert size.mean == pytest.approx(sum(lengths) / 6)
+    assert size.length == pytest.approx(sum(n * n for n in lengths) / sum(lengths))
+    assert size.longest == max(lengths)
+
+
+def test_bad_samples_are_passed_over(recipe: Path, tmp_path: Path) -> None:
+    file = small_run.make_data(tmp_path / "data")
+    file.write_text(file.read_text() + "{}\n")
+    size = data_size(load_recipe(DistillRecipe, recipe, [f"data.sources=[{{path: {file}}}]"]))
+    assert "6 samples" in size.source and "1 more are bad" in size.source
+    file.write_text("{}\n")
+    with pytest.raises(UserError, match="none of the samples that were looked at is good"):
+        data_size(load_recipe(DistillRecipe, recipe, [f"data.sources=[{{path: {file}}}]"]))
+
+
+def test_without_data_every_sample_is_full(recipe: Path) -> None:
+    plan = load_recipe(DistillRecipe, recipe, ["data.sources=[{path: none.jsonl}]", "data.max_length=100"])
+    size = data_size(plan)
+    assert (size.mean, size.longest) == (100, 100) and "none.jsonl: no such data file" in size.source
+
+
+def test_rows_hold_what_micro_tokens_lets_them() -> None:
+    plan = load_recipe(DistillRecipe, "nano-linear")
+    data = DataSize(mean=90.0, length=120.0, longest=3200, source="")
+    aligned, _, matched = plan_stages(plan, geometry("nano"), data, "h100")
+    assert aligned.row == plan.stage1.micro_tokens
+    assert (aligned.tokens, aligned.rows) == (128 * 90.0, 1.0)
+    assert matched.layer_local is False and aligned.layer_local
+    short = DataSize(mean=90.0, length=120.0, longest=200, source="")
+    assert plan_stages(plan, geometry("nano"), short, "h100")[0].row == 128 * 200  # no step has more
+    assert plan_stages(plan, geometry("nano"), data, "rtx4090")[0].seconds < 8 * LAUNCH
+
+
+@pytest.mark.parametrize("where", ["step", "models"])
+def test_what_does_not_fit_is_an_error(
+    where: str, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(dry_run, "make_step" if where == "step" else "seed", full)
+    monkeypatch.setattr(dry_run, "total_memory", lambda device: GPUS["h100"].memory)
+    message = r"stage1: rows of \d+ tokens do not fit" if where == "step" else "mixers alone do not fit into this GPU"
+    with pytest.raises(UserError, match=message):
+        distill(str(recipe), dry_run=True, device="cpu")
+    assert ("did not fit" in capsys.readouterr().out) == (where == "step")

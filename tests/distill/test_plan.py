@@ -1,0 +1,276 @@
+"""What a run is reckoned to need, against the modules: parameters, what autograd keeps, what PyTorch allocates."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mmmamba.checkpoints import read_config
+from mmmamba.data.batching import Batch
+from mmmamba.distill.dry_run import Allocated, StagePlan, _first_steps, _random_models, passes_of
+from mmmamba.distill.objectives import AlignHeads, MatchLogits
+from mmmamba.distill.plan import (
+    BLOCK,
+    GPUS,
+    LAUNCH,
+    LOGITS,
+    OVERHEAD,
+    REPLAY,
+    UNIT,
+    Passes,
+    count_parameters,
+    greatest_row,
+    mixer_saved,
+    stage_memory,
+    step_seconds,
+    step_work,
+    student_config,
+    student_saved,
+)
+from mmmamba.distill.recipe import DistillRecipe, StageConfig, load_recipe
+from mmmamba.distill.seeding import seed
+from mmmamba.errors import UserError
+from mmmamba.model import MixerConfig, Model, ModelConfig
+from mmmamba.model.config import ATTENTION, MAMBA2
+from mmmamba.model.geometries import GEOMETRIES, geometry
+from mmmamba.ops import layout
+from small_run import STAGE1, STAGE2
+from tiny import make_config
+
+HOVLE = geometry("hovle-2.6b")
+SHORT = replace(  # HoVLE's layers, five of them: PyTorch's tracing is slow, not what is traced
+    HOVLE,
+    embedding=replace(HOVLE.embedding, num_layers=2),
+    decoder=replace(HOVLE.decoder, num_layers=3),
+    layer_map=(),
+)
+OURS = MixerConfig(rope=True, conv_activation="none")
+
+
+def stage(train: list[str] = STAGE2, **changes: Any) -> StageConfig:
+    return StageConfig(**{"steps": 10, "batch_size": 2, "lr": 1e-3, "train": tuple(train), **changes})
+
+
+def linear(teacher: ModelConfig, mixer: MixerConfig = OURS) -> ModelConfig:
+    return student_config(teacher, (MAMBA2,) * teacher.num_layers, mixer)
+
+
+# ---------------------------------------------------------------------------------------------- parameters
+
+
+def test_hovle_has_the_published_number_of_parameters() -> None:
+    with torch.device("meta"):
+        ours = sum(parameter.numel() for parameter in Model(HOVLE).parameters())
+    unused = HOVLE.vocab_size * HOVLE.hidden_size  # a table that the published checkpoint holds and nothing reads
+    assert (ours + unused) / 1e9 == pytest.approx(2.603, rel=0.002)
+
+
+@pytest.mark.parametrize(("recipe", "share"), [("hovle-2.6b-linear-paper", 14.7), ("hovle-2.6b-hybrid-paper", 11.2)])
+def test_the_trained_share_is_the_papers(recipe: str, share: float) -> None:
+    plan = load_recipe(DistillRecipe, recipe)
+    student = student_config(HOVLE, plan.layer_map(32), plan.mixer)
+    counts = count_parameters(student, plan.stage2)  # all that any stage trains
+    unused = HOVLE.vocab_size * HOVLE.hidden_size
+    assert 100 * counts.moved / (counts.total + unused) == pytest.approx(share, abs=0.1)
+
+
+def test_the_nano_geometry_is_the_built_in_teachers() -> None:
+    built_in = read_config("nano-teacher")
+    same = ("hidden_size", "vocab_size", "embedding", "decoder", "vision", "max_dynamic_patch", "layer_map")
+    assert all(getattr(GEOMETRIES["nano"], name) == getattr(built_in, name) for name in same)
+
+
+def test_an_unknown_geometry_is_named() -> None:
+    with pytest.raises(UserError, match=r"no geometry is called 'hovle-2\.5b' \(did you mean 'hovle-2\.6b'\?\)"):
+        geometry("hovle-2.5b")
+
+
+# ---------------------------------------------------------------------------------------------- what autograd keeps
+
+
+def packed(tokens: int) -> Batch:
+    """A row of one sequence."""
+    ids = torch.zeros(1, tokens, dtype=torch.long)
+    return Batch(
+        input_ids=ids,
+        labels=ids.clone(),
+        cu_seqlens=torch.tensor([0, tokens], dtype=torch.int32),
+        tiles=torch.zeros(0, 1, 1, 3, dtype=torch.uint8),
+        ids=[""],
+        scored=torch.zeros(tokens - 1, dtype=torch.long),
+    )
+
+
+def kept_bytes(objective: Any, row: Batch, precision: torch.dtype, *models: Model) -> int:
+    """Bytes that a pass keeps for its backward pass, parameters left out, each storage counted once."""
+    own = {parameter.untyped_storage()._cdata for model in models for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage  # held, so that no later storage takes its number
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        objective.backward([row], precision)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.fixture
+def on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operators are the GPU's kernels, of which only shapes are asked."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs Triton")
+    for name in ("ssd", "conv", "norm", "kl"):
+        monkeypatch.setattr(importlib.import_module(f"mmmamba.ops.{name}"), "serves", lambda *_, **__: True)
+
+
+def traced(config: ModelConfig, mixer: MixerConfig, tokens: int, make: Callable[[Model, Model], Any]) -> int:
+    """Bytes kept by a pass in bfloat16 over fake tensors: every shape is real, and there is no memory behind it."""
+    known = layout.Layout([tokens], torch.device("cpu"))
+    for name in ("sizes", "starts", "sequence", "offset", "last"):
+        getattr(known, name)
+    for size in (16, 32, 64, 128):
+        known.cuts(size)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        teacher, own = Model(config), Model(linear(config, mixer))
+        student = seed(teacher, mixer=mixer, aligned=own)
+        row = packed(tokens)
+        layout._LAYOUTS[row.cu_seqlens] = known
+        return kept_bytes(make(teacher, student), row, torch.bfloat16, teacher, own)
+
+
+@pytest.mark.parametrize("mixer", [OURS, MixerConfig()])
+@pytest.mark.parametrize("train", [STAGE2, ["dt_proj", "conv", "gate_proj", "norm", "q_proj", "k_proj", "v_proj"]])
+def test_stage_3_keeps_what_is_reckoned_on_a_gpu(mixer: MixerConfig, train: list[str], on_kernels: None) -> None:
+    config, tokens = stage(train), 2048
+    measured = traced(SHORT, mixer, tokens, lambda teacher, student: MatchLogits(teacher, student, config))
+    reckoned = sum(student_saved(linear(SHORT, mixer), config, Passes(), tokens).values())
+    assert reckoned == pytest.approx(measured, rel=0.005)
+
+
+@pytest.mark.parametrize("train", [STAGE1, STAGE2])
+def test_a_layer_local_stage_keeps_one_mixer_at_a_time(train: list[str], on_kernels: None) -> None:
+    config, tokens = stage(train), 2048
+    measured = traced(SHORT, OURS, tokens, lambda teacher, student: AlignHeads(teacher, student, config))
+    one = mixer_saved(SHORT.hidden_size, SHORT.decoder, OURS, config, Passes(), tokens)
+    error = tokens * 4 * SHORT.decoder.num_heads * SHORT.decoder.head_dim
+    assert SHORT.num_layers * (one + error) == pytest.approx(measured, rel=0.01)
+
+
+@pytest.mark.parametrize("tokens", [48, 512])
+@pytest.mark.parametrize(
+    ("layer_map", "mixer"),
+    [((MAMBA2,) * 5, OURS), ((MAMBA2,) * 5, MixerConfig()), ((ATTENTION, MAMBA2, MAMBA2, ATTENTION, MAMBA2), OURS)],
+)
+def test_stage_3_keeps_what_is_reckoned_on_a_cpu(layer_map: tuple[str, ...], mixer: MixerConfig, tokens: int) -> None:
+    teacher, config = Model(make_config()), stage()
+    student = seed(teacher, layer_map, mixer)
+    measured = kept_bytes(MatchLogits(teacher, student, config), packed(tokens), torch.float32, teacher, student)
+    reckoned = sum(student_saved(student.config, config, Passes(width=4, kernels=False), tokens).values())
+    assert reckoned == pytest.approx(measured, rel=0.03)
+
+
+def test_the_constants_are_the_kernels_own() -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs Triton")
+    kernel = importlib.import_module("mmmamba.ops.triton.kl")
+    assert (LOGITS, BLOCK) == (kernel.MEMORY, kernel.BLOCK)
+
+
+# ---------------------------------------------------------------------------------------------- what is allocated
+
+
+def test_allocations_are_counted_until_they_are_freed() -> None:
+    with Allocated(torch.device("cpu")) as allocated:
+        kept = torch.zeros(1000)
+        assert allocated.live == 4000
+        view, inside = kept[10:], torch.ones(500)
+        assert allocated.live == 6000
+        del kept, inside
+        assert (allocated.live, allocated.peak) == (4000, 6000)  # the view holds its storage
+        allocated.reset()
+        assert allocated.peak == 4000
+        del view
+        assert allocated.live == 0
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2", "stage3"])
+@pytest.mark.parametrize("layers", ["linear", "hybrid:4"])
+def test_a_real_step_takes_what_is_reckoned(name: str, layers: str) -> None:
+    teacher, cpu = make_config(), torch.device("cpu")
+    plan = load_recipe(DistillRecipe, "pico-linear", [f"layers={layers}"])
+    local, config = name != "stage3", getattr(plan, name)
+    layer_map = (MAMBA2,) * 5 if local else plan.layer_map(5)
+    student, tokens = student_config(teacher, layer_map, plan.mixer), 1024
+    memory = stage_memory(teacher, student, config, passes_of(teacher, torch.float32, False), tokens, layer_local=local)
+    counts = count_parameters(student, config)
+    one = StagePlan(
+        name=name, config=config, student=student, layer_local=local, row=tokens, tokens=tokens, rows=1,
+        counts=counts, memory=memory, fitting=tokens, seconds=1.0,
+    )  # fmt: skip
+    with Allocated(cpu) as allocated:
+        took = _first_steps(plan, one, *_random_models(plan, teacher, cpu), cpu, torch.float32, allocated)
+    assert took is not None and took.seconds > 0
+    assert memory.peak == pytest.approx(took.peak, rel=0.2)
+
+
+def test_the_parts_add_up_to_the_peak() -> None:
+    memory = stage_memory(HOVLE, linear(HOVLE), stage(), Passes(), 8192, layer_local=False)
+    totals = {moment: sum(parts.values()) for moment, parts in memory.moments.items()}
+    assert memory.peak == sum(memory.held.values()) + max(totals.values())
+    assert totals[memory.peak_moment] == max(totals.values())
+    assert memory.held["gradients, float32"] * 2 == memory.held["AdamW's moments, float32"]
+
+
+def test_memory_grows_linearly_with_the_row() -> None:
+    sizes = [
+        stage_memory(HOVLE, linear(HOVLE), stage(), Passes(), n, layer_local=False).peak for n in (8192, 12288, 16384)
+    ]
+    assert sizes[2] - sizes[1] == pytest.approx(sizes[1] - sizes[0], rel=0.02)
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_the_greatest_row_is_the_last_that_fits(local: bool) -> None:
+    work = (HOVLE, linear(HOVLE), stage(), Passes())
+    row = greatest_row(*work, 40e9, layer_local=local)
+    peaks = [stage_memory(*work, row + more, layer_local=local).peak for more in (0, UNIT)]
+    assert peaks[0] + OVERHEAD <= 40e9 < peaks[1] + OVERHEAD
+    assert greatest_row(*work, 5e9, layer_local=local) == 0  # not even the weights
+
+
+# ---------------------------------------------------------------------------------------------- time
+
+
+def test_work_is_two_flop_a_parameter_and_pass() -> None:
+    """Stage 3: a forward pass of the teacher, of the student, and its backward pass, within what else they do."""
+    flop, _ = step_work(HOVLE, linear(HOVLE), stage(), 1.0, layer_local=False)
+    matrices = 32 * (2048 * (2048 + 2 * 1024 + 2048) + 3 * 2048 * 8192)
+    passes = 2 * matrices + 4 * (matrices + 32 * 2048 * 2048) + 6 * 92_553 * 2048
+    trained = 2 * 32 * 2048 * (2048 + 2 * 1024 + 2048)
+    assert flop == pytest.approx(passes + trained, rel=0.06) and flop > passes + trained
+
+
+def test_softmax_costs_more_the_longer_the_sequence() -> None:
+    flops = [step_work(HOVLE, linear(HOVLE), stage(), n, layer_local=True)[0] for n in (1000, 2000)]
+    assert flops[1] - flops[0] == pytest.approx(32 * 2 * 2048 * 1000)
+
+
+def test_seconds() -> None:
+    work = (HOVLE, linear(HOVLE), stage())
+    seconds = {name: step_seconds(*work, gpu, 8192 * 64, 64, 8192, layer_local=False) for name, gpu in GPUS.items()}
+    assert seconds["h200"] < seconds["h100"] < seconds["a100"] < seconds["rtx4090"]
+    twice = step_seconds(*work, GPUS["h100"], 8192 * 128, 128, 8192, layer_local=False)
+    assert twice == pytest.approx(2 * seconds["h100"], rel=0.01)
+    small = (GEOMETRIES["nano"], linear(GEOMETRIES["nano"]))
+    assert step_seconds(*small, stage(), GPUS["h100"], 100, 1, 100, layer_local=True) == 8 * LAUNCH
+    assert step_seconds(*small, stage(graph=True), GPUS["h100"], 100, 1, 100, layer_local=True) == 8 * REPLAY
