@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import importlib
 import json
 import statistics
@@ -726,6 +727,7 @@ def main() -> None:
         parser.error(f"no operator {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
 
     torch.manual_seed(args.seed)
+    faulthandler.dump_traceback_later(150, repeat=True)  # a peer has hung before: show where
     bench = Bench(not args.no_peers, args.tiny)
     name = torch.cuda.get_device_name() if CUDA else "CPU"
     triton = found("triton", "__version__")
