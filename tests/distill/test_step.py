@@ -12,8 +12,9 @@ from mmmamba.data.batching import pack
 from mmmamba.distill.objectives import PredictAnswers
 from mmmamba.distill.recipe import TrainConfig
 from mmmamba.distill.step import PIECE, ReplayedStep, Room, Step, lay, make_step
-from mmmamba.model import Model, StackConfig, initialise
-from mmmamba.ops.layout import remember_lengths
+from mmmamba.errors import UserError
+from mmmamba.model import Model, RopeScaling, StackConfig, initialise
+from mmmamba.ops.layout import remember_bounds, remember_lengths
 from tiny import make_config
 
 CPU = torch.device("cpu")
@@ -108,3 +109,15 @@ def test_replayed_steps_train_as_others_do(name):
         assert ours == pytest.approx(truth, rel=2e-2)
     for n, weight in seen[Step][1].items():
         torch.testing.assert_close(seen[ReplayedStep][1][n], weight, rtol=5e-2, atol=5e-3)
+
+
+def test_a_base_that_depends_on_the_length_is_refused_where_only_the_device_knows_it():
+    scaled = StackConfig(
+        num_layers=1, intermediate_size=96, num_heads=4, num_kv_heads=2, head_dim=16,
+        rope_scaling=RopeScaling(type="dynamic", factor=2.0), max_position_embeddings=8,
+    )  # fmt: skip
+    model = Model(replace(make_config(), embedding=scaled, decoder=scaled, layer_map=()))
+    row = pack(SAMPLES[:1])
+    remember_bounds(row.cu_seqlens, row.tokens, PIECE)
+    with pytest.raises(UserError, match="without graph"):
+        model(row.input_ids, cu_seqlens=row.cu_seqlens)

@@ -19,6 +19,7 @@ from mmmamba.model.rope import Rotation, rotation
 from mmmamba.model.state import LayerState, State
 from mmmamba.model.vision import PatchEmbedding, PatchRow, VisionEmbedding, check_slots
 from mmmamba.ops import compute_dtype, layout_of
+from mmmamba.ops.layout import DeviceLayout
 
 log = logging.getLogger(__name__)
 
@@ -230,6 +231,8 @@ class Model(nn.Module):
         layout = layout_of(cu_seqlens)
         if layout.total != x.shape[1] or x.shape[0] != 1:
             raise ValueError(f"cu_seqlens ends at {layout.total}, the packed row is {tuple(x.shape[:2])}")
+        if self.dynamic_rope and isinstance(layout, DeviceLayout):
+            raise UserError("dynamic RoPE scaling needs lengths that the host knows: train without graph")
         past = torch.zeros_like(layout.sizes) if seen is None else seen
         longest = layout.longest if seen is None or not self.dynamic_rope else layout.longest + int(past.max())
         return (layout.offset + past[layout.sequence])[None], past + layout.sizes, longest
