@@ -21,7 +21,7 @@ from mmmamba.ops.triton import on_device
 BLOCK, WARPS = 2048, 8  # vocabulary entries a program holds at once: 16 bytes of bfloat16 a thread
 MEMORY = 800_000_000  # bytes that the logits of a chunk, and the gradient to a trained head, may take
 ROWS = 128  # chunks are whole tiles of the matrix units
-ALIGNED = 8  # products whose vocabulary is no multiple of it run at a fifth of the speed (cuBLAS on an H100)
+ALIGNED = 8  # products whose vocabulary is no multiple of it run at a sixth of the speed (cuBLAS on an H100)
 
 
 @triton.jit
