@@ -108,7 +108,9 @@ def generate(
         logits, state = prefill(model, [prompts[i] for i in group], chunk=prefill_chunk, max_new_tokens=max_new_tokens)
         rows = list(group)  # which prompt each row of the batch belongs to
         slots = torch.arange(len(rows), device=model.device)
-        admitted = False
+        decoder = _pool(decoder, model, len(rows), state.longest + max_new_tokens, state)
+        decoder.admit(slots, state)
+        del state  # the pool has its own copy
         while True:
             tokens = _pick(sampler, logits, [(answers[i], prompts[i]) for i in rows], stops, max_new_tokens)
             going = [row for row, i in enumerate(rows) if answers[i].finish is None]
@@ -122,11 +124,6 @@ def generate(
                 sampler.select(going)
                 kept = torch.tensor(going, device=tokens.device)
                 slots, tokens = slots[kept], tokens[kept]
-            if not admitted:
-                decoder = _pool(decoder, model, len(group), state.longest + max_new_tokens, state)
-                decoder.admit(slots, state.select(slots))
-                admitted = True
-            assert decoder is not None
             logits = decoder.step(tokens, slots)
     return [_generated(answer, processor) for answer in answers]
 
@@ -169,6 +166,7 @@ class Stream:
         self._slot = torch.zeros(1, dtype=torch.long, device=model.device)
         self._decoder: Decoder | None = None  # made when a second token is wanted
         self.unfed: tuple[int, ...] = ()
+        self._prefilled: State | None  # until there is a decoder
         with torch.no_grad():
             self._logits, self._prefilled = prefill(
                 model, [encoded], chunk=prefill_chunk, max_new_tokens=max_new_tokens, state=state
@@ -177,7 +175,10 @@ class Stream:
     @property
     def state(self) -> State:
         """What the model keeps of all tokens fed so far: a value, which no later token changes."""
-        return self._prefilled if self._decoder is None else self._decoder.export(self._slot)
+        if self._decoder is not None:
+            return self._decoder.export(self._slot)
+        assert self._prefilled is not None
+        return self._prefilled
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -205,9 +206,10 @@ class Stream:
         """Generate one token and return the text that it completes."""
         if self._logits is None:
             if self._decoder is None:
-                state = self._prefilled
-                self._decoder = _pool(None, self._model, 1, state.longest + self._max_new_tokens, state)
-                self._decoder.admit(self._slot, self._prefilled)
+                state = self.state
+                decoder = _pool(None, self._model, 1, state.longest + self._max_new_tokens, state)
+                decoder.admit(self._slot, state)
+                self._decoder, self._prefilled = decoder, None  # the pool has its own copy
             self._logits = self._decoder.step(self._tokens, self._slot)
             self.unfed = ()
         self._tokens = _pick(
