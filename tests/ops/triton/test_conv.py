@@ -97,6 +97,28 @@ def test_packed_rows_with_states_and_gradients(lengths, k, stateful, biased, kep
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("activation", ["silu", "none"])
+@pytest.mark.parametrize("head", [None, 48])
+@pytest.mark.parametrize("k", [2, 4])
+def test_borders_around_those_of_runs_and_tiles(k, head, activation, device):
+    from mmmamba.ops.triton.conv import BACKWARD_CHANNELS, RUN, RUNS
+
+    tile, c = RUNS * RUN, 144
+    assert BACKWARD_CHANNELS % 48 and BACKWARD_CHANNELS < c  # a head lies in two columns of programs
+    borders = [0, 1, RUN - 1, RUN, RUN + 1, RUN + 1, 2 * RUN, tile - 1, tile, tile, tile + 1, tile + 3, 2 * tile - 2]
+    cu = torch.tensor([*borders, 2 * tile, 2 * tile + 1], dtype=torch.int32, device=device)
+    x, weight, bias, _, rotation, dy, _ = draw(1, int(cu[-1]), c, k, head=head, device=device)
+    rotate_from = 48 if head else 0
+    compare((x, weight, bias, None, rotation, dy, None), cu_seqlens=cu, activation=activation, rotate_from=rotate_from)
+    compare((x, weight, None, None, rotation, dy, None), cu_seqlens=cu.long(), activation=activation)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 127, 128, 129])
+def test_rows_of_one_length_across_tiles(length, device):
+    compare(draw(max(260 // length, 2), length, 8, 3, rows=None, device=device))
+    compare((*draw(2, length, 8, 3, device=device)[:6], None), activation="none")
+
+
 @pytest.mark.parametrize("length", [1, 2, 3])
 def test_rows_shorter_than_the_kernel(length, device):
     compare(draw(3, length, 8, 4, rows=3, device=device))
@@ -129,6 +151,7 @@ def test_is_a_sound_custom_op(device):
     cu = torch.tensor([0, 3, 7], device=device)
     leaves = [t.requires_grad_() for t in (x, weight, bias, state)]
     torch.library.opcheck(_forward, (*leaves, cu, *rotation, 4, True, True))
+    torch.library.opcheck(_forward, (*leaves[:2], None, None, cu, None, None, 0, False, False))
 
 
 def test_refuses_what_does_not_fit(device):

@@ -53,6 +53,29 @@ def test_any_size_and_scale(rows, p, scale):
         torch.testing.assert_close(ours, truth)
 
 
+def test_few_programs_take_many_tiles_each(monkeypatch, device):
+    from mmmamba.ops.triton import norm
+
+    monkeypatch.setattr(norm, "PROGRAMS", 3)
+    tensors = draw((101, 128), torch.float64, device)
+    for ours, truth in zip(run(kernel, *tensors), run(twin.gated_norm, *tensors), strict=True):
+        assert error(ours, truth) < TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("programs", [0, 1, 600])
+def test_partial_sums_of_taps_and_bias(programs, device):
+    from mmmamba.ops.triton.norm import sum_partial
+
+    partial = torch.randn(programs, 3, 20, dtype=torch.float64, device=device)
+    dweight, dbias = partial.new_empty(20, 2), partial.new_empty(20)
+    sum_partial(partial, dweight, dbias)
+    torch.testing.assert_close(dweight, partial[:, :2].sum(0).T)
+    torch.testing.assert_close(dbias, partial[:, 2].sum(0))
+    whole = partial.new_empty(20, 3)
+    sum_partial(partial, whole)
+    torch.testing.assert_close(whole, partial.sum(0).T)
+
+
 def test_two_runs_have_the_same_bits_and_slices_are_taken(device):
     x, gate, weight, dout = draw((500, 2, 64), torch.float32, device)
     first, second = run(kernel, x, gate, weight, dout), run(kernel, x, gate, weight, dout)

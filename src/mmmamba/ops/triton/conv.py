@@ -4,12 +4,13 @@ Rows are taken flat: token t of b rows of length l belongs to sequence t // l, a
 a search in ``cu_seqlens`` finds, so nothing about the sequences is ever read back from the device. A program takes a
 tile of tokens × channels; the last programs of a launch serve the states instead, a tile of sequences × channels.
 
-With a rotation a program takes *pairs* of channels, the first half of a head and the second: see :func:`_channels`.
+With a rotation a forward program takes *pairs* of channels, the first half of a head and the second: see
+:func:`_channels`. Backward a channel needs no more of its partner than the gradient that arrives there, and reads it.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 import triton
@@ -17,10 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from mmmamba.ops.triton import on_device
+from mmmamba.ops.triton.norm import sum_partial
 
 TOKENS, CHANNELS, WARPS = 32, 64, 4  # forward tile
-BACKWARD_TOKENS, BACKWARD_CHANNELS = 16, 64
-TILES = 16  # tiles of one backward program, at most, which share a row of the weights' partial sums
+RUNS, RUN, BACKWARD_CHANNELS = 8, 16, 128  # backward tile: runs of tokens, and the tokens of a run
 SEQUENCES = 16  # sequences of a tile of states
 
 
@@ -38,43 +39,55 @@ def _channels(block, C, HALF: tl.constexpr, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _borders(sequence, cu_seqlens, length, rows):
-    """Where each sequence starts and ends."""
-    if cu_seqlens is None:
-        start = sequence * length
-        end = start + length
-    else:
-        inside = sequence < rows
-        start = tl.load(cu_seqlens + sequence, mask=inside, other=0).to(tl.int64)
-        end = tl.load(cu_seqlens + sequence + 1, mask=inside, other=0).to(tl.int64)
-    return start, end
-
-
-@triton.jit
-def _sequences(token, cu_seqlens, length, steps, rows):
-    """Of each token: its sequence, and where that starts and ends."""
+def _sequence(token, cu_seqlens, length, steps, rows):
+    """The sequence of a token."""
     if cu_seqlens is None:
         sequence = token // length
     else:
-        sequence = tl.zeros_like(token)  # the last border at or below the token lies in [sequence, high)
+        sequence = token * 0  # the last border at or below the token lies in [sequence, high)
         high = sequence + rows
         for _ in range(steps):
             middle = (sequence + high) // 2
-            below = tl.load(cu_seqlens + middle).to(tl.int64) <= token
+            below = tl.load(cu_seqlens + middle) <= token
             sequence = tl.where(below, middle, sequence)
             high = tl.where(below, high, middle)
-    start, end = _borders(sequence, cu_seqlens, length, rows)
-    return sequence, start, end
+    return sequence
 
 
 @triton.jit
-def _input(x, state, token, sequence, start, channel, mask, C, stride, K: tl.constexpr, WIDE: tl.constexpr):
-    """The inputs at ``token``; in front of a sequence's start they lie in its state, or are zero."""
+def _border(sequence, cu_seqlens, length):
+    """Where a sequence starts; the one before it ends there."""
+    if cu_seqlens is None:
+        border = sequence * length
+    else:
+        border = tl.load(cu_seqlens + sequence).to(tl.int32)
+    return border
+
+
+@triton.jit
+def _sequences(token, first, last, cu_seqlens, length, steps, rows):
+    """Of each token of a tile: its sequence, and where that starts.
+
+    Only the ``first`` and the ``last`` are searched for: the borders between are walked through.
+    """
+    before = _sequence(first, cu_seqlens, length, steps, rows)
+    sequence = token * 0 + before
+    start = token * 0 + _border(before, cu_seqlens, length)
+    for later in range(before + 1, _sequence(last, cu_seqlens, length, steps, rows) + 1):
+        border = _border(later, cu_seqlens, length)
+        sequence = tl.where(token < border, sequence, later)
+        start = tl.where(token < border, start, border)
+    return sequence, start
+
+
+@triton.jit
+def _input(x, origin, state, token, sequence, start, channel, mask, C, stride, K: tl.constexpr, WIDE: tl.constexpr):
+    """The inputs at ``token``, with x given from ``origin`` on; in front of a sequence's start its state's, or zero."""
     inside = token >= start
-    at = token[:, None] * stride + channel[None, :]
+    at = (token - origin)[:, None] * stride + channel[None, :]
     value = tl.load(x + at, mask=mask & inside[:, None], other=0.0).to(WIDE)
     if state is not None:
-        slot = sequence * (K - 1) + (K - 1) + token - start
+        slot = sequence.to(tl.int64) * (K - 1) + (K - 1) + token - start
         held = mask & ((token < start) & (token >= start - (K - 1)))[:, None]
         value += tl.load(state + slot[:, None] * C + channel[None, :], mask=held, other=0.0).to(WIDE)
     return value
@@ -82,13 +95,15 @@ def _input(x, state, token, sequence, start, channel, mask, C, stride, K: tl.con
 
 @triton.jit
 def _before(
-    x, weight, bias, state, token, sequence, start, channel, real, mask, C, stride, K: tl.constexpr, WIDE: tl.constexpr
-):
+    x, origin, weight, bias, state, token, sequence, start, channel, real, mask, C, stride, K: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
     """The convolution at ``token``, before its activation."""
     z = tl.zeros((token.shape[0], channel.shape[0]), dtype=WIDE)
     for tap in tl.static_range(K):
         w = tl.load(weight + channel * K + tap, mask=real, other=0.0).to(WIDE)
-        z += _input(x, state, token - (K - 1 - tap), sequence, start, channel, mask, C, stride, K, WIDE) * w[None, :]
+        back = K - 1 - tap
+        z += _input(x, origin, state, token - back, sequence, start, channel, mask, C, stride, K, WIDE) * w[None, :]
     if bias is not None:
         z += tl.load(bias + channel, mask=real, other=0.0).to(WIDE)[None, :]
     return z
@@ -107,20 +122,28 @@ def _forward_tile(
     program, x, weight, bias, state, cu_seqlens, cos, sin, y, channel, real, total, length, rows, steps, C, stride,
     rotate_from, SILU: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    token = program.to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    origin = program * TOKENS
+    place = tl.arange(0, TOKENS)
+    token = origin + place
     mask = (token < total)[:, None] & real[None, :]
     # Slots behind the end repeat the last token: no table is read out of bounds.
-    sequence, start, _ = _sequences(tl.minimum(token, total - 1), cu_seqlens, length, steps, rows)
-    at = token[:, None] * C + channel[None, :]
-    first = _before(x, weight, bias, state, token, sequence, start, channel, real, mask, C, stride, K, WIDE)
+    last = tl.minimum(origin + TOKENS, total) - 1
+    sequence, start = _sequences(tl.minimum(token, last), origin, last, cu_seqlens, length, steps, rows)
+    # One wide offset for the tile: within it offsets are narrow.
+    x += origin.to(tl.int64) * stride
+    y += origin.to(tl.int64) * C
+    at = place[:, None] * C + channel[None, :]
+    first = _before(x, origin, weight, bias, state, token, sequence, start, channel, real, mask, C, stride, K, WIDE)
     if SILU:
         first = first * tl.sigmoid(first)
     if HALF:
         other = channel + HALF
-        second = _before(x, weight, bias, state, token, sequence, start, other, real, mask, C, stride, K, WIDE)
+        second = _before(x, origin, weight, bias, state, token, sequence, start, other, real, mask, C, stride, K, WIDE)
         if SILU:
             second = second * tl.sigmoid(second)
-        c, s = _angles(cos, sin, token, channel, mask, rotate_from, HALF, WIDE)
+        cos += origin.to(tl.int64) * HALF
+        sin += origin.to(tl.int64) * HALF
+        c, s = _angles(cos, sin, place, channel, mask, rotate_from, HALF, WIDE)
         tl.store(y + at, first * c - second * s, mask=mask)
         tl.store(y + at + HALF, second * c + first * s, mask=mask)
     else:
@@ -134,14 +157,16 @@ def _final_states(
 ):  # fmt: skip
     sequence = program.to(tl.int64) * SEQUENCES + tl.arange(0, SEQUENCES)
     mask = (sequence < rows)[:, None] & real[None, :]
-    start, end = _borders(sequence, cu_seqlens, length, rows)
+    sequence = tl.minimum(sequence, rows - 1)
+    start = _border(sequence, cu_seqlens, length)
+    end = _border(sequence + 1, cu_seqlens, length)
     for slot in tl.static_range(K - 1):
-        token = end - (K - 1) + slot
+        token = end.to(tl.int64) - (K - 1) + slot
         at = (sequence * (K - 1) + slot)[:, None] * C + channel[None, :]
-        kept = _input(x, state, token, sequence, start, channel, mask, C, stride, K, WIDE)
+        kept = _input(x, 0, state, token, sequence, start, channel, mask, C, stride, K, WIDE)
         tl.store(final + at, kept, mask=mask)
         if HALF:
-            kept = _input(x, state, token, sequence, start, channel + HALF, mask, C, stride, K, WIDE)
+            kept = _input(x, 0, state, token, sequence, start, channel + HALF, mask, C, stride, K, WIDE)
             tl.store(final + at + HALF, kept, mask=mask)
 
 
@@ -166,131 +191,221 @@ def _forward_kernel(
 
 
 @triton.jit
-def _gradient_before(
-    dy, x, weight, bias, state, cos, sin, token, sequence, start, end, channel, real, mask, C, stride, rotate_from,
-    SECOND: tl.constexpr, SILU: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """The gradient to the convolution before its activation at ``token``; zero behind a sequence's end.
-
-    ``channel`` is the first of each pair; with SECOND the gradient is that of the second.
-    """
-    mask = mask & (token < end)[:, None]
-    at = token[:, None] * C + channel[None, :]
-    d = tl.load(dy + at + (HALF if SECOND else 0), mask=mask, other=0.0).to(WIDE)
-    own = channel
-    if HALF:
-        partner = tl.load(dy + at + (0 if SECOND else HALF), mask=mask, other=0.0).to(WIDE)
-        c, s = _angles(cos, sin, token, channel, mask, rotate_from, HALF, WIDE)
-        if SECOND:
-            d = d * c - partner * s
-            own = channel + HALF
-        else:
-            d = d * c + partner * s
-    if SILU:
-        z = _before(x, weight, bias, state, token, sequence, start, own, real, mask, C, stride, K, WIDE)
-        sigmoid = tl.sigmoid(z)
-        d = d * sigmoid * (1 + z * (1 - sigmoid))
-    return d
+def _partners(channel, HALF: tl.constexpr):
+    """Of each channel: the other of its pair, and the sign of the sine with which that one is turned back into it."""
+    second = channel // HALF % 2
+    return channel + HALF * (1 - 2 * second), (1 - 2 * second)[None, :]
 
 
 @triton.jit
-def _backward_tiles(
+def _slope(z):
+    """SiLU's derivative."""
+    sigmoid = tl.sigmoid(z)
+    return sigmoid * (1 + z * (1 - sigmoid))
+
+
+@triton.jit
+def _starts(first, last, token, cu_seqlens, length, steps, rows):
+    """A word for each of ``token``, whose bit i says that a sequence starts i tokens on.
+
+    Only a tile's ``first`` and ``last`` token are searched for: the borders between are walked through. Nothing in
+    front of ``first`` is taken in, so that a border just there needs no bit.
+    """
+    bits = token * 0
+    before = _sequence(first, cu_seqlens, length, steps, rows)
+    for sequence in range(before + 1, _sequence(last, cu_seqlens, length, steps, rows) + 1):
+        place = (_border(sequence, cu_seqlens, length) - token).to(tl.int32)
+        bits |= tl.where((place >= 0) & (place < 31), 1 << (place & 31), 0)
+    return bits
+
+
+@no_type_check  # a tuple that grows
+@triton.jit
+def _read(dy, x, cos, sin, at, there, channel, real, C, stride, rotate_from, HALF: tl.constexpr):
+    """What one token of each run brings, as it lies in memory: x, dy, and with a rotation its partner and angle."""
+    mask = there[:, None] & real[None, :]
+    own = channel[None, :]
+    values = (tl.load(x + at[:, None] * stride + own, mask=mask, other=0.0),)
+    values += (tl.load(dy + at[:, None] * C + own, mask=mask, other=0.0),)
+    if HALF:
+        partner, _ = _partners(channel, HALF)
+        turned = mask & (channel >= rotate_from)[None, :]
+        angle = at[:, None] * HALF + (channel % HALF)[None, :]
+        values += (tl.load(dy + at[:, None] * C + partner[None, :], mask=turned, other=0.0),)
+        values += (tl.load(cos + angle, mask=turned, other=1.0), tl.load(sin + angle, mask=turned, other=0.0))
+    return values
+
+
+@no_type_check  # a tuple that grows
+@triton.jit
+def _backward_runs(
     program, dy, dfinal, x, weight, bias, state, cu_seqlens, cos, sin, dx, partial, channel, real, total, length, rows,
-    steps, C, stride, rotate_from, tiles, SECOND: tl.constexpr, SILU: tl.constexpr, HALF: tl.constexpr,
-    K: tl.constexpr, TOKENS: tl.constexpr, WIDE: tl.constexpr,
+    steps, C, stride, rotate_from, SILU: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, RUNS: tl.constexpr,
+    RUN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients to the inputs of some tiles, and their share of those to weight and bias, of one of each pair."""
-    own = channel + (HALF if SECOND else 0)
-    dbias = tl.zeros((channel.shape[0],), dtype=WIDE)
-    dw0 = tl.zeros_like(dbias)  # of the taps by how far back they reach
-    dw1 = tl.zeros_like(dbias)
-    dw2 = tl.zeros_like(dbias)
-    dw3 = tl.zeros_like(dbias)
-    for tile in range(tiles):
-        token = (program.to(tl.int64) * tiles + tile) * TOKENS + tl.arange(0, TOKENS)
+    """Gradients to the inputs of RUNS · RUN tokens, and these tokens' share of those to weight and bias.
+
+    Each row of the tile walks along a run of tokens with the inputs just behind it and their unfinished gradients in
+    hand, so that an input is read, and the gradient before the activation worked out, once. The K - 1 tokens after a
+    run are visited to complete its gradients; for the weights they count in the run they belong to.
+    """
+    origin = program * (RUNS * RUN)
+    run = tl.arange(0, RUNS) * RUN
+    first = origin - (K - 1)
+    last = tl.minimum(origin + RUNS * RUN + K - 2, total - 1)
+    borders = _starts(tl.maximum(first, 0), last, first + run, cu_seqlens, length, steps, rows)[:, None]
+    # One wide offset for the tile: within it offsets are narrow.
+    x += origin.to(tl.int64) * stride
+    dy += origin.to(tl.int64) * C
+    dx += origin.to(tl.int64) * C
+    if HALF:
+        cos += origin.to(tl.int64) * HALF
+        sin += origin.to(tl.int64) * HALF
+        _, sign = _partners(channel, HALF)
+
+    # By how far back they reach: the weights, the inputs, the unfinished gradients, the sums for the weights.
+    zero = tl.zeros((RUNS, channel.shape[0]), dtype=WIDE)
+    weights, past, unfinished, sums = (), (), (), ()
+    for back in tl.static_range(K):
+        weights += (tl.load(weight + channel * K + (K - 1 - back), mask=real, other=0.0).to(WIDE)[None, :],)
+        unfinished += (zero,)
+        sums += (zero,)
+    for back in tl.static_range(1, K):
+        known = ((origin + run >= back) & (origin + run - back < total))[:, None] & real[None, :]
+        past += (tl.load(x + (run - back)[:, None] * stride + channel[None, :], mask=known, other=0.0).to(WIDE),)
+    dbias = zero
+    shift = zero
+    if bias is not None:
+        shift += tl.load(bias + channel, mask=real, other=0.0).to(WIDE)[None, :]
+
+    there = origin + run < total
+    ahead = _read(dy, x, cos, sin, run, there, channel, real, C, stride, rotate_from, HALF)
+    for step in range(RUN + K - 1):
+        token = origin + run + step
         mask = (token < total)[:, None] & real[None, :]
-        sequence, start, end = _sequences(tl.minimum(token, total - 1), cu_seqlens, length, steps, rows)
-        d = tl.zeros((TOKENS, channel.shape[0]), dtype=WIDE)
-        for ahead in tl.static_range(K):
-            dz = _gradient_before(
-                dy, x, weight, bias, state, cos, sin, token + ahead, sequence, start, end, channel, real, mask, C,
-                stride, rotate_from, SECOND, SILU, HALF, K, WIDE,
-            )  # fmt: skip
-            w = tl.load(weight + own * K + (K - 1 - ahead), mask=real, other=0.0).to(WIDE)
-            d += dz * w[None, :]
-            if ahead == 0:
-                dbias += tl.sum(dz, axis=0)
-                for back in tl.static_range(K):
-                    seen = _input(x, state, token - back, sequence, start, own, mask, C, stride, K, WIDE)
-                    share = tl.sum(dz * seen, axis=0)
-                    if back == 0:
-                        dw0 += share
-                    elif back == 1:
-                        dw1 += share
-                    elif back == 2:
-                        dw2 += share
-                    else:
-                        dw3 += share
+        here = ahead[0].to(WIDE)
+        dz = ahead[1].to(WIDE)
+        if HALF:
+            dz = dz * ahead[3].to(WIDE) + ahead[2].to(WIDE) * (ahead[4].to(WIDE) * sign)
+        # The next token is on its way while this one is worked on.
+        there = (token + 1 < total) & (step + 1 < RUN + K - 1)
+        ahead = _read(dy, x, cos, sin, run + step + 1, there, channel, real, C, stride, rotate_from, HALF)
+
+        # Whether the token so far back is of the same sequence: no border has been crossed since.
+        crossed = (borders >> step) & ((1 << K) - 1)
+        seen = (here,)
+        z = here * weights[0]
+        for back in tl.static_range(1, K):
+            value = tl.where(crossed < (1 << (K - back)), past[back - 1], 0.0)
+            if state is not None:
+                sequence = _sequence(tl.minimum(token, total - 1), cu_seqlens, length, steps, rows).to(tl.int64)
+                slot = token - back - _border(sequence, cu_seqlens, length) + (K - 1)
+                held = mask & ((slot >= 0) & (slot < K - 1))[:, None]
+                kept = (sequence * (K - 1) + slot)[:, None] * C + channel[None, :]
+                value += tl.load(state + kept, mask=held, other=0.0).to(WIDE)
+            z += value * weights[back]
+            seen += (value,)
+        if SILU:
+            dz *= _slope(z + shift)
+        if step < RUN:
+            grown = ()
+            for back in tl.static_range(K):
+                grown += (sums[back] + dz * seen[back],)
+            sums = grown
+            if bias is not None:
+                dbias += dz
+
+        moved = (dz * weights[0],)
+        shifted = (here,)
+        for back in tl.static_range(1, K):
+            share = tl.where(crossed < (1 << (K - back)), dz, 0.0) * weights[back]
+            moved += (unfinished[back - 1] + share,)
+            if back < K - 1:
+                shifted += (past[back - 1],)
+        unfinished = moved
+        past = shifted
+        d = moved[K - 1]  # of the token K - 1 back, which is complete
+        token -= K - 1
+        mask = ((token < total) & (step >= K - 1))[:, None] & real[None, :]
         if dfinal is not None:
-            slot = token - end + (K - 1)
-            at = (sequence * (K - 1) + slot)[:, None] * C + own[None, :]
-            d += tl.load(dfinal + at, mask=mask & (slot >= 0)[:, None], other=0.0).to(WIDE)
-        tl.store(dx + token[:, None] * C + own[None, :], d, mask=mask)
-    row = partial + program * (K + 1) * C + own
-    tl.store(row + (K - 1) * C, dw0, mask=real)
-    tl.store(row + (K - 2) * C, dw1, mask=real)
-    if K > 2:
-        tl.store(row + (K - 3) * C, dw2, mask=real)
-    if K > 3:
-        tl.store(row, dw3, mask=real)
-    tl.store(row + K * C, dbias, mask=real)
+            inside = tl.maximum(tl.minimum(token, total - 1), 0)
+            sequence = _sequence(inside, cu_seqlens, length, steps, rows).to(tl.int64)
+            slot = token - _border(sequence + 1, cu_seqlens, length) + (K - 1)
+            kept = (sequence * (K - 1) + slot)[:, None] * C + channel[None, :]
+            d += tl.load(dfinal + kept, mask=mask & (slot >= 0)[:, None], other=0.0).to(WIDE)
+        tl.store(dx + (run + step - (K - 1))[:, None] * C + channel[None, :], d, mask=mask)
+
+    row = partial + program.to(tl.int64) * (K if bias is None else K + 1) * C + channel
+    for back in tl.static_range(K):
+        tl.store(row + (K - 1 - back) * C, tl.sum(sums[back], axis=0), mask=real)
+    if bias is not None:
+        tl.store(row + K * C, tl.sum(dbias, axis=0), mask=real)
+
+
+@triton.jit
+def _gradient_before(
+    dy, x, weight, bias, state, cos, sin, token, sequence, start, end, channel, real, mask, C, stride, rotate_from,
+    SILU: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The gradient to the convolution before its activation at ``token``; zero behind a sequence's end."""
+    mask = mask & (token < end)[:, None]
+    at = token[:, None] * C
+    d = tl.load(dy + at + channel[None, :], mask=mask, other=0.0).to(WIDE)
+    if HALF:
+        partner, sign = _partners(channel, HALF)
+        c, s = _angles(cos, sin, token, channel, mask, rotate_from, HALF, WIDE)
+        d = d * c + tl.load(dy + at + partner[None, :], mask=mask, other=0.0).to(WIDE) * (s * sign)
+    if SILU:
+        d *= _slope(_before(x, 0, weight, bias, state, token, sequence, start, channel, real, mask, C, stride, K, WIDE))
+    return d
 
 
 @triton.jit
 def _backward_states(
     program, dy, dfinal, x, weight, bias, state, cu_seqlens, cos, sin, dstate, channel, real, length, rows, C, stride,
-    rotate_from, SECOND: tl.constexpr, SILU: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr,
-    SEQUENCES: tl.constexpr, WIDE: tl.constexpr,
+    rotate_from, SILU: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, SEQUENCES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients to the initial states of some sequences, of one of each pair of channels."""
-    own = channel + (HALF if SECOND else 0)
+    """Gradients to the initial states of some sequences."""
     sequence = program.to(tl.int64) * SEQUENCES + tl.arange(0, SEQUENCES)
     mask = (sequence < rows)[:, None] & real[None, :]
-    start, end = _borders(sequence, cu_seqlens, length, rows)
+    sequence = tl.minimum(sequence, rows - 1)
+    start = _border(sequence, cu_seqlens, length)
+    end = _border(sequence + 1, cu_seqlens, length)
     for slot in tl.static_range(K - 1):
         d = tl.zeros((SEQUENCES, channel.shape[0]), dtype=WIDE)
         for after in tl.static_range(slot + 1):  # the tokens behind the start that see this slot
+            token = (start + after).to(tl.int64)
             dz = _gradient_before(
-                dy, x, weight, bias, state, cos, sin, start + after, sequence, start, end, channel, real, mask, C,
-                stride, rotate_from, SECOND, SILU, HALF, K, WIDE,
+                dy, x, weight, bias, state, cos, sin, token, sequence, start, end, channel, real, mask, C, stride,
+                rotate_from, SILU, HALF, K, WIDE,
             )  # fmt: skip
-            d += dz * tl.load(weight + own * K + (slot - after), mask=real, other=0.0).to(WIDE)[None, :]
+            d += dz * tl.load(weight + channel * K + (slot - after), mask=real, other=0.0).to(WIDE)[None, :]
         if dfinal is not None:  # what a sequence shorter than the state hands through
             kept = slot - (end - start)
-            at = (sequence * (K - 1) + kept)[:, None] * C + own[None, :]
+            at = (sequence * (K - 1) + kept)[:, None] * C + channel[None, :]
             d += tl.load(dfinal + at, mask=mask & (kept >= 0)[:, None], other=0.0).to(WIDE)
-        tl.store(dstate + (sequence * (K - 1) + slot)[:, None] * C + own[None, :], d, mask=mask)
+        tl.store(dstate + (sequence * (K - 1) + slot)[:, None] * C + channel[None, :], d, mask=mask)
 
 
 @triton.jit
 def _backward_kernel(
     dy, dfinal, x, weight, bias, state, cu_seqlens, cos, sin, dx, partial, dstate, total, length, rows, steps, C,
-    stride, rotate_from, blocks, tiles, SILU: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr,
-    CHANNELS: tl.constexpr, SEQUENCES: tl.constexpr, WIDE: tl.constexpr,
+    stride, rotate_from, blocks, columns, SILU: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, RUNS: tl.constexpr,
+    RUN: tl.constexpr, CHANNELS: tl.constexpr, SEQUENCES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    channel, real = _channels(tl.program_id(1), C, HALF, CHANNELS)
-    for second in tl.static_range(2 if HALF else 1):
-        if program < blocks:
-            _backward_tiles(
-                program, dy, dfinal, x, weight, bias, state, cu_seqlens, cos, sin, dx, partial, channel, real, total,
-                length, rows, steps, C, stride, rotate_from, tiles, second, SILU, HALF, K, TOKENS, WIDE,
-            )  # fmt: skip
-        else:
-            _backward_states(
-                program - blocks, dy, dfinal, x, weight, bias, state, cu_seqlens, cos, sin, dstate, channel, real,
-                length, rows, C, stride, rotate_from, second, SILU, HALF, K, SEQUENCES, WIDE,
-            )  # fmt: skip
+    # The columns of a tile of tokens run side by side: together they read whole rows.
+    program = tl.program_id(0) // columns
+    channel, real = _channels(tl.program_id(0) % columns, C, 0, CHANNELS)
+    if program < blocks:
+        _backward_runs(
+            program, dy, dfinal, x, weight, bias, state, cu_seqlens, cos, sin, dx, partial, channel, real, total,
+            length, rows, steps, C, stride, rotate_from, SILU, HALF, K, RUNS, RUN, WIDE,
+        )  # fmt: skip
+    else:
+        _backward_states(
+            program - blocks, dy, dfinal, x, weight, bias, state, cu_seqlens, cos, sin, dstate, channel, real, length,
+            rows, C, stride, rotate_from, SILU, HALF, K, SEQUENCES, WIDE,
+        )  # fmt: skip
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -379,28 +494,27 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sizes = _sizes(x, weight, cu_seqlens, cos, silu)
     flat, k, c = _flat(x), weight.shape[1], x.shape[2]
-    dtype = weight.dtype
     dy, dfinal, weight, bias, state = _dense(dy, dfinal, weight, bias, initial_state)
     cu_seqlens, cos, sin = _dense(cu_seqlens, cos, sin)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows = 0 if state is None else sizes["rows"]
     dstate = x.new_empty(rows, k - 1, c, dtype=x.dtype if state is None else state.dtype)
-    tiles = min(TILES, triton.cdiv(sizes["total"], BACKWARD_TOKENS))
-    blocks = triton.cdiv(sizes["total"], BACKWARD_TOKENS * max(tiles, 1))
+    dweight = torch.empty_like(weight)
+    dbias = None if bias is None else torch.empty_like(bias)
+    blocks = triton.cdiv(sizes["total"], RUNS * RUN)
     programs = blocks + triton.cdiv(rows, SEQUENCES)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    partial = x.new_empty(blocks, k + 1, c, dtype=wide)
+    partial = x.new_empty(blocks, k if bias is None else k + 1, c, dtype=wide)
+    columns = triton.cdiv(c, BACKWARD_CHANNELS)
     if programs:
-        columns = triton.cdiv(c // (2 if sizes["HALF"] else 1), BACKWARD_CHANNELS)
         with on_device(x):
-            _backward_kernel[(programs, columns)](
+            _backward_kernel[(programs * columns,)](
                 dy, dfinal, flat, weight, bias, state, cu_seqlens, cos, sin, dx, partial, dstate,
-                stride=flat.stride(0), blocks=blocks, tiles=tiles, rotate_from=rotate_from, TOKENS=BACKWARD_TOKENS,
+                stride=flat.stride(0), blocks=blocks, columns=columns, rotate_from=rotate_from, RUNS=RUNS, RUN=RUN,
                 CHANNELS=BACKWARD_CHANNELS, **sizes,
             )  # fmt: skip
-    whole = partial.sum(0)
-    dbias = whole[k].to(dtype if bias is None else bias.dtype, copy=True)
-    return dx, whole[:k].T.to(dtype, copy=True).contiguous(), dbias, dstate
+    sum_partial(partial, dweight, dbias)
+    return dx, dweight, x.new_empty(0) if dbias is None else dbias, dstate
 
 
 @_backward.register_fake
@@ -408,7 +522,7 @@ def _(dy, dfinal, x, weight, bias, initial_state, cu_seqlens, cos, sin, rotate_f
     c, k = weight.shape
     rows = 0 if initial_state is None else _rows(x, cu_seqlens)
     dstate = x.new_empty(rows, k - 1, c, dtype=x.dtype if initial_state is None else initial_state.dtype)
-    dbias = weight.new_empty(c, dtype=weight.dtype if bias is None else bias.dtype)
+    dbias = x.new_empty(0) if bias is None else bias.new_empty(c)
     return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dstate
 
 

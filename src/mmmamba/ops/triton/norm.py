@@ -15,8 +15,9 @@ from torch import Tensor
 
 from mmmamba.ops.triton import on_device
 
-TILE = 4096  # elements of a tile
-TILES = 8  # tiles of one backward program, at most, which share a row of the weight's partial sums
+TILE, BACKWARD_TILE = 4096, 1024  # elements of a tile: backward few, for many programs at once hide the memory's delay
+PROGRAMS = 768  # of a backward launch, at most: an H100 holds them all at once, each with one row of partial sums
+SUM_ROWS, SUM_CHANNELS = 512, 8  # tile of the sum over programs: many rows at once, for there are few channels
 WARPS = 4
 
 
@@ -58,27 +59,61 @@ def _backward_kernel(
         sigmoid = tl.sigmoid(gates)
         silu = gates * sigmoid
         dweight += d * normed * silu
+        d *= scale[None, :]
         slope = sigmoid * (1 + gates * (1 - sigmoid))
-        tl.store(dgate + at, d * normed * scale[None, :] * slope, mask=mask)
-        dnormed = d * scale[None, :] * silu
+        tl.store(dgate + at, d * normed * slope, mask=mask)
+        dnormed = d * silu
         along = tl.sum(dnormed * normed, axis=1) / P
         tl.store(dx + at, inverse[:, None] * (dnormed - normed * along[:, None]), mask=mask)
     tl.store(partial + program * P + column, tl.sum(dweight, axis=0), mask=column < P)
 
 
-def _tile(x: Tensor) -> dict[str, Any]:
-    """The compile-time sizes for heads (…, p)."""
+@triton.jit
+def _sum_kernel(
+    partial, dweight, dbias, programs, C, TAPS: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    tap = tl.program_id(1)
+    total = tl.zeros((ROWS, CHANNELS), dtype=WIDE)
+    for first in range(0, programs, ROWS):
+        row = (first + tl.arange(0, ROWS)).to(tl.int64)
+        mask = (row < programs)[:, None] & (channel < C)[None, :]
+        total += tl.load(partial + (row * TAPS + tap)[:, None] * C + channel[None, :], mask=mask, other=0.0)
+    d = tl.sum(total, axis=0)
+    if tap < K:
+        tl.store(dweight + channel * K + tap, d, mask=channel < C)
+    elif dbias is not None:
+        tl.store(dbias + channel, d, mask=channel < C)
+
+
+def sum_partial(partial: Tensor, dweight: Tensor, dbias: Tensor | None = None) -> None:
+    """Sum what the programs found of the gradients to weights of k taps a channel, and to a bias, in a fixed order.
+
+    partial: (programs, k, c), or (programs, k + 1, c) with the bias's behind the taps'.  dweight: (c, k).  dbias: (c,).
+    Both are written in their own dtype.
+    """
+    programs, taps, c = partial.shape
+    with on_device(partial):
+        _sum_kernel[(triton.cdiv(c, SUM_CHANNELS), taps)](
+            partial, dweight, dbias, programs, c, TAPS=taps, K=taps if dbias is None else taps - 1, ROWS=SUM_ROWS,
+            CHANNELS=SUM_CHANNELS, WIDE=tl.float64 if partial.dtype == torch.float64 else tl.float32, num_warps=WARPS,
+        )  # fmt: skip
+
+
+def _tile(x: Tensor, elements: int) -> dict[str, Any]:
+    """The compile-time sizes for heads (…, p) in tiles of so many elements."""
     p = x.shape[-1]
     pad = triton.next_power_of_2(p)
     wide = tl.float64 if x.dtype == torch.float64 else tl.float32
-    return {"P": p, "PAD": pad, "ROWS": max(TILE // pad, 1), "WIDE": wide, "num_warps": WARPS}
+    return {"P": p, "PAD": pad, "ROWS": max(elements // pad, 1), "WIDE": wide, "num_warps": WARPS}
 
 
 @torch.library.custom_op("mmmamba::gated_norm", mutates_args=())
 def _forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     x, gate, weight = x.contiguous(), gate.contiguous(), weight.contiguous()
     out = torch.empty_like(x, dtype=torch.promote_types(x.dtype, gate.dtype))
-    tile = _tile(x)
+    tile = _tile(x, TILE)
     rows = x.numel() // x.shape[-1]
     if rows:
         with on_device(x):
@@ -95,17 +130,18 @@ def _(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _backward(dout: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     dout, x, gate, weight = dout.contiguous(), x.contiguous(), gate.contiguous(), weight.contiguous()
     dx, dgate = torch.empty_like(x), torch.empty_like(gate)
-    tile = _tile(x)
+    dweight = torch.empty_like(weight)
+    tile = _tile(x, BACKWARD_TILE)
     rows = x.numel() // x.shape[-1]
-    if not rows:
-        return dx, dgate, torch.zeros_like(weight)
-    tiles = min(TILES, triton.cdiv(rows, tile["ROWS"]))
-    programs = triton.cdiv(rows, tile["ROWS"] * tiles)
+    tiles = triton.cdiv(triton.cdiv(rows, tile["ROWS"]), PROGRAMS)
+    programs = triton.cdiv(rows, tile["ROWS"] * max(tiles, 1))
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    partial = x.new_empty(programs, x.shape[-1], dtype=wide)
-    with on_device(x):
-        _backward_kernel[(programs,)](dout, x, gate, weight, dx, dgate, partial, rows, tiles, EPS=eps, **tile)
-    return dx, dgate, partial.sum(0).to(weight.dtype)
+    partial = x.new_empty(programs, 1, x.shape[-1], dtype=wide)
+    if programs:
+        with on_device(x):
+            _backward_kernel[(programs,)](dout, x, gate, weight, dx, dgate, partial, rows, tiles, EPS=eps, **tile)
+    sum_partial(partial, dweight)
+    return dx, dgate, dweight
 
 
 @_backward.register_fake
