@@ -165,12 +165,12 @@ class SSD:
         if size == 128:
             tiles = {
                 "states": [
-                    Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 4), Tiles(64, 128, 4, 3),
-                    Tiles(128, 64, 8, 3), Tiles(128, 128, 8, 3),
+                    Tiles(64, 128, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 128, 4, 2), Tiles(64, 128, 4, 4),
+                    Tiles(128, 128, 8, 3), Tiles(128, 128, 8, 2),
                 ],
                 "output": [
-                    Tiles(128, 128, 8, 2), Tiles(64, 128, 4, 2), Tiles(64, 128, 8, 2), Tiles(128, 128, 8, 3),
-                    Tiles(64, 128, 4, 3), Tiles(128, 128, 4, 2),
+                    Tiles(64, 128, 4, 2), Tiles(128, 128, 8, 2), Tiles(128, 128, 8, 3), Tiles(64, 128, 8, 2),
+                    Tiles(64, 128, 4, 3), Tiles(64, 128, 8, 3),
                 ],
                 "reads": [
                     Tiles(128, 32, 4, 2), Tiles(128, 32, 4, 1), Tiles(128, 64, 8, 1), Tiles(128, 64, 4, 2),
@@ -178,7 +178,7 @@ class SSD:
                 ],
                 "writes": [Launch(4, 1), Launch(8, 1)],
             }  # fmt: skip
-            segments = {64: [8, 16, 24], 128: [8]}
+            segments = {64: [8, 16, 33], 128: [8, 16]}
         elif size == 64:
             tiles = {
                 "states": [Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 3), Tiles(64, 64, 8, 3)],

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmmamba.ops.layout import Layout, layout_of, uniform_layout
-from mmmamba.ops.triton import fallback, serves
+from mmmamba.ops.triton import serves
 
 CHUNK = 64
 
@@ -191,18 +191,6 @@ def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tens
     return y.to(x.dtype), new
 
 
-def _in_bfloat16(x: Tensor, B: Tensor, C: Tensor) -> bool:
-    """Whether the kernels are to be trusted with these inputs: bfloat16 ones, which a GPU's runs have confirmed.
-
-    Two runs in TF32 (float32 inputs) have differed in the final state's last digits on an H100.
-    """
-    if x.dtype == B.dtype == C.dtype == torch.bfloat16:
-        return True
-    if x.is_cuda:
-        fallback("ssd's kernels serve bfloat16 alone for now")
-    return False
-
-
 def ssd(
     x: Tensor,
     dt: Tensor,
@@ -236,7 +224,7 @@ def ssd(
         _check(x, dt, A, B, C, initial_state, x.shape[0])
         y, state = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], initial_state)
         return y[:, None], state if return_final_state else None
-    if _in_bfloat16(x, B, C) and serves(x, dt, A, B, C, initial_state, head_dim=x.shape[3], state_dim=C.shape[3]):
+    if serves(x, dt, A, B, C, initial_state, head_dim=x.shape[3], state_dim=C.shape[3]):
         from mmmamba.ops.triton.ssd import ssd as kernel
 
         return kernel(

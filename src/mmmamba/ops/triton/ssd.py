@@ -8,11 +8,11 @@ of a stored state (2 for bfloat16 inputs, else 4), each tensor counted once (re-
 state hit the L2)::
 
     forward                                                            bytes
-    0 decays   steps and their summed log decays, by chunk and head    12 t h
-    1 states   what each segment adds to the state, how it decays      t g (p+n) e + 8 t h + 4 s h p n
-    2 output   the state entering each segment, then y chunk by chunk  t (g+h) (p+n) e + 8 t h + 4 s h p n
+    0 decays   what the steps weigh, by chunk and head                 16 t h
+    1 states   what each segment adds to the state, how it decays      t g (p+n) e + 4 t h + 4 s h p n
+    2 output   the state entering each segment, then y chunk by chunk  t (g+h) (p+n) e + 12 t h + 4 s h p n
     backward
-    0 decays   as above                                                12 t h
+    0 decays   as above                                                16 t h
     1 states   as above, and for the states' gradients from the end    t (g+h) (p+n) e + 8 t h + 8 s h p n
     2 chunks   state entering, gradient leaving, of every chunk        as 1, and 2 c h p n f
     3 reads    dC, and the gradients of the steps                      2 c h p n f + t (g (p+n) + h (p+2n)) e + 12 t h
@@ -26,12 +26,14 @@ In a chunk with inclusive log decays a_i (float32, a_q at its end), entering sta
     y_i = sum_{j<=i} exp(a_i - a_j) dt_j (C_i.B_j) x_j + exp(a_i) S C_i
     S'  = exp(a_q) S + sum_j exp(a_q - a_j) dt_j x_j B_j^T          D' = exp(a_q) D + sum_i exp(a_i) dy_i C_i^T
 
-Decays are kept as powers of two; only differences that are at most 0 are ever exponentiated. The gradient of a step's
-log decay sums over just the pairs (earlier token, later token) that the step lies between: nothing cancels, however
-strong the decay.
+Decays are kept as powers of two, with the steps folded into them where that saves a product; what is exponentiated is
+never above a step's size. The gradient of a step's log decay sums over just the pairs (earlier token, later token) that
+the step lies between: nothing cancels, however strong the decay.
 
 bfloat16 products use the tensor cores with float32 sums. float16 inputs are multiplied in TF32, which holds them
-exactly and does not overflow for large states; float32 ones in three TF32 products.
+exactly and does not overflow for large states; float32 ones in three TF32 products. Their tiles have 32 rows, too few
+for Hopper's asynchronous products: those have given wrong last digits, another time an illegal access, in three-part
+TF32 with Triton 3.6.
 """
 
 from __future__ import annotations
@@ -82,10 +84,10 @@ class Tuning(NamedTuple):
 TUNED = {
     (32, 2): Tuning(64, 528, Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 1), Launch(4, 1)),
     (64, 2): Tuning(64, 264, Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 1), Launch(4, 1)),
-    (128, 2): Tuning(64, 132, Tiles(64, 64, 4, 3), Tiles(128, 128, 8, 2), Tiles(128, 32, 4, 2), Launch(4, 1)),
+    (128, 2): Tuning(64, 256, Tiles(64, 128, 4, 3), Tiles(64, 128, 4, 2), Tiles(128, 32, 4, 3), Launch(4, 1)),
     (32, 4): Tuning(32, 528, Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Launch(4, 1)),
-    (64, 4): Tuning(32, 264, Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 32, 4, 1), Launch(4, 1)),
-    (128, 4): Tuning(16, 264, Tiles(64, 64, 4, 1), Tiles(64, 128, 8, 1), Tiles(128, 32, 8, 1), Launch(8, 1)),
+    (64, 4): Tuning(32, 264, Tiles(32, 64, 4, 1), Tiles(32, 64, 4, 1), Tiles(64, 32, 4, 1), Launch(4, 1)),
+    (128, 4): Tuning(16, 264, Tiles(32, 128, 4, 1), Tiles(32, 128, 4, 1), Tiles(128, 32, 8, 1), Launch(8, 1)),
 }
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -109,9 +111,14 @@ def _locate(table, chunk, length, CHUNK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["length"])
 def _decays_kernel(
-    dt, dt_token, dt_head, A, steps, decays, table, length, heads, CHUNK: tl.constexpr, HEADS: tl.constexpr
-):
-    """Programs (chunk, tile of heads): steps and inclusive log2 decays, (c, h, q); no step behind a sequence's end."""
+    dt, dt_token, dt_head, A, decays, steps, sources, writes, table, length, heads,
+    CHUNK: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Programs (chunk, tile of heads), all (c, h, q): inclusive log2 decays a_i, and what is wanted of the others.
+
+    Those are the steps dt_j, ``sources`` a_j - log2 dt_j, ``writes`` exp2(a_q - a_j) dt_j. There is no step behind a
+    sequence's end.
+    """
     chunk = tl.program_id(0)
     _row, first, _last, start, stop = _locate(table, chunk, length, CHUNK)
     token = start + (chunk - first) * CHUNK
@@ -121,14 +128,23 @@ def _decays_kernel(
     rate = tl.load(A + head, mask=head < heads, other=0.0) * LOG2_E
     step = tl.load(dt + token * dt_token + (inside[:, None] * dt_token + head[None, :] * dt_head), mask=mask, other=0.0)
     at = (chunk.to(tl.int64) * heads + head)[None, :] * CHUNK + inside[:, None]
-    tl.store(steps + at, step, mask=(head < heads)[None, :])
-    tl.store(decays + at, tl.cumsum(step * rate[None, :], 0), mask=(head < heads)[None, :])
+    here = (head < heads)[None, :]
+    change = step * rate[None, :]
+    decay = tl.cumsum(change, 0)
+    tl.store(decays + at, decay, mask=here)
+    if steps is not None:
+        tl.store(steps + at, step, mask=here)
+    if sources is not None:
+        source = decay - tl.log2(tl.where(step > 0, step, 1.0))
+        tl.store(sources + at, tl.where(step > 0, source, float("inf")), mask=here)
+    whole = tl.sum(tl.where((inside == CHUNK - 1)[:, None], decay, 0.0), 0)
+    tl.store(writes + at, tl.exp2(whole[None, :] - decay) * step, mask=here)
 
 
 @triton.jit
 def _run(
-    state, total, left, left_token, right, right_token, query, query_token, y, y_token, steps, decays, heads,
-    kept, kept_chunk, chunk, count, first, start, stop, tile, at_p, at_n,
+    state, total, left, left_token, right, right_token, query, query_token, y, y_token, decays, sources, writes,
+    heads, kept, kept_chunk, chunk, count, first, start, stop, tile, at_p, at_n,
     CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """``count`` chunks of one sequence from ``chunk`` on: the state behind them, and ``total`` plus their log2 decay.
@@ -136,40 +152,43 @@ def _run(
     A tile (p, n) of state' = decay · state + (weight · left)^T right, forward (x, B) or from the end (dy, C). What it
     was before each chunk goes to ``kept``, the output of the recurrence to ``y``, each unless None.
 
-    Products have the state's rows on their left: the state and the weighted left-hand inputs are then operands that the
-    tensor cores take from registers.
+    The products' left operands that are worked out here (scores, weighted inputs) stay in registers, and all loaded
+    ones are multiplied as they lie in shared memory: only the state, in 2 bytes, is written there.
     """
     inside = tl.arange(0, CHUNK)
     columns = inside[None, :]
+    upcoming = tl.load(decays + chunk.to(tl.int64) * heads * CHUNK + CHUNK - 1)
     for k in range(count):
         now = chunk - k if REVERSE else chunk + k
         token = start + (now - first) * CHUNK  # scalar and wide; offsets inside a chunk are narrow
         valid = inside < tl.minimum(stop - token, CHUNK).to(tl.int32)
+        # Behind the sequence's end the last token stands in, with weights of 0: loads without masks are cheaper.
+        row = tl.minimum(inside, tl.minimum(stop - token, CHUNK).to(tl.int32) - 1)[:, None]
+        here = now.to(tl.int64) * heads * CHUNK
+        whole = upcoming
+        # One chunk ahead: nothing waits for it.
+        then = tl.minimum(k + 1, count - 1)
+        then = chunk - then if REVERSE else chunk + then
+        upcoming = tl.load(decays + then.to(tl.int64) * heads * CHUNK + CHUNK - 1)
         if kept is not None:
             tl.store(kept + now.to(tl.int64) * kept_chunk + tile, state)
-        decay = tl.load(decays + now.to(tl.int64) * heads * CHUNK + inside)
-        whole = tl.sum(tl.where(inside == CHUNK - 1, decay, 0.0), 0)
-        at_left = left + token * left_token + (columns * left_token + at_p[:, None])
-        a = tl.load(at_left, mask=valid[None, :], other=0.0)  # (p, q)
-        at_right = right + token * right_token + (inside[:, None] * right_token + at_n[None, :])
-        b = tl.load(at_right, mask=valid[:, None], other=0.0).to(DOT)
-        if REVERSE:
-            weight = tl.exp2(decay)
-        else:
-            step = tl.load(steps + now.to(tl.int64) * heads * CHUNK + inside)
-            weight = tl.exp2(whole - decay) * step
+        a = tl.load(left + token * left_token + (row * left_token + at_p[None, :]))  # (q, p)
+        b = tl.load(right + token * right_token + (row * right_token + at_n[None, :])).to(DOT)  # (q, n)
         if y is not None:
-            at_query = query + token * query_token + (inside[:, None] * query_token + at_n[None, :])
-            q = tl.trans(tl.load(at_query, mask=valid[:, None], other=0.0).to(DOT))
-            held = state.to(DOT)
-            scores = tl.dot(b, q, input_precision=PRECISION)  # (j, i)
-            out = tl.dot(held, q, input_precision=PRECISION)
-            relative = tl.where(inside[:, None] <= columns, decay[None, :] - decay[:, None], float("-inf"))
-            scores = scores * tl.exp2(relative) * step[:, None]
-            out = out * tl.exp2(decay)[None, :]
-            out = tl.dot(a.to(DOT), scores.to(DOT), out, input_precision=PRECISION)
-            tl.store(y + token * y_token + (columns * y_token + at_p[:, None]), out, mask=valid[None, :])
-        weighted = (a.to(tl.float32) * weight[None, :]).to(DOT)
+            q = tl.load(query + token * query_token + (row * query_token + at_n[None, :])).to(DOT)
+            decay = tl.load(decays + here + inside)
+            source = tl.load(sources + here + inside)
+            scores = tl.dot(q, tl.trans(b), input_precision=PRECISION)  # (i, j)
+            scores *= tl.exp2(tl.where(inside[:, None] >= columns, decay[:, None] - source[None, :], float("-inf")))
+            reach = scores.to(DOT)
+            out = tl.dot(q, tl.trans(state.to(DOT)), input_precision=PRECISION) * tl.exp2(decay)[:, None]
+            out = tl.dot(reach, a.to(DOT), out, input_precision=PRECISION)
+            tl.store(y + token * y_token + (inside[:, None] * y_token + at_p[None, :]), out, mask=valid[:, None])
+        if REVERSE:
+            weight = tl.where(valid, tl.exp2(tl.load(decays + here + inside)), 0.0)
+        else:
+            weight = tl.load(writes + here + inside)
+        weighted = (tl.trans(a).to(tl.float32) * weight[None, :]).to(DOT)
         state = tl.dot(weighted, b, state * tl.exp2(whole), input_precision=PRECISION)
         total += whole
     return state, total
@@ -177,7 +196,7 @@ def _run(
 
 @triton.jit
 def _sweep(
-    left, left_token, right, right_token, query, query_token, y, y_token, steps, decays,
+    left, left_token, right, right_token, query, query_token, y, y_token, decays, sources, writes,
     edge, far_edge, local, decay, kept, table, length, chunks, per_segment, segments, head, heads,
     tile, at_p, at_n,
     SIZE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -211,8 +230,8 @@ def _sweep(
                     state = tl.load(edge + (row * heads + head).to(tl.int64) * SIZE + tile)
             total = tl.full([], 0.0, tl.float32)
             state, total = _run(
-                state, total, left, left_token, right, right_token, None, 0, None, 0, steps, decays, heads,
-                None, 0, chunk, count, first, start, stop, tile, at_p, at_n, CHUNK, DOT, PRECISION, REVERSE,
+                state, total, left, left_token, right, right_token, None, 0, None, 0, decays, sources, writes,
+                heads, None, 0, chunk, count, first, start, stop, tile, at_p, at_n, CHUNK, DOT, PRECISION, REVERSE,
             )  # fmt: skip
             tl.store(local + (segment * heads + head).to(tl.int64) * SIZE + tile, state)
             tl.store(decay + segment * heads + head, tl.where(fresh, 0.0, tl.exp2(total)))
@@ -243,9 +262,10 @@ def _sweep(
                     state = tl.load(edge + here)
                 else:
                     state = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+            filled = tl.where(stop > start, count, 0)  # an empty sequence's chunk has nothing to be read
             state, _ = _run(
-                state, factor, left, left_token, right, right_token, query, query_token, y, y_token, steps, decays,
-                heads, kept, heads * SIZE, chunk, count, first, start, stop, tile, at_p, at_n,
+                state, factor, left, left_token, right, right_token, query, query_token, y, y_token, decays, sources,
+                writes, heads, kept, heads * SIZE, chunk, filled, first, start, stop, tile, at_p, at_n,
                 CHUNK, DOT, PRECISION, REVERSE,
             )  # fmt: skip
             if far_edge is not None:
@@ -257,7 +277,7 @@ def _sweep(
 
 @triton.jit(do_not_specialize=["length", "chunks", "per_segment", "segments"])
 def _scan_kernel(
-    x, x_token, x_head, B, B_token, B_head, C, C_token, C_head, steps, decays, dy, dy_token, dy_head,
+    x, x_token, x_head, B, B_token, B_head, C, C_token, C_head, decays, sources, writes, dy, dy_token, dy_head,
     y, initial, final, d_final, d_initial, local, decay, kept, table, length, chunks, per_segment, segments,
     heads, ratio,
     P: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -275,18 +295,20 @@ def _scan_kernel(
     x += group * x_head
     B += group * B_head
     C += head * C_head
-    steps += head * CHUNK
     decays += head * CHUNK
+    if sources is not None:
+        sources += head * CHUNK
+    writes += head * CHUNK
     if tl.program_id(2) == 0:
         _sweep(
-            x, x_token, B, B_token, C, C_token, None if y is None else y + head * P, heads * P, steps, decays,
+            x, x_token, B, B_token, C, C_token, None if y is None else y + head * P, heads * P, decays, sources, writes,
             initial, final, local, decay, kept,
             table, length, chunks, per_segment, segments, head, heads, tile, at_p, at_n, P * N,
             CHUNK, BLOCK_P, BLOCK_N, DOT, PRECISION, False, LOCAL,
         )  # fmt: skip
     elif dy is not None:
         _sweep(
-            dy + head * dy_head, dy_token, C, C_token, None, 0, None, 0, steps, decays,
+            dy + head * dy_head, dy_token, C, C_token, None, 0, None, 0, decays, None, writes,
             d_final, d_initial, local + segments.to(tl.int64) * heads * P * N, decay + segments * heads,
             None if kept is None else kept + chunks.to(tl.int64) * heads * P * N,
             table, length, chunks, per_segment, segments, head, heads, tile, at_p, at_n, P * N,
@@ -311,6 +333,9 @@ def _reads_kernel(
     head, chunk = tl.program_id(0) % heads, tl.program_id(0) // heads
     group = head // ratio
     _row, first, _last, start, stop = _locate(table, chunk, length, CHUNK)
+    if stop == start:
+        tl.store(dA + chunk.to(tl.int64) * heads + head, 0.0)
+        return
     inside = tl.arange(0, CHUNK)
     rows, columns = inside[:, None], inside[None, :]
     token = start + (chunk - first) * CHUNK
@@ -407,6 +432,8 @@ def _writes_kernel(
     """Programs (chunk × group × which): dx or dB of a chunk's tokens, a group's heads one after another."""
     group, chunk = tl.program_id(0) // 2 % groups, tl.program_id(0) // 2 // groups
     _row, first, _last, start, stop = _locate(table, chunk, length, CHUNK)
+    if stop == start:
+        return
     inside = tl.arange(0, CHUNK)
     token = start + (chunk - first) * CHUNK
     valid = inside < tl.minimum(stop - token, CHUNK).to(tl.int32)
@@ -469,21 +496,25 @@ def _tuning(x: Tensor, B: Tensor, C: Tensor) -> Tuning:
     return TUNED[max(x.shape[3], C.shape[3]), _dot(x, B, C)[2].itemsize]
 
 
-def _decays(shape: _Shape, dt: Tensor, A: Tensor, table: Tensor | None, chunk: int) -> tuple[Tensor, Tensor]:
-    """The steps and the inclusive log2 decays of each chunk, (c, h, q) float32: what all launches read."""
-    steps, decays = dt.new_empty(2, shape.chunks, shape.h, chunk).unbind()
+def _decays(
+    shape: _Shape, dt: Tensor, A: Tensor, table: Tensor | None, chunk: int, *, backward: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """What all launches read of each chunk's steps, (c, h, q) float32: decays, steps, sources and writes."""
+    decays, other, writes = dt.new_empty(3, shape.chunks, shape.h, chunk).unbind()
+    steps, sources = (other, None) if backward else (None, other)
     block = min(1 << (shape.h - 1).bit_length(), 16)
     with on_device(dt):
         _decays_kernel[(shape.chunks, _parts(shape.h, block))](
-            dt, dt.stride(1), dt.stride(2), A, steps, decays, table, shape.length, shape.h, CHUNK=chunk, HEADS=block
-        )
-    return steps, decays
+            dt, dt.stride(1), dt.stride(2), A, decays, steps, sources, writes, table, shape.length, shape.h,
+            CHUNK=chunk, HEADS=block,
+        )  # fmt: skip
+    return decays, steps, sources, writes
 
 
 def _scan(
     shape: _Shape,
     tiles: Tiles,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor],
     table: Tensor | None,
     chunk: int,
     *,
@@ -498,15 +529,15 @@ def _scan(
     kept: Tensor | None = None,
     only_local: bool = False,
 ) -> None:
-    """One launch of the scan over ``inputs`` (x, B, C, steps, decays)."""
-    x, B, C, steps, decays = inputs
+    """One launch of the scan over ``inputs`` (x, B, C, decays, sources, writes)."""
+    x, B, C, decays, sources, writes = inputs
     block_p, block_n = shape.tiles(tiles)
     dot, precision, _ = _dot(x, B, C)
     grid = (shape.h * (shape.p // block_p) * (shape.n // block_n), shape.segments, 1 if dy is None else 2)
     with on_device(x):
         _scan_kernel[grid](
             x, x.stride(1), x.stride(2), B, B.stride(1), B.stride(2), C, C.stride(1), C.stride(2),
-            steps, decays, dy, *((0, 0) if dy is None else (dy.stride(1), dy.stride(2))),
+            decays, sources, writes, dy, *((0, 0) if dy is None else (dy.stride(1), dy.stride(2))),
             y, initial, final, d_final, d_initial, local, decay, kept,
             table, shape.length, shape.chunks, shape.per_segment, shape.segments, shape.h, shape.h // shape.g,
             P=shape.p, N=shape.n, CHUNK=chunk, BLOCK_P=block_p, BLOCK_N=block_n, DOT=dot, PRECISION=precision,
@@ -534,7 +565,8 @@ def _ssd(
     initial = None if initial_state is None else initial_state.contiguous()
     local = x.new_empty(shape.segments, shape.h, shape.p, shape.n, dtype=torch.float32)
     decay = x.new_empty(shape.segments, shape.h, dtype=torch.float32)
-    inputs = (x, B, C, *_decays(shape, dt, A, table, chunk))
+    decays, _, sources, writes = _decays(shape, dt, A, table, chunk, backward=False)
+    inputs = (x, B, C, decays, sources, writes)
     if shape.segments > 1:
         _scan(
             shape, tuning.states, inputs, table, chunk, initial=initial, local=local, decay=decay, only_local=True
@@ -579,8 +611,8 @@ def _ssd_backward(
     decay = x.new_empty(2, shape.segments, shape.h, dtype=torch.float32)
     kept = x.new_empty(2, shape.chunks, *size, dtype=stored)
     dA = x.new_empty(shape.chunks, shape.h, dtype=torch.float32)
-    steps, decays = _decays(shape, dt, A, table, chunk)
-    inputs = (x, B, C, steps, decays)
+    decays, steps, _, writes = _decays(shape, dt, A, table, chunk, backward=True)
+    inputs = (x, B, C, decays, None, writes)
     initial = None if initial_state is None else initial_state.contiguous()
     d_final = None if d_final is None else d_final.contiguous()
     scan = functools.partial(

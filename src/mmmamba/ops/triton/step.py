@@ -110,6 +110,8 @@ def _step_kernel(
     C: tl.constexpr = (H + 2 * G) * P
     BLOCKS: tl.constexpr = PAD // PARTS // D
     ROTATE: tl.constexpr = cos is not None or positions is not None
+    # Parts that hold all of their state at once say that their share of y is there before they write the state.
+    LATE: tl.constexpr = PARTS > 1 and BLOCKS == 1
     n = tl.arange(0, PAD)
     local = tl.program_id(1) * (PAD // PARTS) + tl.arange(0, D)  # v's channels of this part's first block
     member = tl.arange(0, PAD_R)  # of the group's heads
@@ -177,7 +179,8 @@ def _step_kernel(
             row_of_state = head[:, None] * P + row_of_v[None, :]
             bits = state.to(tl.uint32, bitcast=True) + _noise(tl.load(seed), slot, row_of_state, PAD_R, D, PAD)
             state = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
-        tl.store(whole + place, state, mask=inside)
+        if not LATE:
+            tl.store(whole + place, state, mask=inside)
 
     if PARTS == 1:
         tl.debug_barrier()  # several threads may hold the same channel: none writes before all have read
@@ -195,6 +198,8 @@ def _step_kernel(
         tl.store(partial + result_at, y, mask=result_mask)
         tl.debug_barrier()  # the whole program has read and written before it says so
         before = tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel")
+        if LATE:
+            tl.store(whole + at, state, mask=mask & (local < P)[None, :, None])
         if before == PARTS - 1:
             tl.store(arrived + tl.program_id(0), 0)  # for the next step
             # From the L2, which all programs share.
