@@ -23,6 +23,7 @@ from mmmamba.model.model import Model
 from mmmamba.model.rope import inverse_frequencies
 from mmmamba.model.state import KVState, LayerState, MambaState, State
 from mmmamba.ops import attend_step, linear_step, mixer_step, rotate
+from mmmamba.ops.triton import why_not
 
 WARM_UP = 2  # steps of a batch size before it is captured
 
@@ -38,7 +39,7 @@ class Decoder:
         slots: sequences that the pool has room for.
         capacity: most tokens that a sequence will hold: the length of the softmax layers' caches.
         max_length: the length that dynamic RoPE scaling was fixed for when the sequences' states were made.
-        graph: replay steps as CUDA graphs.
+        graph: replay steps as CUDA graphs; by default wherever that can be done.
         state_dtype: of the SSM states (default: float32 at least). bfloat16 halves what a step moves in a large batch;
             it is rounded stochastically, so that a state does not drift.
     """
@@ -50,12 +51,12 @@ class Decoder:
         capacity: int,
         *,
         max_length: int,
-        graph: bool = False,
+        graph: bool | None = None,
         state_dtype: torch.dtype | None = None,
     ) -> None:
         config = model.config
         self.model, self.slots, self.capacity, self.max_length = model, slots, capacity, max_length
-        self.graph, self.state_dtype = graph, state_dtype
+        self.graph, self.state_dtype = graphable(model) if graph is None else graph, state_dtype
         # A seed for each layer's rounding, another one in every step.
         self.seeds = torch.arange(config.num_layers, device=model.device)
         # One slot more than asked for: idle rows of a batch write there.
@@ -135,9 +136,17 @@ class Decoder:
             x = layer.step(x, slots, safe)
         for counts in {id(t): t for t in (self.positions, self.embedded)}.values():
             counts.index_add_(0, safe, torch.ones_like(safe))
-            counts[self.slots] = 0
+            counts[self.slots].zero_()
         self.seeds += len(self.layers)
         return linear_step(x, model.head.weight, norm=model.norm.weight, eps=model.norm.eps)
+
+
+def graphable(model: Model) -> bool:
+    """Whether a decoding step can be a CUDA graph: the kernels serve all of it, and no length changes its rotation."""
+    config = model.config
+    sizes: list[dict[str, int]] = [{"head_dim": config.stack_of(i).head_dim} for i in config.attention_layers]
+    served = all(why_not(model.head.weight, **size) is None for size in [{}, *sizes])
+    return model.device.type == "cuda" and served and not model.dynamic_rope
 
 
 class _Graph:
