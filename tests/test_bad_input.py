@@ -234,7 +234,7 @@ def test_a_cache_that_cannot_be_written(setup, monkeypatch):
         ({"stage2__steps": "many"}, "'stage2.steps' must be int, got 'many' (str)"),
         ({"stage3__train": "conv"}, "'stage3.train' must be a list of str, got 'conv' (str)"),
         ({"stage3__train": ["o_proj"]}, "'stage3': unknown mixer parameter 'o_proj', must be among A_log,"),
-        ({"layers": "hybrid"}, "layers must be 'linear', 'hybrid:K' or a list, got 'hybrid'"),
+        ({"layers": "hybrid"}, "layers must be 'linear', 'hybrid:K', 'measured:K' or a list, got 'hybrid'"),
         ({"layers": [5]}, "layers names layer 5, the teacher has 0…4"),
     ],
 )

@@ -16,10 +16,10 @@ from mmmamba.data.processor import Processor
 from mmmamba.distill.distill import distill, seeded
 from mmmamba.distill.feed import Feed
 from mmmamba.distill.objectives import AlignHeads, MatchLogits
+from mmmamba.distill.optimizers import Optimizers
 from mmmamba.distill.recipe import DataConfig, SourceConfig, StageConfig
 from mmmamba.distill.run import RunFolder
 from mmmamba.distill.seeding import seed
-from mmmamba.distill.step import _optimizer
 from mmmamba.errors import UserError
 from mmmamba.model import ATTENTION, MAMBA2
 
@@ -123,7 +123,7 @@ def test_the_teachers_tensors_are_the_same_after_every_step(kind, teacher_folder
     objective = (AlignHeads if kind == "align" else MatchLogits)(teacher, student, config)
     data = DataConfig(sources=(SourceConfig(path=str(small_data)),), workers=0)
     feed = Feed(data, Processor.from_folder(teacher_folder), 0)
-    optimizer, _ = _optimizer(objective.trained, config, torch.device("cpu"))
+    optimizer = Optimizers(objective.trained, config, torch.device("cpu"))
     for rows in feed.rows(config, 0)(0):
         start = {name: p.detach().clone() for name, p in objective.trained.items()}
         optimizer.zero_grad()

@@ -229,7 +229,7 @@ def test_the_parts_add_up_to_the_peak() -> None:
     totals = {moment: sum(parts.values()) for moment, parts in memory.moments.items()}
     assert memory.peak == sum(memory.held.values()) + max(totals.values())
     assert totals[memory.peak_moment] == max(totals.values())
-    assert memory.held["gradients, float32"] * 2 == memory.held["AdamW's moments, float32"]
+    assert memory.held["gradients, float32"] * 2 == memory.held["optimizer's moments, float32"]
 
 
 def test_memory_grows_linearly_with_the_row() -> None:

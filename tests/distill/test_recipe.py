@@ -100,7 +100,7 @@ def test_our_recipes_at_its_size_keep_nanos_choices_and_the_papers_samples(kind)
 
 @pytest.mark.parametrize(
     ("layers", "softmax"),
-    [("linear", []), ("hybrid:4", [0, 4]), ("hybrid:3", [0, 3, 6]), ([], []), ([2, 7], [2, 7])],
+    [("linear", []), ("hybrid:4", [0, 4]), ("hybrid:3", [0, 3, 6]), ("measured:4", [0, 4]), ([], []), ([2, 7], [2, 7])],
 )
 def test_layer_map(layers, softmax):
     layer_map = small(layers=layers).layer_map(8)
@@ -108,9 +108,13 @@ def test_layer_map(layers, softmax):
     assert set(layer_map) <= {ATTENTION, MAMBA2} and len(layer_map) == 8
 
 
-@pytest.mark.parametrize("layers", ["linar", "hybrid", "hybrid:", "hybrid:0", "hybrid:-1", "hybrid:x", "softmax:2"])
+@pytest.mark.parametrize(
+    "layers", ["linar", "hybrid", "hybrid:", "hybrid:0", "hybrid:-1", "hybrid:x", "measured:0", "softmax:2"]
+)
 def test_a_wrong_layer_map_says_what_it_may_be(layers):
-    with pytest.raises(UserError, match=r"recipe small: layers must be 'linear', 'hybrid:K' or a list, got"):
+    with pytest.raises(
+        UserError, match=r"recipe small: layers must be 'linear', 'hybrid:K', 'measured:K' or a list, got"
+    ):
         small(layers=layers).layer_map(8)
 
 

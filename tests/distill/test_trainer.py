@@ -78,14 +78,16 @@ def losses(path) -> list[tuple[int, float]]:
     return [(line["step"], line.get("loss")) for line in run_folder(path).metrics()]
 
 
-@pytest.mark.parametrize("die", [0, 1, 3, 4, 5, 8, 9])
-def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path, die):
-    whole = go(tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("die", "optimizer"), [*((n, "adamw") for n in (0, 1, 3, 4, 5, 8, 9)), (5, "muon"), (9, "muon")]
+)
+def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path, die, optimizer):
+    whole = go(tmp_path / "whole", optimizer=optimizer)
     with pytest.raises(KeyboardInterrupt):
-        go(tmp_path / "cut", rows=Rows(10, die=die))
+        go(tmp_path / "cut", rows=Rows(10, die=die), optimizer=optimizer)
     saved = run_folder(tmp_path / "cut").last_step("s")
     assert (saved[0] if saved else 0) == die // 4 * 4
-    again = go(tmp_path / "cut")
+    again = go(tmp_path / "cut", optimizer=optimizer)
     assert all(torch.equal(a, b) for a, b in zip(whole.trained.values(), again.trained.values(), strict=True))
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert [step for step, _ in losses(tmp_path / "whole")] == [3, 4, 6, 8, 9, 10]
@@ -99,7 +101,8 @@ def test_every_field_is_logged(tmp_path):
     assert [entry["lr"] for entry in run_folder(tmp_path).metrics()][-1] == pytest.approx(0.1 * config().factor(9))
 
 
-def test_decay_falls_on_matrices_alone_and_scales_by_name(tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_decay_falls_on_matrices_alone_and_scales_by_name(tmp_path, optimizer):
     """With no gradient to follow, what moves is moved by the weight decay."""
 
     class Still(Distance):
@@ -108,10 +111,22 @@ def test_decay_falls_on_matrices_alone_and_scales_by_name(tmp_path):
                 parameter.grad = torch.zeros_like(parameter)
             return {"loss": torch.zeros(())}
 
-    start, end = Still(), go(tmp_path, Still(), steps=1, warmup=0, decay=0, weight_decay=0.5, lr_scale={"q_proj": 2.0})
+    changes = {"steps": 1, "warmup": 0, "decay": 0, "weight_decay": 0.5, "lr_scale": {"q_proj": 2.0}}
+    start, end = Still(), go(tmp_path, Still(), optimizer=optimizer, **changes)
     before, after = list(start.trained.values()), list(end.trained.values())
     torch.testing.assert_close(after[0], before[0] * (1 - 0.1 * 2.0 * 0.5))
     assert torch.equal(after[1], before[1]) and torch.equal(after[2], before[2])
+
+
+def test_muon_moves_all_directions_of_a_projection_alike_and_leaves_the_rest_to_adamw(tmp_path):
+    """A step's singular values are near 0.2 · √(longer side) · rate (PyTorch's scaling to AdamW's rates)."""
+    once = {"steps": 1, "warmup": 0, "decay": 0, "weight_decay": 0.0}
+    start = Distance().trained
+    adamw, muon = (go(tmp_path / name, optimizer=name, **once).trained for name in ("adamw", "muon"))
+    name = "layers.0.mixer.q_proj.weight"
+    moved = torch.linalg.svdvals((muon[name] - start[name]).detach()) / (0.1 * 0.2 * 3**0.5)
+    assert ((moved > 0.6) & (moved < 1.3)).all() and not torch.equal(muon[name], adamw[name])
+    assert all(torch.equal(muon[other], adamw[other]) for other in start if other != name)
 
 
 def test_the_gradient_is_clipped(tmp_path):

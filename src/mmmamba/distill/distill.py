@@ -19,11 +19,13 @@ from mmmamba.device import pick_device, pick_precision
 from mmmamba.distill import dry_run as rehearsal
 from mmmamba.distill.feed import Feed
 from mmmamba.distill.objectives import AlignHeads, MatchLogits
+from mmmamba.distill.placement import place
 from mmmamba.distill.recipe import MIXER_PARAMETERS, DistillRecipe, SourceConfig, StageConfig, load_recipe
 from mmmamba.distill.run import TENSORS, RunFolder, digest
 from mmmamba.distill.seeding import seed
 from mmmamba.distill.trainer import train
 from mmmamba.errors import UserError
+from mmmamba.model.config import ATTENTION, MAMBA2
 from mmmamba.model.mamba2 import Mamba2
 from mmmamba.model.model import Model, compile_layers
 from mmmamba.progress import table
@@ -132,6 +134,8 @@ def distill(
     for number, stage in enumerate(STAGES[:2]):
         config: StageConfig = getattr(plan, stage)
         _run_stage(run, stage, AlignHeads(model, aligned, config), config, aligned, feed, number, where, dtype)
+    if plan.measured:
+        layer_map = _placed(run, plan, model, aligned, feed, dtype)
     student = seed(model, layer_map, plan.mixer, aligned=aligned)
     _run_stage(run, "stage3", MatchLogits(model, student, plan.stage3), plan.stage3, student, feed, 2, where, dtype)
 
@@ -167,6 +171,20 @@ def _run_stage(
         run.finish(stage, mixers(student), steps=config.steps)
     else:
         restore(student, done)
+
+
+def _placed(
+    run: RunFolder, plan: DistillRecipe, teacher: Model, aligned: Model, feed: Feed, precision: torch.dtype
+) -> tuple[str, ...]:
+    """The layer map that a measurement picks, once a run: on one batch of stage 3's samples, none of its first."""
+    layers = teacher.config.num_layers
+    if "softmax_layers" not in run.manifest:
+        count = plan.layer_map(layers).count(ATTENTION)
+        one = replace(plan.stage3, steps=1)
+        rows = [row.to(teacher.device) for row in next(iter(feed.rows(one, len(STAGES))(0)))]
+        run.note(softmax_layers=place(teacher, aligned, plan.mixer, count, rows, plan.stage3, precision))
+    kept = run.manifest["softmax_layers"]
+    return tuple(ATTENTION if i in kept else MAMBA2 for i in range(layers))
 
 
 def mixers(student: Model) -> dict[str, Tensor]:

@@ -107,8 +107,12 @@ def count_parameters(student: ModelConfig, stage: StageConfig) -> Counts:
     return Counts(trained={kind: count for kind, count in found.items() if count}, total=total)
 
 
-def _held(teacher: ModelConfig, mixer: MixerConfig, moved: int) -> dict[str, int]:
-    """Always there: the teacher whole, new mixers for all its layers (W_o shared), gradients, AdamW's two moments."""
+def _held(teacher: ModelConfig, mixer: MixerConfig, counts: Counts, optimizer: str) -> dict[str, int]:
+    """Always there: the teacher whole, new mixers for all its layers (W_o shared), gradients, AdamW's two moments.
+
+    Of the matrices that Muon moves there is one.
+    """
+    once = sum(counts.trained.get(kind, 0) for kind in MATRICES) if optimizer == "muon" else 0
     with torch.device("meta"):
         weights = sum(parameter.numel() for parameter in Model(teacher).parameters())
         aligned = Model(student_config(teacher, (MAMBA2,) * teacher.num_layers, mixer))
@@ -116,8 +120,8 @@ def _held(teacher: ModelConfig, mixer: MixerConfig, moved: int) -> dict[str, int
     return {
         "teacher's weights, float32": WIDE * weights,
         "students' mixers, float32": WIDE * mixers,
-        "gradients, float32": WIDE * moved,
-        "AdamW's moments, float32": 2 * WIDE * moved,
+        "gradients, float32": WIDE * counts.moved,
+        "optimizer's moments, float32": WIDE * (2 * counts.moved - once),
     }
 
 
@@ -203,7 +207,7 @@ def stage_memory(teacher: ModelConfig, student: ModelConfig, stage: StageConfig,
     """
     counts = count_parameters(student, stage)
     moments = _moments(teacher, student, stage, passes, tokens, counts, layer_local)
-    return Memory(held=_held(teacher, student.mixer, counts.moved), moments=moments)
+    return Memory(held=_held(teacher, student.mixer, counts, stage.optimizer), moments=moments)
 
 
 def _moments(teacher: ModelConfig, student: ModelConfig, stage: StageConfig, passes: Passes, tokens: int,
@@ -259,7 +263,7 @@ def greatest_row(teacher: ModelConfig, student: ModelConfig, stage: StageConfig,
                  *, layer_local: bool) -> int:  # fmt: skip
     """The greatest row, in tokens by the :data:`UNIT`, with a peak that leaves :data:`OVERHEAD` of ``memory``, or 0."""
     counts = count_parameters(student, stage)
-    room = memory - OVERHEAD - sum(_held(teacher, student.mixer, counts.moved).values())
+    room = memory - OVERHEAD - sum(_held(teacher, student.mixer, counts, stage.optimizer).values())
 
     def fits(rows: int) -> bool:
         moments = _moments(teacher, student, stage, passes, UNIT * rows, counts, layer_local)

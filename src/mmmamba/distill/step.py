@@ -1,4 +1,4 @@
-"""One optimisation step: passes, clipping, AdamW; as it comes, or replayed as a CUDA graph.
+"""One optimisation step: passes, clipping, update; as it comes, or replayed as a CUDA graph.
 
 A small model's step is a thousand small kernels, and the host takes longer to launch them than the GPU to run them. A
 graph launches them all at once, but only with the shapes and addresses that it was captured with. So the rows are laid
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mmmamba.data.batching import Batch
 from mmmamba.data.processor import UNSCORED
 from mmmamba.distill.objectives import Objective
+from mmmamba.distill.optimizers import Optimizers
 from mmmamba.distill.recipe import TrainConfig
 from mmmamba.ops.layout import remember_bounds, remember_lengths
 
@@ -37,22 +38,18 @@ class Step:
 
     def __init__(self, objective: Objective, config: TrainConfig, device: torch.device, precision: torch.dtype) -> None:
         self.objective, self.clip, self.device, self.precision = objective, config.clip, device, precision
-        self.optimizer, self._scales = _optimizer(objective.trained, config, device)
+        self.optimizers = Optimizers(objective.trained, config, device)
 
     def __call__(self, rows: Sequence[Batch], rate: float) -> tuple[dict[str, Tensor], Tensor]:
         """Take the step at learning rate ``rate``: the objective's losses (none without rows), the gradient's norm."""
-        self._set_rate(rate)
+        self.optimizers.set_rate(rate)
         return self._update([_move(row, self.device) for row in rows])
 
-    def _set_rate(self, rate: float) -> None:
-        for group, scale in zip(self.optimizer.param_groups, self._scales, strict=True):
-            group["lr"] = rate * scale
-
     def _update(self, rows: Sequence[Batch]) -> tuple[dict[str, Tensor], Tensor]:
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizers.zero_grad()
         losses = self.objective.backward(rows, self.precision) if rows else {}
         norm = nn.utils.clip_grad_norm_(list(self.objective.trained.values()), self.clip)
-        self.optimizer.step()
+        self.optimizers.step()
         return losses, norm
 
 
@@ -66,7 +63,7 @@ class ReplayedStep(Step):
 
     def __init__(self, objective: Objective, config: TrainConfig, device: torch.device, precision: torch.dtype) -> None:
         super().__init__(objective, config, device, precision)
-        for group in self.optimizer.param_groups:  # a captured step reads its rate from memory
+        for group in self.optimizers.groups:  # a captured step reads its rate from memory
             group["lr"] = torch.zeros((), device=device)
         self._captured: dict[int, _Captured] = {}
         self._stream = torch.cuda.Stream(device)
@@ -75,7 +72,7 @@ class ReplayedStep(Step):
     def __call__(self, rows: Sequence[Batch], rate: float) -> tuple[dict[str, Tensor], Tensor]:
         if not rows:  # nothing to learn from: no update
             return {}, torch.zeros((), device=self.device)
-        self._set_rate(rate)
+        self.optimizers.set_rate(rate)
         captured = self._captured.get(len(rows))
         room = Room.for_rows(rows)
         if captured is None or not captured.room.holds(room):
@@ -93,10 +90,6 @@ class ReplayedStep(Step):
         losses, norm = captured.results
         return {name: loss.clone() for name, loss in losses.items()}, norm
 
-    def _set_rate(self, rate: float) -> None:
-        for group, scale in zip(self.optimizer.param_groups, self._scales, strict=True):
-            group["lr"].fill_(rate * scale)
-
     def _padded_update(self, captured: _Captured) -> tuple[dict[str, Tensor], Tensor]:
         for row in captured.rows:  # here, so that the tables are part of what is captured
             remember_bounds(row.cu_seqlens, row.tokens, captured.room.longest)
@@ -111,7 +104,7 @@ class ReplayedStep(Step):
         return results
 
     def _capture(self, captured: _Captured) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizers.zero_grad()
         graph = torch.cuda.CUDAGraph()
         # The loader's threads go on pinning memory meanwhile, which only a capture of this thread alone lets them.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
@@ -213,26 +206,3 @@ def _move(row: Batch, device: torch.device) -> Batch:
     if moved.cu_seqlens is not row.cu_seqlens:
         remember_lengths(moved.cu_seqlens, row.cu_seqlens.diff().tolist())
     return moved
-
-
-def _optimizer(
-    trained: dict[str, nn.Parameter],
-    config: TrainConfig,
-    device: torch.device,
-) -> tuple[torch.optim.AdamW, list[float]]:
-    """AdamW with one group per (weight decay or not, learning-rate factor), and those factors."""
-    factors = config.lr_scale
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
-    for name, parameter in trained.items():
-        decays = parameter.ndim > 1 and "embedding" not in name
-        scale = next((factors[part] for part in name.split(".") if part in factors), 1.0)
-        groups.setdefault((decays, scale), []).append(parameter)
-    settings: list[dict[str, Any]] = [
-        {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0}
-        for (decays, _), parameters in groups.items()
-    ]
-    on_gpu = device.type == "cuda"
-    optimizer = torch.optim.AdamW(
-        settings, lr=config.lr, betas=config.betas, fused=on_gpu or None, capturable=on_gpu and config.graph
-    )
-    return optimizer, [scale for _, scale in groups]

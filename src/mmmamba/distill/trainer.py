@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mmmamba.data.batching import Batch, Skipped
 from mmmamba.distill.objectives import Objective
+from mmmamba.distill.optimizers import KEPT, Optimizers
 from mmmamba.distill.recipe import TrainConfig
 from mmmamba.distill.run import RunFolder
 from mmmamba.distill.step import make_step
@@ -46,7 +47,7 @@ def train(
         UserError: when the loss stops being finite, naming stage and step.
     """
     take = make_step(objective, config, device, precision)
-    start = _restore(run, stage, objective.trained, take.optimizer)
+    start = _restore(run, stage, objective.trained, take.optimizers)
     run.cut_metrics(stage, start)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -81,7 +82,7 @@ def train(
                 recent, tokens, since = [], 0, now
             if saves:
                 run.skip(stage, rows.bad_samples)
-                run.save_step(stage, done, _snapshot(objective.trained, take.optimizer))
+                run.save_step(stage, done, _snapshot(objective.trained, take.optimizers))
     run.skip(stage, rows.bad_samples)
 
 
@@ -96,30 +97,24 @@ def _means(recent: Sequence[dict[str, Tensor]], norm: Tensor, stage: str, step: 
     return means
 
 
-def _snapshot(trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _snapshot(trained: dict[str, nn.Parameter], optimizers: Optimizers) -> dict[str, Tensor]:
     """Everything that the next step depends on, by name."""
     tensors = {}
     for name, parameter in trained.items():
         tensors[f"weight/{name}"] = parameter.detach()
-        for key, value in optimizer.state[parameter].items():
+        for key, value in optimizers.state_of(parameter).items():
             tensors[f"{key}/{name}"] = value
     return tensors
 
 
 @torch.no_grad()
-def _restore(run: RunFolder, stage: str, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
-    """Lay the stage's last checkpoint over weights and optimizer; the step to go on from."""
+def _restore(run: RunFolder, stage: str, trained: dict[str, nn.Parameter], optimizers: Optimizers) -> int:
+    """Lay the stage's last checkpoint over weights and optimizers; the step to go on from."""
     found = run.last_step(stage)
     if found is None:
         return 0
     step, tensors = found
     for name, parameter in trained.items():
         parameter.copy_(tensors[f"weight/{name}"])
-        state = {
-            key: tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors
-        }
-        fused = bool(optimizer.defaults["fused"])
-        optimizer.state[parameter] = {
-            key: value.to(parameter.device) if key != "step" or fused else value for key, value in state.items()
-        }
+        optimizers.restore(parameter, {key: tensors[f"{key}/{name}"] for key in KEPT if f"{key}/{name}" in tensors})
     return step

@@ -1,0 +1,94 @@
+"""What moves the parameters: AdamW alone, or Muon for the matrices and AdamW for the rest, as one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmmamba.distill.recipe import TrainConfig
+
+KEPT = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")  # what an optimizer remembers of a parameter
+
+
+class Optimizers:
+    """The optimizers of one training, each over parameters of its own.
+
+    Muon (K. Jordan, 2024; PyTorch's) makes the momentum of a matrix orthogonal before it is added: all its directions
+    move alike. It is scaled so that AdamW's learning rates serve it too.
+
+    Args:
+        trained: the parameters, by full name.
+        config: which optimizer, and rates, betas, weight decay (on matrices only).
+        device: theirs; on a GPU AdamW is fused.
+    """
+
+    def __init__(self, trained: Mapping[str, nn.Parameter], config: TrainConfig, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        muon = {name: p for name, p in trained.items() if config.optimizer == "muon" and _is_projection(name)}
+        rest = {name: p for name, p in trained.items() if name not in muon}
+        self._all: list[torch.optim.Optimizer] = []
+        if rest:
+            self._all.append(
+                torch.optim.AdamW(
+                    _groups(rest, config),
+                    lr=config.lr,
+                    betas=config.betas,
+                    fused=self._on_gpu or None,
+                    capturable=self._on_gpu and config.graph,
+                )
+            )
+        if muon:
+            self._all.append(torch.optim.Muon(_groups(muon, config), lr=config.lr, adjust_lr_fn="match_rms_adamw"))
+        self.groups: list[dict[str, Any]] = [group for optimizer in self._all for group in optimizer.param_groups]
+        self._owner = {p: optimizer for optimizer in self._all for g in optimizer.param_groups for p in g["params"]}
+
+    def set_rate(self, rate: float) -> None:
+        """The learning rate of the next step; each group's is ``lr_scale`` times that."""
+        for group in self.groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate * group["scale"])
+            else:
+                group["lr"] = rate * group["scale"]
+
+    def zero_grad(self) -> None:
+        for optimizer in self._all:
+            optimizer.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        for optimizer in self._all:
+            optimizer.step()
+
+    def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """What the next step of a parameter depends on, beside its value and gradient."""
+        return dict(self._owner[parameter].state[parameter])
+
+    def restore(self, parameter: nn.Parameter, state: Mapping[str, Tensor]) -> None:
+        """Lay down what :meth:`state_of` gave."""
+        self._owner[parameter].state[parameter] = {
+            # AdamW counts its steps on the host, unless it is fused.
+            key: value if key == "step" and not self._on_gpu else value.to(parameter.device)
+            for key, value in state.items()
+        }
+
+
+def _is_projection(name: str) -> bool:
+    """Whether a parameter is a matrix between hidden states (dt_proj's few rows are the heads' step sizes)."""
+    return name.endswith(("_proj.weight", "mlp.gate.weight", "mlp.up.weight", "mlp.down.weight")) and (
+        "dt_proj" not in name
+    )
+
+
+def _groups(trained: Mapping[str, nn.Parameter], config: TrainConfig) -> list[dict[str, Any]]:
+    """One group for each (weight decay or not, factor on the learning rate)."""
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in trained.items():
+        decays = parameter.ndim > 1 and "embedding" not in name
+        scale = next((config.lr_scale[part] for part in name.split(".") if part in config.lr_scale), 1.0)
+        groups.setdefault((decays, scale), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0, "scale": scale}
+        for (decays, scale), parameters in groups.items()
+    ]

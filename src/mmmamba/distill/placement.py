@@ -1,0 +1,61 @@
+"""Which layers keep softmax: those whose loss would be felt most, by measurement."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from mmmamba.data.batching import Batch
+from mmmamba.distill.losses import divergence, token_weights
+from mmmamba.distill.objectives import autocast, inputs
+from mmmamba.distill.recipe import StageConfig
+from mmmamba.distill.seeding import seed
+from mmmamba.model.config import ATTENTION, MAMBA2, MixerConfig
+from mmmamba.model.model import Model
+
+
+@torch.no_grad()
+def place(
+    teacher: Model,
+    aligned: Model,
+    mixer: MixerConfig,
+    count: int,
+    rows: Sequence[Batch],
+    stage: StageConfig,
+    precision: torch.dtype,
+) -> list[int]:
+    """The ``count`` global layers that keep softmax, chosen one after another.
+
+    Each choice is the layer whose softmax, put back among the aligned mixers, brings the student's output nearest to
+    the teacher's: KL per token over ``rows``, weighted as in ``stage`` (stage 3). The number of passes grows with
+    ``count`` times the number of layers. The paper interleaves instead (section 4.3 compares placements by hand).
+    """
+    layers = range(teacher.config.num_layers)
+    weights = [token_weights(row.labels, stage.prompt_weight, row.real) for row in rows]
+    with autocast(teacher.device, precision):
+        given = [inputs(teacher, row) for row in rows]
+        targets = [
+            teacher(**x, cu_seqlens=row.cu_seqlens, logits="none").hidden for x, row in zip(given, rows, strict=True)
+        ]
+
+    def measure(keep: Sequence[int]) -> float:
+        student = seed(teacher, [ATTENTION if i in keep else MAMBA2 for i in layers], mixer, aligned=aligned)
+        total = torch.zeros((), device=teacher.device)
+        with autocast(teacher.device, precision):
+            for x, row, weight, target in zip(given, rows, weights, targets, strict=True):
+                hidden = student(**x, cu_seqlens=row.cu_seqlens, logits="none").hidden
+                heads = student.head.weight, teacher.head.weight
+                total += divergence(hidden, heads[0], target, heads[1], weight, stage.temperature)
+        return float(total / torch.stack([weight.sum() for weight in weights]).sum())
+
+    kept: list[int] = []
+    before = measure(kept)
+    for _ in range(count):
+        found = {i: measure([*kept, i]) for i in layers if i not in kept}
+        best = min(found, key=lambda i: found[i])
+        print(f"layer {best} keeps softmax: KL {before:.4f} → {found[best]:.4f}", file=sys.stderr)
+        kept.append(best)
+        before = found[best]
+    return sorted(kept)
