@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from transformers.utils import logging
-from wrapped import wrap
+from wrapped import TILES, wrap
 
 import mmmamba
 from mmmamba.data.export import export_files
+from mmmamba.data.tiling import normalise
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -31,3 +33,15 @@ def folder_of(tmp_path_factory) -> Callable[[str], Path]:
         return made[name]
 
     return build
+
+
+@pytest.fixture
+def prompt() -> dict[str, torch.Tensor]:
+    """Three rows: a picture of one tile; text padded left; two tiles."""
+    image, ids = [7] * 4, torch.full((3, 14), 2)
+    rows = [[1, *image, 20, 30], [1, 40, 50, 60, 70], [1, 9, *image, 5, *image, 8, 11, 12]]
+    for i, row in enumerate(rows):
+        ids[i, 14 - len(row) :] = torch.tensor(row)
+    mask = (torch.arange(14) >= 14 - torch.tensor([[len(row)] for row in rows])).long()
+    pixels = normalise(torch.from_numpy(TILES)).double()
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline
-from wrapped import BUILTIN, picture, user, wrap
+from wrapped import BUILTIN, generated, picture, row, user, wrap
 
 import mmmamba
 from mmmamba.data.samples import Turn
@@ -36,26 +36,6 @@ QUESTIONS = [
 def tiny(tiny_model: Callable[..., Model]) -> Model:
     """float64, so that a token picked greedily does not hang on rounding."""
     return tiny_model(HYBRID, MixerConfig(rope=True)).double()
-
-
-@pytest.fixture
-def prompt() -> dict[str, torch.Tensor]:
-    """Three rows: a picture of one tile; text padded left; two tiles."""
-    pixels = torch.randn(3, 3, 56, 56, generator=torch.Generator().manual_seed(0)).double()
-    image, ids = [7] * 4, torch.full((3, 14), 2)
-    rows = [[1, *image, 20, 30], [1, 40, 50, 60, 70], [1, 9, *image, 5, *image, 8, 11, 12]]
-    for i, row in enumerate(rows):
-        ids[i, 14 - len(row) :] = torch.tensor(row)
-    mask = (torch.arange(14) >= 14 - torch.tensor([[len(row)] for row in rows])).long()
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
-
-
-def row(prompt: dict[str, torch.Tensor], i: int) -> dict[str, torch.Tensor]:
-    """One row of a batch, without its padding."""
-    tiles = {0: slice(0, 1), 1: slice(0, 0), 2: slice(1, 3)}[i]
-    ids = prompt["input_ids"][i][prompt["attention_mask"][i] != 0][None]
-    pixels = prompt["pixel_values"][tiles]
-    return {"input_ids": ids, **({"pixel_values": pixels} if len(pixels) else {})}
 
 
 # ---------------------------------------------------------------------------------------------- folders
@@ -284,54 +264,6 @@ def test_generate_says_what_the_engine_says(name: str, folder_of) -> None:
 
     assert answers(chats) == expected  # one batch, padded on the left
     assert [answers(chat)[0] for chat in chats] == expected
-
-
-def generated(model: MMMambaForConditionalGeneration, **inputs: Any) -> torch.Tensor:
-    """Twelve new tokens, with no end before."""
-    return model.generate(
-        **{"max_new_tokens": 12, "eos_token_id": None, "do_sample": False, "pad_token_id": 0} | inputs
-    )
-
-
-def test_greedy_tokens_hang_on_nothing_else(tiny: Model, prompt: dict[str, torch.Tensor]) -> None:
-    model = wrap(tiny)
-    found = generated(model, **prompt)
-    assert torch.equal(found, generated(model, **prompt, use_cache=False))
-    assert torch.equal(found[:, :14], prompt["input_ids"])
-    embedded = tiny.embed(prompt["input_ids"], prompt["pixel_values"])
-    assert torch.equal(found[:, 14:], generated(model, inputs_embeds=embedded, attention_mask=prompt["attention_mask"]))
-    for i in range(3):
-        alone = row(prompt, i)
-        assert torch.equal(generated(model, **alone)[0, alone["input_ids"].shape[1] :], found[i, 14:])
-    text = {"input_ids": prompt["input_ids"][1:2, 9:]}
-    assert torch.equal(generated(model, **text, prefill_chunk_size=2)[0, 5:], found[1, 14:])
-
-
-@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
-def test_beams_carry_their_own_states(tiny: Model, prompt: dict[str, torch.Tensor], options: dict[str, int]) -> None:
-    model = wrap(tiny)
-    with_state = generated(model, **prompt, **options)
-    assert with_state.shape[0] == 3 * options.get("num_return_sequences", 1)
-    assert torch.equal(with_state, generated(model, **prompt, **options, use_cache=False))
-
-
-def test_sampling_draws_from_the_same_distribution(tiny: Model, prompt: dict[str, torch.Tensor]) -> None:
-    model, options = wrap(tiny), {"do_sample": True, "top_k": 20, "num_return_sequences": 2, "max_new_tokens": 6}
-    torch.manual_seed(0)
-    drawn = generated(model, **prompt, **options)
-    torch.manual_seed(0)
-    assert torch.equal(drawn, generated(model, **prompt, **options, use_cache=False))
-    assert drawn.shape == (6, 20) and not torch.equal(drawn[0], drawn[1])
-
-
-def test_generation_goes_on_from_a_cache(tiny: Model, prompt: dict[str, torch.Tensor]) -> None:
-    model = wrap(tiny)
-    whole = generated(model, **prompt)
-    first = generated(model, **prompt, max_new_tokens=5, return_dict_in_generate=True)
-    mask = torch.cat([prompt["attention_mask"], torch.ones(3, 5).long()], 1)
-    past = first.past_key_values
-    rest = generated(model, input_ids=first.sequences, attention_mask=mask, past_key_values=past, max_new_tokens=7)
-    assert torch.equal(rest, whole)
 
 
 def test_dynamic_rope_is_fixed_as_the_engine_fixes_it(tiny_processor) -> None:

@@ -17,8 +17,8 @@ from mmmamba.data.samples import Turn
 from mmmamba.data.tiling import normalise
 from mmmamba.data.video import read_frames
 from mmmamba.errors import UserError
+from mmmamba.inference import batch, engine, stream
 from mmmamba.inference import chat as chat_module
-from mmmamba.inference import engine
 from mmmamba.inference.attachments import Attachments
 from mmmamba.inference.chat import Chat, chat, converse
 from mmmamba.inference.sampling import Sampling
@@ -35,7 +35,8 @@ def letters_only(monkeypatch, tiny_processor: Processor) -> set[int]:
     letters = [tiny_processor.tokenizer.token_id(letter) for letter in "bcxyz"]
     assert tiny_processor.tokenizer.encode("zyxcb", allow_special=False) == letters[::-1]
     allowed = set(letters)
-    monkeypatch.setattr(engine, "_unspeakable", lambda model: [i for i in range(320) if i not in allowed])
+    for module in (batch, stream):
+        monkeypatch.setattr(module, "unspeakable", lambda model: [i for i in range(320) if i not in allowed])
     return allowed
 
 
@@ -258,6 +259,15 @@ def error(capsys, *words: object) -> str:
     assert cli.main(["chat", *map(str, words), "--device", "cpu"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
+
+
+def test_stop_strings_end_what_is_printed(folder, capsys, letters_only):
+    whole = run(capsys, folder, "what colour?").rstrip("\n")
+    assert len(whole) == 5
+    for stop in (whole[1:3], whole[4]):
+        shown = whole[: whole.index(stop)] + "\n"
+        assert run(capsys, folder, "what colour?", "--stop", "nowhere", "--stop", stop) == shown
+    assert error(capsys, folder, "what colour?", "--stop", "") == "error: --stop must not be empty"
 
 
 def test_text_file_equals_typing_it(folder, tmp_path, capsys, letters_only):

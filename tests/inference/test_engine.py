@@ -82,7 +82,7 @@ def test_answers_do_not_depend_on_the_batch(model, tiny_processor, prompts, samp
         assert answer.finish == ("stop" if ends else "length")
         assert len(answer.logprobs) == len(answer.token_ids)
     assert len({len(answer.token_ids) for answer in together}) > 2
-    for options in ({"batch_tokens": 1}, {"batch_tokens": 150}, {"prefill_chunk": 5}):
+    for options in ({"batch_tokens": 1}, {"batch_tokens": 150}, {"prefill_chunk": 5}, {"block": 3}, {"block": 16}):
         for one, other in zip(together, run(**options), strict=True):
             assert (one.token_ids, one.text, one.finish) == (other.token_ids, other.text, other.finish)
             assert one.logprobs == pytest.approx(other.logprobs, abs=1e-9)
@@ -215,10 +215,10 @@ def test_progress_counts_answers(tiny_model, tiny_processor, prompts):
 def test_groups_keep_to_the_budget(tiny_model):
     model = tiny_model()
     lengths = [5, 100, 7, 30, 31, 6, 300]
-    groups = list(steps.groups(model, lengths, extra=10, budget=100, chunk=4096))
+    groups = list(steps.groups(model, lengths, budget=100, chunk=4096))
     assert sorted(i for group in groups for i in group) == list(range(7))
-    assert all(len(group) == 1 or len(group) * (max(lengths[i] for i in group) + 10) <= 100 for group in groups)
-    assert list(steps.groups(model, lengths, extra=0, budget=10**6, chunk=99))[:2] == [[6], [1]]
+    assert all(len(group) == 1 or len(group) * (max(lengths[i] for i in group)) <= 100 for group in groups)
+    assert list(steps.groups(model, lengths, budget=10**6, chunk=99))[:2] == [[6], [1]]
 
 
 def test_no_prompts_no_answers(tiny_model, tiny_processor):

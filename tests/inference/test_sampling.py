@@ -67,6 +67,49 @@ def test_a_draw_does_not_depend_on_the_batch():
     assert together == alone
 
 
+@pytest.mark.parametrize(
+    ("sampling", "exact"),
+    [
+        (Sampling(temperature=1.0, seed=1), [0.1, 0.4, 0.05, 0.2, 0.25]),
+        (Sampling(temperature=0.5, seed=2), [p**2 / 0.275 for p in (0.1, 0.4, 0.05, 0.2, 0.25)]),
+        (Sampling(temperature=1.0, top_k=3, seed=3), [0, 0.4 / 0.85, 0, 0.2 / 0.85, 0.25 / 0.85]),
+        (Sampling(temperature=1.0, top_p=0.9, seed=4), [0.1 / 0.95, 0.4 / 0.95, 0, 0.2 / 0.95, 0.25 / 0.95]),
+        (Sampling(temperature=1.0, top_k=4, top_p=0.6, seed=5), [0, 0.4 / 0.65, 0, 0, 0.25 / 0.65]),
+    ],
+)
+def test_draws_follow_the_exact_distribution(sampling, exact):
+    logits = logits_of(0.1, 0.4, 0.05, 0.2, 0.25).expand(500, -1)
+    sampler, counts = Sampler(sampling, range(500)), torch.zeros(5)
+    for _ in range(8):  # the draws of a sequence are as independent as those of different ones
+        counts += torch.bincount(sampler.pick(logits)[0], minlength=5)
+    expected = 4000 * torch.tensor(exact)
+    possible = expected > 0
+    assert not counts[~possible].any()
+    statistic = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
+    critical = {1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47}  # a true distribution stays below 999 times in 1000
+    assert statistic < critical[int(possible.sum()) - 1]
+
+
+def test_rows_join_at_their_own_first_step_and_numbers_may_be_made_ahead():
+    logits = torch.randn(5, 3, 50, generator=torch.Generator().manual_seed(0))
+    sampling = Sampling(temperature=1.0, repetition_penalty=2.0, seed=9)
+    alone = []
+    for row in range(3):
+        sampler = Sampler(sampling, [row])
+        begin = 2 if row == 2 else 0  # the third joins later
+        alone.append([int(sampler.pick(logits[step, row : row + 1])[0]) for step in range(begin, 5)])
+    for ahead in (0, 1, 2, 5):
+        sampler = Sampler(sampling, [0, 1])
+        if ahead:
+            sampler.foresee(ahead, logits.device)
+        picked = [sampler.pick(logits[step, :2])[0].tolist() for step in range(2)]
+        sampler.join([2])
+        if ahead:
+            sampler.foresee(ahead, logits.device)
+        picked += [sampler.pick(logits[step])[0].tolist() for step in range(2, 5)]
+        assert [[step[row] for step in picked if row < len(step)] for row in range(3)] == alone
+
+
 def test_rows_that_leave_take_their_draws_along():
     logits = torch.randn(3, 4, 50, generator=torch.Generator().manual_seed(0))
     sampling = Sampling(temperature=1.0, repetition_penalty=2.0)

@@ -8,7 +8,7 @@ import pytest
 
 from mmmamba.data.processor import Processor
 from mmmamba.data.tokenizer import Tokenizer
-from mmmamba.inference.text import Detokenizer
+from mmmamba.inference.text import Detokenizer, StopStrings
 
 
 def pieces_of(decode, ids):
@@ -53,3 +53,35 @@ def test_decoders_that_strip_the_first_space_keep_the_spaces_between():
         return "".join(words[i] for i in ids).replace("▁", " ").removeprefix(" ")
 
     assert pieces_of(decode, [1, 2, 3, 4]) == ["the", " cat", "s", " sat", ""]
+
+
+def through(strings: list[str], pieces: list[str]) -> tuple[list[str], bool]:
+    stops = StopStrings(strings)
+    return [*(stops.push(piece) for piece in pieces), stops.flush()], stops.found
+
+
+def cut(text: str, strings: list[str]) -> tuple[str, bool]:
+    """Character by character: the text before the first string that is complete."""
+    for end in range(1, len(text) + 1):
+        starts = [end - len(string) for string in strings if text[:end].endswith(string)]
+        if starts:
+            return text[: min(starts)], True
+    return text, False
+
+
+def test_stop_strings_are_found_wherever_the_pieces_are_cut():
+    chance = random.Random(1)
+    for _ in range(2000):
+        text = "".join(chance.choices("ab你", k=chance.randrange(14)))
+        strings = ["".join(chance.choices("ab你", k=chance.randrange(1, 5))) for _ in range(chance.randrange(4))]
+        borders = sorted(chance.randrange(len(text) + 1) for _ in range(4))
+        pieces = [text[i:j] for i, j in zip([0, *borders], [*borders, len(text)], strict=True)]
+        shown, found = through(strings, pieces)
+        assert ("".join(shown), found) == cut(text, strings), (pieces, strings)
+
+
+def test_only_what_may_begin_a_stop_string_is_held_back():
+    assert through(["END"], ["so E", "N", "T EN", "D?", "more"]) == (["so ", "", "ENT ", "", "", ""], True)
+    assert through(["END"], ["so E", "N"]) == (["so ", "", "EN"], False)
+    assert through([], ["so", " E"]) == (["so", " E", ""], False)
+    assert through(["\n\n", "b\n"], ["a\n", "b", "\nc"]) == (["a", "\n", "", ""], True)

@@ -56,6 +56,7 @@ def chat(
     repetition_penalty: float = 1.0,
     seed: int = 0,
     max_new_tokens: int = 256,
+    stop: tuple[str, ...] = (),
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
 ) -> None:
@@ -87,6 +88,7 @@ def chat(
         repetition_penalty: Above 1, makes tokens that the answer already holds less likely.
         seed: Which random numbers are drawn. The same seed and questions give the same answers.
         max_new_tokens: Longest answer, in tokens.
+        stop: A text that ends an answer where it begins; it is not shown. Repeat the option for several.
         device: Where to run, such as cpu or cuda. The default takes a GPU when there is one.
         dtype: Number format of the weights. The default is bfloat16 on a GPU and float32 elsewhere.
     """
@@ -95,6 +97,8 @@ def chat(
     )
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
+    if "" in stop:
+        raise UserError("--stop must not be empty")
     shown = Attachments(fps=fps, max_frames=max_frames)
     for path in image:
         shown.add_picture(path)
@@ -108,9 +112,9 @@ def chat(
     where = pick_device(device)
     network, processor = load(model, dtype=pick_dtype(dtype, where), device=where), Processor.from_folder(model)
     if stored is None:
-        conversation = Chat(network, processor, sampling, max_new_tokens=max_new_tokens)
+        conversation = Chat(network, processor, sampling, max_new_tokens=max_new_tokens, stop=stop)
     else:
-        conversation = stored.resume(network, processor, sampling, max_new_tokens=max_new_tokens)
+        conversation = stored.resume(network, processor, sampling, max_new_tokens=max_new_tokens, stop=stop)
     kept = None if keep_session else session
     console = Console()
     if question is not None:

@@ -15,9 +15,9 @@ from mmmamba.data.pictures import Picture, PictureFile, Unread
 from mmmamba.data.processor import UNSCORED, Encoded, Processor
 from mmmamba.data.samples import GPT, HUMAN, Turn
 from mmmamba.data.template import add_missing_marks
-from mmmamba.inference.engine import Stream, stream
 from mmmamba.inference.fingerprint import fingerprint
 from mmmamba.inference.sampling import Sampling
+from mmmamba.inference.stream import Stream, stream
 from mmmamba.model.model import Model
 from mmmamba.model.state import State
 
@@ -52,6 +52,8 @@ class Chat:
         processor: its processor.
         sampling: how tokens are picked; greedy by default. Turn i draws the random numbers of sequence i.
         max_new_tokens: longest answer.
+        stop: texts that end an answer where they begin. What they cut off is not shown but was said: the state has seen
+            it, and the next turn follows it.
         past: a conversation to go on with; a new one without.
     """
 
@@ -62,12 +64,14 @@ class Chat:
         sampling: Sampling | None = None,
         *,
         max_new_tokens: int = 256,
+        stop: Sequence[str] = (),
         past: Past | None = None,
     ) -> None:
         self.model = model
         self.processor = processor
         self.sampling = sampling or Sampling()
         self.max_new_tokens = max_new_tokens
+        self.stop = stop
         self.answer: Stream | None = None  # the latest answer that was begun here
         self.turns = 0 if past is None else past.answers
         self._resumed = past  # the conversation until an answer is begun here
@@ -122,6 +126,7 @@ class Chat:
             state=state,
             max_new_tokens=self.max_new_tokens,
             sampling=self.sampling,
+            stop=self.stop,
             sequence=self.turns,
         )
         self.turns += 1

@@ -88,9 +88,9 @@ class Decoder:
             self.embedded[slots] = state.embedded
         self.longest = max(self.longest, longest)
 
-    def clear(self) -> None:
-        """Forget all sequences: the pool is as new."""
-        self.longest = 0
+    def clear(self, longest: int = 0) -> None:
+        """Let sequences go: none that is still needed is longer than ``longest`` tokens (0: the pool is as new)."""
+        self.longest = longest
 
     def holds(self, slots: int, capacity: int, max_length: int) -> bool:
         """Whether ``slots`` sequences of up to ``capacity`` tokens, begun for ``max_length``, fit into the pool."""

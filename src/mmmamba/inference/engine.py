@@ -6,68 +6,24 @@ property of the model: a state is a value with one row a sequence, and a prefill
 
 from __future__ import annotations
 
-import math
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 
 from mmmamba.data.processor import Encoded, Processor
-from mmmamba.errors import UserError
-from mmmamba.inference.decoder import Decoder
+from mmmamba.inference.answer import Answer, Ending, Generated
+from mmmamba.inference.batch import RunningBatch
 from mmmamba.inference.likelihood import Score, score
-from mmmamba.inference.sampling import Sampler, Sampling
-from mmmamba.inference.steps import (
-    BATCH_TOKENS,
-    PREFILL_CHUNK,
-    Progress,
-    check_positive,
-    groups,
-    prefill,
-)
-from mmmamba.inference.text import Detokenizer
+from mmmamba.inference.sampling import Sampling
+from mmmamba.inference.steps import BATCH_TOKENS, PREFILL_CHUNK, Progress, Share, check_positive, prefill, shares
+from mmmamba.inference.stream import Stream, stream
 from mmmamba.model.model import Model
-from mmmamba.model.state import State
 
 __all__ = ["Generated", "Score", "Stream", "generate", "score", "stream"]
 
-Finish = Literal["stop", "length"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generated:
-    """One answer.
-
-    Attributes:
-        text: the decoded answer, without the stop token.
-        token_ids: its tokens, without the stop token.
-        logprobs: natural log-probability of each of these tokens under the model (before temperature and the like).
-        finish: ``stop`` when the model ended the answer, ``length`` when ``max_new_tokens`` did.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    finish: Finish
-
-
-@dataclass
-class _Answer:
-    """An answer while it grows."""
-
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish: Finish | None = None
-
-    def add(self, token: int, logprob: float, stops: frozenset[int], max_new_tokens: int) -> None:
-        if token in stops:
-            self.finish = "stop"
-            return
-        self.token_ids.append(token)
-        self.logprobs.append(logprob)
-        if len(self.token_ids) >= max_new_tokens:
-            self.finish = "length"
+BLOCK = 16  # steps between two reads of a GPU
+REFILL = 4  # prompts are read when one slot in so many is free: a pass for each would cost more than waiting slots
 
 
 @torch.no_grad()
@@ -78,11 +34,15 @@ def generate(
     *,
     max_new_tokens: int = 32,
     sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
     batch_tokens: int = BATCH_TOKENS,
     prefill_chunk: int = PREFILL_CHUNK,
+    block: int | None = None,
     progress: Progress | None = None,
 ) -> list[Generated]:
     """Answer every prompt; how the prompts are batched changes nothing but the rounding of their logits.
+
+    As many as fit are answered at once; where answers end, the next prompts join those that go on.
 
     Args:
         model: the network; its device and dtype are used.
@@ -90,209 +50,65 @@ def generate(
         prompts: encoded prompts, each ending where the answer begins.
         max_new_tokens: longest answer.
         sampling: how tokens are picked; greedy by default. Prompt i draws the random numbers of sequence i.
+        stop: texts that end an answer where they begin.
         batch_tokens: most tokens (prompts and their longest answers) held at once.
         prefill_chunk: a longer prompt is read alone, in pieces of this size, to bound memory.
+        block: tokens of each answer that are picked before the host reads them; answers do not depend on it. Default:
+            16 on a GPU, which would wait for the host after each, and 1 elsewhere.
         progress: called with (answered, total) whenever that changes.
 
     Returns:
         One answer a prompt, in the order of the prompts.
     """
-    check_positive(max_new_tokens=max_new_tokens, batch_tokens=batch_tokens, prefill_chunk=prefill_chunk)
-    lengths = [len(prompt.input_ids) for prompt in prompts]
-    stops = frozenset(processor.stop_token_ids)
-    answers = [_Answer() for _ in prompts]
+    if block is None:
+        block = BLOCK if model.device.type == "cuda" else 1
+    check_positive(batch_tokens=batch_tokens, prefill_chunk=prefill_chunk, block=block)
+    ending = Ending.of(processor, stop, max_new_tokens)
+    # Only where a stop string has to be found is text followed token by token.
+    answers = [Answer(prompt, ending, processor.decode if ending.strings else None) for prompt in prompts]
     done = 0
-    decoder: Decoder | None = None
-    for group in groups(model, lengths, extra=max_new_tokens, budget=batch_tokens, chunk=prefill_chunk):
-        sampler = Sampler(sampling or Sampling(), group, banned=_unspeakable(model))
-        logits, state = prefill(model, [prompts[i] for i in group], chunk=prefill_chunk, max_new_tokens=max_new_tokens)
-        rows = list(group)  # which prompt each row of the batch belongs to
-        slots = torch.arange(len(rows), device=model.device)
-        decoder = _pool(decoder, model, len(rows), state.longest + max_new_tokens, state)
-        decoder.admit(slots, state)
-        del state  # the pool has its own copy
-        while True:
-            tokens = _pick(sampler, logits, [(answers[i], prompts[i]) for i in rows], stops, max_new_tokens)
-            going = [row for row, i in enumerate(rows) if answers[i].finish is None]
-            if len(going) < len(rows):
-                done += len(rows) - len(going)
-                if progress is not None:
-                    progress(done, len(prompts))
-                if not going:
-                    break
-                rows = [rows[row] for row in going]
-                sampler.select(going)
-                kept = torch.tensor(going, device=tokens.device)
-                slots, tokens = slots[kept], tokens[kept]
-            logits = decoder.step(tokens, slots)
+    for share in shares(model, prompts, extra=max_new_tokens, budget=batch_tokens):
+        for ended in _answer(model, answers, share, sampling or Sampling(), ending, prefill_chunk, block):
+            done += ended
+            if progress is not None:
+                progress(done, len(prompts))
     return [_generated(answer, processor) for answer in answers]
 
 
-class Stream:
-    """An answer that is generated while it is read: iterate over it for pieces of text.
-
-    The prompt is prefilled when the stream is made. At any moment ``state`` has seen the whole sequence but the ids in
-    ``unfed``. To carry the sequence on, whether the answer was read to its end or left half-way, start the next prompt
-    with ``unfed``.
-
-    Attributes:
-        unfed: tokens of the answer that the state has not seen yet.
-        token_ids, logprobs: the answer so far, without the stop token.
-        finish: ``stop`` or ``length`` once the answer is complete, else None.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        processor: Processor,
-        encoded: Encoded,
-        *,
-        state: State | None = None,
-        max_new_tokens: int = 256,
-        sampling: Sampling | None = None,
-        sequence: int = 0,
-        prefill_chunk: int = PREFILL_CHUNK,
-    ) -> None:
-        check_positive(max_new_tokens=max_new_tokens, prefill_chunk=prefill_chunk)
-        self._model = model
-        self._stops = frozenset(processor.stop_token_ids)
-        self._max_new_tokens = max_new_tokens
-        self._prompt = encoded
-        self._sampler = Sampler(sampling or Sampling(), [sequence], banned=_unspeakable(model))
-        self._detokenizer = Detokenizer(processor.decode)
-        self._answer = _Answer()
-        self._logits: torch.Tensor | None  # of the next token, unless that token is already picked
-        self._tokens: torch.Tensor  # (1,) the token picked last
-        self._slot = torch.zeros(1, dtype=torch.long, device=model.device)
-        self._decoder: Decoder | None = None  # made when a second token is wanted
-        self.unfed: tuple[int, ...] = ()
-        self._prefilled: State | None  # until there is a decoder
-        with torch.no_grad():
-            self._logits, self._prefilled = prefill(
-                model, [encoded], chunk=prefill_chunk, max_new_tokens=max_new_tokens, state=state
-            )
-
-    @property
-    def state(self) -> State:
-        """What the model keeps of all tokens fed so far: a value, which no later token changes."""
-        if self._decoder is not None:
-            return self._decoder.export(self._slot)
-        assert self._prefilled is not None
-        return self._prefilled
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        return tuple(self._answer.token_ids)
-
-    @property
-    def logprobs(self) -> tuple[float, ...]:
-        return tuple(self._answer.logprobs)
-
-    @property
-    def finish(self) -> Finish | None:
-        return self._answer.finish
-
-    def __iter__(self) -> Iterator[str]:
-        while self.finish is None:
-            piece = self._next()
-            if piece:
-                yield piece
-        rest = self._detokenizer.flush()
-        if rest:
-            yield rest
-
-    @torch.no_grad()
-    def _next(self) -> str:
-        """Generate one token and return the text that it completes."""
-        if self._logits is None:
-            if self._decoder is None:
-                state = self.state
-                decoder = _pool(None, self._model, 1, state.longest + self._max_new_tokens, state)
-                decoder.admit(self._slot, state)
-                self._decoder, self._prefilled = decoder, None  # the pool has its own copy
-            self._logits = self._decoder.step(self._tokens, self._slot)
-            self.unfed = ()
-        self._tokens = _pick(
-            self._sampler, self._logits, [(self._answer, self._prompt)], self._stops, self._max_new_tokens
-        )
-        self._logits = None
-        if self.finish == "stop":
-            return ""
-        self.unfed = (self._answer.token_ids[-1],)
-        return self._detokenizer.push(self._answer.token_ids[-1])
+def _answer(
+    model: Model, answers: Sequence[Answer], share: Share, sampling: Sampling, ending: Ending, chunk: int, block: int
+) -> Iterator[int]:
+    """Complete the answers of a share; yields how many ended, whenever some did."""
+    batch, waiting = RunningBatch(model, share, sampling, ending, block), deque(share.members)
+    while waiting or batch.running:
+        if not batch.running or REFILL * batch.free >= share.slots:
+            while waiting and batch.free:
+                joining = _next(waiting, answers, batch.free, chunk)
+                prompts = [answers[i].prompt for i in joining]
+                logits, state = prefill(model, prompts, chunk=chunk, max_new_tokens=ending.max_new_tokens)
+                batch.join([answers[i] for i in joining], joining, logits, state)
+                del state  # the pool has its own copy
+        ended = batch.advance()
+        if ended:
+            yield ended
 
 
-def stream(
-    model: Model,
-    processor: Processor,
-    encoded: Encoded,
-    *,
-    state: State | None = None,
-    max_new_tokens: int = 256,
-    sampling: Sampling | None = None,
-    sequence: int = 0,
-    prefill_chunk: int = PREFILL_CHUNK,
-) -> Stream:
-    """Answer one prompt piece by piece: the tokens of ``generate``, as they come.
+def _next(waiting: deque[int], answers: Sequence[Answer], most: int, chunk: int) -> list[int]:
+    """Take the prompts that are read in the next pass: up to ``most``, or a single one that is longer than a chunk."""
 
-    Args:
-        model: the network; its device and dtype are used.
-        processor: decodes the answer and knows which tokens end it.
-        encoded: the prompt, or what follows ``state``.
-        state: carries an earlier sequence on (``Stream.state``; begin ``encoded`` with that stream's ``unfed``).
-        max_new_tokens: longest answer.
-        sampling: how tokens are picked; greedy by default.
-        sequence: keys the random draws, as the position of a prompt does in ``generate``.
-        prefill_chunk: a longer prompt is read in pieces of this size, to bound memory.
-    """
-    return Stream(
-        model,
-        processor,
-        encoded,
-        state=state,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        sequence=sequence,
-        prefill_chunk=prefill_chunk,
-    )
+    def long(i: int) -> bool:
+        return len(answers[i].prompt.input_ids) > chunk
+
+    joining = [waiting.popleft()]
+    while waiting and len(joining) < most and not long(joining[0]) and not long(waiting[0]):
+        joining.append(waiting.popleft())
+    return joining
 
 
-def _pool(decoder: Decoder | None, model: Model, slots: int, capacity: int, state: State) -> Decoder:
-    """``decoder``, emptied, where that many sequences fit into it, else one with a little more room than asked for."""
-    if decoder is None or not decoder.holds(slots, capacity, state.max_length):
-        room = 1 << (slots - 1).bit_length()
-        decoder = Decoder(model, room, capacity + capacity // 8, max_length=state.max_length)
-    decoder.clear()
-    return decoder
-
-
-def _pick(
-    sampler: Sampler,
-    logits: torch.Tensor,
-    rows: Sequence[tuple[_Answer, Encoded]],
-    stops: frozenset[int],
-    max_new_tokens: int,
-) -> torch.Tensor:
-    """Pick a token (s,) for each row of logits (s, v) and add it to the row's answer."""
-    tokens, logprobs = sampler.pick(logits)
-    for (answer, prompt), token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
-        if math.isnan(logprob):
-            step = len(answer.token_ids)
-            raise UserError(f"{prompt.where}: the model gives NaN at token {step} of its answer to '{prompt.id}'")
-        answer.add(token, logprob, stops, max_new_tokens)
-    return tokens
-
-
-def _unspeakable(model: Model) -> tuple[int, ...]:
-    """Tokens the model may not say: an image position stands for pixels, which an answer does not have."""
-    token = model.config.img_context_token_id
-    return (token,) if 0 <= token < model.config.vocab_size else ()
-
-
-def _generated(answer: _Answer, processor: Processor) -> Generated:
+def _generated(answer: Answer, processor: Processor) -> Generated:
     assert answer.finish is not None
     return Generated(
-        text=processor.decode(answer.token_ids),
+        text=answer.text if answer.ending.strings else processor.decode(answer.token_ids),
         token_ids=tuple(answer.token_ids),
         logprobs=tuple(answer.logprobs),
         finish=answer.finish,

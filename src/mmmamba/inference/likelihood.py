@@ -68,7 +68,7 @@ def score(
     scores: list[Score] = [Score(nll=0.0, tokens=0)] * len(encodeds)
     done = 0
     lengths = [len(encoded.input_ids) for encoded in encodeds]
-    for group in groups(model, lengths, extra=0, budget=batch_tokens, chunk=prefill_chunk):
+    for group in groups(model, lengths, budget=batch_tokens, chunk=prefill_chunk):
         samples = [encodeds[i] for i in group]
         hidden, targets, owner = _scored_positions(model, samples, prefill_chunk)
         nll = _nll(model, hidden, targets)

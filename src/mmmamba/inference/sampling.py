@@ -77,17 +77,19 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling) -> to
 class Sampler:
     """Picks one token for each row and remembers what a row's next pick depends on.
 
+    Nothing in a pick waits for the device, so that many can be under way before the first is read.
+
     Args:
         sampling: how tokens are drawn.
         sequences: the number that keys each row's random draws.
         banned: token ids that are never picked.
     """
 
-    def __init__(self, sampling: Sampling, sequences: Sequence[int], banned: Sequence[int] = ()) -> None:
+    def __init__(self, sampling: Sampling, sequences: Sequence[int] = (), banned: Sequence[int] = ()) -> None:
         self.sampling = sampling
-        self.sequences = list(sequences)
         self.banned = torch.tensor(list(banned), dtype=torch.long)
-        self.step = 0
+        self._rows = [(sequence, 0) for sequence in sequences]  # what keys each row's next draw: its own step too
+        self._uniforms: list[torch.Tensor] = []  # (s,) float64 for each of the next picks, as far as made
         self._seen: torch.Tensor | None = None  # (s, v) bool, which tokens a row's answer already holds
 
     def pick(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,17 +102,32 @@ class Sampler:
         if self.sampling.temperature == 0:
             tokens = scores.argmax(dim=-1)
         else:
-            uniforms = [uniform(self.sampling.seed, sequence, self.step) for sequence in self.sequences]
-            tokens = draw(scores, torch.tensor(uniforms, dtype=torch.float64, device=scores.device), self.sampling)
+            if not self._uniforms:
+                self.foresee(1, scores.device)
+            tokens = draw(scores, self._uniforms.pop(0), self.sampling)
         if self._seen is not None:
             self._seen.scatter_(-1, tokens[:, None], True)
-        self.step += 1
+        self._rows = [(sequence, step + 1) for sequence, step in self._rows]
         logprobs = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
         return tokens, logprobs
 
+    def foresee(self, picks: int, device: torch.device) -> None:
+        """Make the random numbers of the next ``picks`` picks and send them to the device at once."""
+        if self.sampling.temperature == 0:
+            return
+        seed = self.sampling.seed
+        numbers = [[uniform(seed, sequence, step + ahead) for sequence, step in self._rows] for ahead in range(picks)]
+        self._uniforms = list(torch.tensor(numbers, dtype=torch.float64).to(device))
+
+    def join(self, sequences: Sequence[int]) -> None:
+        """Go on with these sequences too, behind the rows there are; they are at their first step."""
+        self._rows += [(sequence, 0) for sequence in sequences]
+        self._uniforms = []
+
     def select(self, rows: Sequence[int]) -> None:
         """Go on with these rows only."""
-        self.sequences = [self.sequences[row] for row in rows]
+        self._rows = [self._rows[row] for row in rows]
+        self._uniforms = []
         if self._seen is not None:
             self._seen = self._seen[list(rows)]
 
@@ -120,4 +137,7 @@ class Sampler:
             return logits
         if self._seen is None:
             self._seen = torch.zeros_like(logits, dtype=torch.bool)
+        elif len(self._seen) < len(logits):  # rows that have joined since the last pick
+            missing = len(logits) - len(self._seen)
+            self._seen = torch.cat([self._seen, self._seen.new_zeros(missing, logits.shape[-1])])
         return torch.where(self._seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)

@@ -82,7 +82,13 @@ class Session:
     tensors: Mapping[str, Tensor]
 
     def resume(
-        self, model: Model, processor: Processor, sampling: Sampling | None = None, *, max_new_tokens: int = 256
+        self,
+        model: Model,
+        processor: Processor,
+        sampling: Sampling | None = None,
+        *,
+        max_new_tokens: int = 256,
+        stop: Sequence[str] = (),
     ) -> Chat:
         """The conversation, to go on with (arguments as :class:`Chat` has them).
 
@@ -105,7 +111,7 @@ class Session:
             answers=self.header.answers,
             shown=tuple(_picture(self.path, reference) for reference in self.header.pictures),
         )
-        chat = Chat(model, processor, sampling, max_new_tokens=max_new_tokens, past=past)
+        chat = Chat(model, processor, sampling, max_new_tokens=max_new_tokens, stop=stop, past=past)
         chat.fingerprint = found  # worked out just now
         return chat
 
@@ -144,9 +150,10 @@ def load_session(
     sampling: Sampling | None = None,
     *,
     max_new_tokens: int = 256,
+    stop: Sequence[str] = (),
 ) -> Chat:
     """The conversation in a session file, to go on with: :func:`read_session`, then :meth:`Session.resume`."""
-    return read_session(path).resume(model, processor, sampling, max_new_tokens=max_new_tokens)
+    return read_session(path).resume(model, processor, sampling, max_new_tokens=max_new_tokens, stop=stop)
 
 
 def read_session(path: str | Path) -> Session:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -37,24 +38,78 @@ def fixed_length(model: Model, length: int) -> int:
     return length if limit is None else max(length, limit)
 
 
-def groups(model: Model, lengths: Sequence[int], *, extra: int, budget: int, chunk: int) -> Iterator[list[int]]:
-    """Indices of sequences to run together, longest first, so that the largest group shows at once whether it fits.
+def groups(model: Model, lengths: Sequence[int], *, budget: int, chunk: int) -> Iterator[list[int]]:
+    """Indices of sequences to read together, longest first, so that the largest group shows at once whether it fits.
 
-    A group's sequences times its longest length (plus ``extra``) is at most ``budget``, unless it is a single sequence.
-    Alone run: a sequence that is read in chunks, and one that dynamic RoPE scaling rotates by its own length.
+    A group's sequences times its longest length is at most ``budget``, unless it is a single sequence. Alone run: a
+    sequence that is read in chunks, and one that dynamic RoPE scaling rotates by its own length.
     """
     limit = _dynamic_limit(model)
-    alone = chunk if limit is None else min(chunk, limit - extra)
+    alone = chunk if limit is None else min(chunk, limit)
     group: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if group:
             longest = lengths[group[0]]
-            if longest > alone or (len(group) + 1) * (longest + extra) > budget:
+            if longest > alone or (len(group) + 1) * longest > budget:
                 yield group
                 group = []
         group.append(i)
     if group:
         yield group
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """Prompts that are answered in one pool, as many at once as it has slots.
+
+    Attributes:
+        members: indices of the prompts, longest first.
+        slots: how many are answered at once.
+        capacity: tokens (or patches) of the longest prompt and its longest answer.
+        max_length: the length that dynamic RoPE scaling, if any, is fixed for in all of them.
+    """
+
+    members: tuple[int, ...]
+    slots: int
+    capacity: int
+    max_length: int
+
+
+def shares(model: Model, prompts: Sequence[Encoded], *, extra: int, budget: int) -> Iterator[Share]:
+    """Pools to answer prompts in, one after the other, longest prompts first: the largest shows at once if it fits.
+
+    A pool's slots times the tokens that each holds (a prompt and ``extra``) are at most ``budget``, unless it has a
+    single slot. A pool is left for the next when all its slots are taken and twice as many would fit there, for the
+    prompts that are left are so much shorter; or when dynamic RoPE scaling rotates the next prompt otherwise.
+    """
+    held = [extent(model, prompt) + extra for prompt in prompts]
+    fixed = [fixed_length(model, len(prompt.input_ids) + extra) for prompt in prompts]
+    members: list[int] = []
+
+    def share() -> Share:
+        capacity, max_length = held[members[0]], fixed[members[0]]
+        slots = min(len(members), max(1, budget // capacity))
+        return Share(members=tuple(members), slots=slots, capacity=capacity, max_length=max_length)
+
+    for i in sorted(range(len(prompts)), key=lambda i: (-held[i], i)):
+        if members:
+            longest = held[members[0]]
+            full, shorter = len(members) >= max(1, budget // longest), 2 * held[i] <= longest
+            if (full and shorter) or (model.dynamic_rope and fixed[i] != fixed[members[0]]):
+                yield share()
+                members = []
+        members.append(i)
+    if members:
+        yield share()
+
+
+def extent(model: Model, encoded: Encoded) -> int:
+    """The most positions that any layer sees of a sequence: its tokens, or patches where those are read as such."""
+    length = len(encoded.input_ids)
+    if not model.merges_late or model.vision is None:
+        return length
+    image = int(np.count_nonzero(np.asarray(encoded.input_ids) == model.config.img_context_token_id))
+    return length + image * (model.vision.config.shuffle**2 - 1)
 
 
 def _dynamic_limit(model: Model) -> int | None:

@@ -42,3 +42,43 @@ class Detokenizer:
         if text:  # ids that decode to nothing (special tokens) must not push real ones out of the window
             self._window, self._shown = self._shown, len(self._ids)
         return text
+
+
+class StopStrings:
+    """Lets text that comes in pieces through up to the first of some strings, wherever the pieces are cut.
+
+    Of several the one that is complete first counts; of those that end at the same place, the longest. Text that may be
+    the beginning of one is held back until that is decided.
+
+    Args:
+        strings: none of them empty.
+
+    Attributes:
+        found: whether one has come. All later text is dropped.
+    """
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self._strings = tuple(strings)
+        self._held = ""
+        self.found = False
+
+    def push(self, piece: str) -> str:
+        """The text that is certain to come before any of the strings, now that ``piece`` has come."""
+        if self.found or not piece:
+            return ""
+        text = self._held + piece
+        starts = [(text.find(string), string) for string in self._strings]
+        ends = [(start + len(string), start) for start, string in starts if start >= 0]
+        if ends:
+            self.found, self._held = True, ""
+            return text[: min(ends)[1]]
+        longest = min(len(text), max(map(len, self._strings), default=1) - 1)
+        begun = (n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self._strings))
+        shown = len(text) - next(begun, 0)
+        self._held = text[shown:]
+        return text[:shown]
+
+    def flush(self) -> str:
+        """What is held back, for when no more text comes."""
+        held, self._held = self._held, ""
+        return held

@@ -1,0 +1,19 @@
+#!/bin/sh
+# The kernels' tests under NVIDIA's compute-sanitizer: bad memory accesses, then races in shared memory.
+#
+#     sh scripts/gpu/sanitize.sh                 # both tools
+#     sh scripts/gpu/sanitize.sh racecheck       # one of them
+#
+# The tests run once without it, so that every kernel is compiled; then PyTorch's memory cache is off, behind which an
+# access beyond a tensor could hide. Long rows, and what torch.compile makes, are left out: they take too long there.
+set -eu
+cd "$(dirname "$0")/../.."
+export PYTHONPATH="$PWD/src:$PWD/tests:${PYTHONPATH:-}"
+tests="python3 -m pytest -q -m gpu -p no:cacheprovider tests/ops/triton"
+without="not long_rows and not compiled"
+command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer (part of the CUDA toolkit) is not on the path" >&2; exit 2; }
+$tests -k "$without"
+for tool in ${*:-memcheck racecheck}; do
+    echo "== $tool"
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 $tests -k "$without"
+done

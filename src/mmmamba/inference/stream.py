@@ -1,0 +1,142 @@
+"""One answer, piece by piece while it is generated, with a state to carry on from at any moment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from mmmamba.data.processor import Encoded, Processor
+from mmmamba.inference.answer import Answer, Ending, Finish, unspeakable
+from mmmamba.inference.decoder import Decoder
+from mmmamba.inference.sampling import Sampler, Sampling
+from mmmamba.inference.steps import PREFILL_CHUNK, check_positive, prefill
+from mmmamba.model.model import Model
+from mmmamba.model.state import State
+
+
+class Stream:
+    """An answer that is generated while it is read: iterate over it for pieces of text.
+
+    The prompt is prefilled when the stream is made. At any moment ``state`` has seen the whole sequence but the ids in
+    ``unfed``. To carry the sequence on, whether the answer was read to its end or left half-way, start the next prompt
+    with ``unfed``. What a stop string cut off is part of the sequence, for the state has seen it.
+
+    Attributes:
+        unfed: tokens of the answer that the state has not seen yet.
+        token_ids, logprobs: the answer so far, without the stop token; a stop string's tokens are there.
+        finish: ``stop`` or ``length`` once the answer is complete, else None.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        processor: Processor,
+        encoded: Encoded,
+        *,
+        state: State | None = None,
+        max_new_tokens: int = 256,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        sequence: int = 0,
+        prefill_chunk: int = PREFILL_CHUNK,
+    ) -> None:
+        check_positive(prefill_chunk=prefill_chunk)
+        self._model = model
+        self._answer = Answer(encoded, Ending.of(processor, stop, max_new_tokens), processor.decode)
+        self._max_new_tokens = max_new_tokens
+        self._sampler = Sampler(sampling or Sampling(), [sequence], banned=unspeakable(model))
+        self._logits: torch.Tensor | None  # of the next token, unless that token is already picked
+        self._tokens: torch.Tensor  # (1,) the token picked last
+        self._slot = torch.zeros(1, dtype=torch.long, device=model.device)
+        self._decoder: Decoder | None = None  # made when a second token is wanted
+        self.unfed: tuple[int, ...] = ()
+        self._prefilled: State | None  # until there is a decoder
+        with torch.no_grad():
+            self._logits, self._prefilled = prefill(
+                model, [encoded], chunk=prefill_chunk, max_new_tokens=max_new_tokens, state=state
+            )
+
+    @property
+    def state(self) -> State:
+        """What the model keeps of all tokens fed so far: a value, which no later token changes."""
+        if self._decoder is not None:
+            return self._decoder.export(self._slot)
+        assert self._prefilled is not None
+        return self._prefilled
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return tuple(self._answer.token_ids)
+
+    @property
+    def logprobs(self) -> tuple[float, ...]:
+        return tuple(self._answer.logprobs)
+
+    @property
+    def finish(self) -> Finish | None:
+        return self._answer.finish
+
+    def __iter__(self) -> Iterator[str]:
+        while self.finish is None:
+            piece = self._next()
+            if piece:
+                yield piece
+
+    @torch.no_grad()
+    def _next(self) -> str:
+        """Generate one token and return the text that it decides."""
+        if self._logits is None:
+            if self._decoder is None:
+                state = self.state
+                capacity = state.longest + self._max_new_tokens
+                decoder = Decoder(self._model, 1, capacity, max_length=state.max_length)
+                decoder.admit(self._slot, state)
+                self._decoder, self._prefilled = decoder, None  # the pool has its own copy
+            self._logits = self._decoder.step(self._tokens, self._slot)
+            self.unfed = ()
+        self._tokens, logprobs = self._sampler.pick(self._logits)
+        said = len(self._answer.token_ids)
+        piece = self._answer.add(int(self._tokens), float(logprobs))
+        self._logits = None
+        self.unfed = tuple(self._answer.token_ids[said:])
+        return piece
+
+
+def stream(
+    model: Model,
+    processor: Processor,
+    encoded: Encoded,
+    *,
+    state: State | None = None,
+    max_new_tokens: int = 256,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+    sequence: int = 0,
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> Stream:
+    """Answer one prompt piece by piece: the tokens of ``generate``, as they come.
+
+    Args:
+        model: the network; its device and dtype are used.
+        processor: decodes the answer and knows which tokens end it.
+        encoded: the prompt, or what follows ``state``.
+        state: carries an earlier sequence on (``Stream.state``; begin ``encoded`` with that stream's ``unfed``).
+        max_new_tokens: longest answer.
+        sampling: how tokens are picked; greedy by default.
+        stop: texts that end the answer where they begin. What may be the beginning of one is held back until that is
+            decided.
+        sequence: keys the random draws, as the position of a prompt does in ``generate``.
+        prefill_chunk: a longer prompt is read in pieces of this size, to bound memory.
+    """
+    return Stream(
+        model,
+        processor,
+        encoded,
+        state=state,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=stop,
+        sequence=sequence,
+        prefill_chunk=prefill_chunk,
+    )
