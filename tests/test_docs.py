@@ -151,6 +151,9 @@ def test_command_runs(command: Command, room: Path) -> None:
     elif argv[0] == "eval":
         changes |= {"limit": 1, "max_new_tokens": 2}
         result = (given["out"] or Path("runs") / f"eval-{Path(given['model']).name}") / "results.json"
+    elif argv[0] == "bench":
+        changes |= {"contexts": "16", "measure": ("decode",), "resume": False}
+        result = (given["report"] or Path("runs") / "bench-nano") / "results.json"
     elif argv[0] == "chat":
         changes["max_new_tokens"] = 2
         result = room

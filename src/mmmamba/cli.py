@@ -52,6 +52,12 @@ VERBS: Mapping[str, Verb | Mapping[str, Verb]] = {
         summary="measure what a model can do, alone or against another",
         example="mmmamba eval nano-linear --against nano-teacher",
     ),
+    "bench": Verb(
+        function="mmmamba.benchmark.bench:bench",
+        summary="measure what models cost: latency, prefill, memory, throughput, with plots",
+        example="mmmamba bench --geometry nano",
+        go_on="add --resume to the same command to go on with what was measured",
+    ),
     "chat": Verb(
         function="mmmamba.inference.chat:chat",
         summary="ask a model about pictures",

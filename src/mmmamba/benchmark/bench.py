@@ -1,0 +1,295 @@
+"""The ``bench`` verb: every point of the report, one model in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from rich.console import Console
+
+from mmmamba.benchmark.limits import measure_rates, prefill_cost, state_bytes
+from mmmamba.benchmark.machine import environment
+from mmmamba.benchmark.measure import (
+    Measured,
+    decode,
+    decode_published,
+    greatest_batch,
+    read_prompt,
+    weight_bytes,
+    wide,
+)
+from mmmamba.benchmark.memory import attempt, release
+from mmmamba.benchmark.paper import same_size
+from mmmamba.benchmark.report import write_report
+from mmmamba.benchmark.results import Point, Results, Task, What, earlier, save
+from mmmamba.benchmark.subjects import Series, Subject, given_subjects, random_subjects, series_of
+from mmmamba.benchmark.tables import print_results
+from mmmamba.device import pick_device, pick_dtype
+from mmmamba.errors import UserError
+from mmmamba.inference.steps import check_positive
+from mmmamba.model.model import Model
+from mmmamba.progress import Progress
+
+CONTEXTS = {"cpu": "1k,4k,16k", "cuda": "1k,8k,32k,103424,262144,1m"}
+POINT_SECONDS = {"cpu": 8.0, "cuda": 45.0}
+SAMPLE_SECONDS = {"cpu": 0.5, "cuda": 1.0}
+CPU_MEMORY = 1.0  # GB
+UNITS = {"k": 2**10, "m": 2**20}
+
+
+def bench(
+    models: tuple[str, ...] = (),
+    *,
+    geometry: str | None = None,
+    contexts: str | None = None,
+    report: Path | None = None,
+    measure: tuple[What, ...] = ("decode", "prefill", "batch"),
+    memory: float | None = None,
+    point_seconds: float | None = None,
+    prefill_chunk: int = 8192,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str = "auto",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    seed: int = 0,
+) -> Results:
+    """Measure what models cost on this machine: latency, prefill, memory and throughput against the context.
+
+    Without a MODEL, teacher, linear and hybrid of a geometry are measured with random weights, which cost what trained
+    ones do. The teacher is measured as this package serves it and, twice, in the published way (a cache concatenated
+    anew for every token, no CUDA graph, without and with an attention mask), so that a student is never compared with
+    a slow teacher only. Beside every figure stands the least that the machine could take. For example:
+
+        mmmamba bench --geometry nano --contexts 1k,4k
+
+    or, of your own checkpoints, all of one geometry:
+
+        mmmamba bench runs/teacher/model runs/linear/model --report runs/costs
+
+    The report is a folder: results.json (written after every point), report.md, report.html, and the plots latency,
+    memory, throughput and prefill as PNG and SVG.
+
+    Args:
+        models: Checkpoint folders or names of built-in models. A teacher of random weights joins them if none is one.
+        geometry: The size of the networks when no MODEL is given: nano, or hovle-2.6b, the paper's. Default: nano on a
+            CPU, hovle-2.6b on a GPU.
+        contexts: Tokens behind which to measure, separated by commas; k is 1,024 and m is 1,048,576. Default:
+            1k,4k,16k on a CPU; 1k,8k,32k,103424,262144,1m on a GPU.
+        report: The folder for the report. Default: runs/bench-GEOMETRY, or runs/bench-MODEL of the first one.
+        measure: Measure this only: decode (a token), prefill (time to the first token), batch (the greatest that fits).
+            Repeat it for several.
+        memory: Most memory that weights and states may take, in GB (1e9 bytes). Default: all of a GPU, 1 on a CPU.
+        point_seconds: Skip what would take longer than this once, as shorter contexts foretell. Default: 8 on a CPU, 45
+            on a GPU.
+        prefill_chunk: Read prompts in pieces of this many tokens, where they are not read at once.
+        resume: Go on with the report in that folder.
+        overwrite: Replace the report in that folder.
+        device: Where to run, such as cpu or cuda. The default takes a GPU when there is one.
+        dtype: Number format of the weights. The default is bfloat16 on a GPU and float32 elsewhere.
+        seed: Draws the random weights and texts.
+    """
+    check_positive(prefill_chunk=prefill_chunk)
+    where = pick_device(device)
+    kind = "cuda" if where.type == "cuda" else "cpu"
+    numbers = parse_contexts(contexts or CONTEXTS[kind])
+    if memory is None and kind == "cpu":
+        memory = CPU_MEMORY
+    point_seconds = POINT_SECONDS[kind] if point_seconds is None else point_seconds
+    for name, value in (("--memory", memory), ("--point-seconds", point_seconds)):
+        if value is not None and value <= 0:
+            raise UserError(f"{name} must be above 0, got {value}")
+    if models and geometry is not None:
+        raise UserError("--geometry is for random weights: leave it out, or the models")
+    geometry = geometry or ("hovle-2.6b" if kind == "cuda" else "nano")
+    subjects = given_subjects(models) if models else random_subjects(geometry)
+    series = series_of(subjects)
+    folder = report or Path("runs") / f"bench-{Path(models[0]).name if models else geometry}"
+    number_format = pick_dtype(dtype, where)
+    request: dict[str, Any] = {
+        "models": list(models), "geometry": None if models else geometry, "contexts": numbers,
+        "measure": list(dict.fromkeys(measure)), "memory": memory, "point_seconds": point_seconds,
+        "prefill_chunk": prefill_chunk, "seed": seed,
+    }  # fmt: skip
+    machine = environment(where, number_format)
+    results = earlier(folder, request, machine, resume=resume, overwrite=overwrite) or Results(
+        request=request,
+        environment=machine,
+        series=tuple(series),
+        paper=same_size(subjects[0].config),
+        rates=measure_rates(where, number_format),
+    )
+    runner = _Runner(
+        device=where,
+        dtype=number_format,
+        seed=seed,
+        budget=None if memory is None else int(memory * 1e9),
+        seconds=SAMPLE_SECONDS[kind],
+        longest=point_seconds,
+        chunk=prefill_chunk,
+    )
+    results = runner.run(subjects, tasks(subjects, series, numbers, request["measure"]), results, folder)
+    page = write_report(results, folder)
+    console = Console()
+    print_results(results, console)
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    return results
+
+
+def parse_contexts(text: str) -> list[int]:
+    """``1k,4096,1m`` as rising numbers of tokens.
+
+    Raises:
+        UserError: naming the piece that is no number of tokens.
+    """
+    found = set()
+    for piece in text.split(","):
+        word = piece.strip().lower().replace("_", "")
+        digits, unit = (word[:-1], UNITS[word[-1]]) if word[-1:] in UNITS else (word, 1)
+        if not (digits.isascii() and digits.isdecimal()) or int(digits) < 1:
+            raise UserError(f"--contexts {text}: '{piece.strip()}' is no number of tokens, such as 4096, 4k or 1m")
+        found.add(int(digits) * unit)
+    return sorted(found)
+
+
+def tasks(
+    subjects: Sequence[Subject], series: Sequence[Series], contexts: Sequence[int], measure: Sequence[str]
+) -> list[Task]:
+    """Every point of a report, those of a subject together, shorter contexts first."""
+    found: list[Task] = []
+    configs = {subject.label: subject.config for subject in subjects}
+    for one in series:
+        config = configs[one.subject]
+        variants: dict[What, Sequence[str]] = {"decode": [""]}
+        if one.style == "engine":
+            variants["prefill"] = ["text"] if config.vision is None else ["text", "images"]
+            variants["batch"] = ["float32", "bfloat16"] if config.mamba2_layers else ["cache"]
+        found += [
+            Task(series=one.label, what=what, variant=variant, context=context)
+            for what in get_args(What)
+            if what in measure
+            for variant in variants.get(what, ())
+            for context in contexts
+        ]
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Runner:
+    """How points are measured. ``budget``: bytes for weights and states. ``longest``: seconds of one call."""
+
+    device: torch.device
+    dtype: torch.dtype
+    seed: int
+    budget: int | None
+    seconds: float
+    longest: float
+    chunk: int
+
+    @torch.no_grad()
+    def run(self, subjects: Sequence[Subject], wanted: Sequence[Task], results: Results, folder: Path) -> Results:
+        """Measure what is missing, and write it down point by point."""
+        done = {point.task for point in results.points}
+        series = {one.label: one for one in results.series}
+        torch.manual_seed(self.seed)
+        save(results, folder)
+        # Kernels are launched on the current device, whatever device their tensors lie on.
+        current = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with current, Progress("bench", len(wanted), start=len(done)) as bar:
+            for subject in subjects:
+                missing = [t for t in wanted if t not in done and series[t.series].subject == subject.label]
+                if not missing:
+                    continue
+                model = attempt(lambda one=subject: one.open(self.device, self.dtype, self.seed), self.device)  # type: ignore[misc]
+                for task in missing:
+                    point = self._point(model, task, series[task.series], results)
+                    results = results.with_point(point)
+                    save(results, folder)
+                    bar.advance(**_shown(point))
+                del model
+                release(self.device)
+        results = replace(results, complete=True)
+        save(results, folder)
+        return results
+
+    def _point(self, model: Model | None, task: Task, series: Series, results: Results) -> Point:
+        if model is None or self._ran_out_before(task, results):
+            return Point(task=task, oom=True)
+        reason = self._why_not(model, task, series, results)
+        if reason:
+            return Point(task=task, skipped=reason)
+        measured = attempt(lambda: self._measure(model, task, series), self.device)
+        return Point(task=task, measured=measured, oom=measured is None)
+
+    def _measure(self, model: Model, task: Task, series: Series) -> Measured | None:
+        if task.what == "prefill":
+            images = task.variant == "images"
+            return read_prompt(
+                model,
+                length=task.context,
+                images=images,
+                chunk=self.chunk,
+                seconds=self.seconds,
+                longest=self.longest,
+            )
+        if task.what == "batch":
+            return greatest_batch(
+                model,
+                context=task.context,
+                state_dtype=None if task.variant == "cache" else getattr(torch, task.variant),
+                budget=self.budget,
+                seconds=self.seconds / 2,
+            )
+        if series.style == "engine":
+            return decode(model, context=task.context, seconds=self.seconds)
+        mask = series.style == "published, mask"
+        return decode_published(model, context=task.context, mask=mask, seconds=self.seconds)
+
+    def _why_not(self, model: Model, task: Task, series: Series, results: Results) -> str:
+        """Why a point is not even begun; '' when it is."""
+        vision = model.config.vision
+        if task.variant == "images" and vision is not None and task.context < vision.tokens_per_tile:
+            return f"shorter than the {vision.tokens_per_tile} tokens of one tile"
+        state = state_bytes(model.config, self.dtype, wide(self.dtype)).at(task.context)
+        copies = 1 if series.style == "engine" else 2
+        needed = weight_bytes(model) + copies * state
+        if self.budget is not None and needed > self.budget:
+            return f"needs {needed / 1e9:.3g} GB, more than the {self.budget / 1e9:.3g} allowed by --memory"
+        expected = self._expected_seconds(model, task, results)
+        if expected > self.longest:
+            return f"would take about {expected:,.0f} s, more than the {self.longest:g} of --point-seconds"
+        return ""
+
+    def _expected_seconds(self, model: Model, task: Task, results: Results) -> float:
+        """Of one reading of a prompt: the longest shorter one's, as the operations of both compare."""
+        if task.what != "prefill":
+            return 0.0
+        known = [
+            (point.task.context, point.measured)
+            for point in results.points
+            if point.measured is not None and replace(point.task, context=task.context) == task
+        ]
+        if not known:
+            return 0.0
+        _, shorter = max(known, key=lambda one: one[0])
+        state = state_bytes(model.config, self.dtype, wide(self.dtype))
+        return shorter.timing.ms / 1e3 * prefill_cost(model, state, length=task.context).flops / shorter.flops
+
+    def _ran_out_before(self, task: Task, results: Results) -> bool:
+        """Whether the same with a shorter context did not fit already."""
+        return any(
+            point.oom and point.task.context < task.context and replace(point.task, context=task.context) == task
+            for point in results.points
+        )
+
+
+def _shown(point: Point) -> dict[str, Any]:
+    """What the progress line says of a point."""
+    task, measured = point.task, point.measured
+    what = " ".join(filter(None, [task.series, task.what, task.variant, f"{task.context:,}"]))
+    if measured is None:
+        return {what: "out of memory" if point.oom else "skipped"}
+    return {what: f"{measured.timing.ms:.3g} ms" + (f", batch {measured.batch:,}" if task.what == "batch" else "")}

@@ -1,0 +1,120 @@
+"""How long a call takes: the first time, and again and again."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+#: Calls before any counts. On a GPU the first compiles and the third captures a graph.
+WARM_UP = {"cuda": 4, "cpu": 1}
+MOST = 200  # samples of one timing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Times of a repeated call, in milliseconds.
+
+    Attributes:
+        ms: the median of the samples.
+        low, high: the quartiles around it.
+        p90, p99: percentiles: one call in ten, one in a hundred takes longer.
+        cold: the first call of all, with what had to be compiled, tuned or allocated for it.
+        warm_up: all calls before the samples together, the first one included.
+        samples: how many calls the figures stand on.
+    """
+
+    ms: float
+    low: float
+    high: float
+    p90: float
+    p99: float
+    cold: float
+    warm_up: float
+    samples: int
+
+
+class Clock:
+    """Times calls on a device: by events on a GPU, so that its work is timed and not its queueing; else by the wall."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def once(self, call: Callable[[], object]) -> float:
+        """Milliseconds of one call, waited for."""
+        if self.device.type != "cuda":
+            started = time.perf_counter()
+            call()
+            if self.device.type == "mps":
+                torch.mps.synchronize()
+            return (time.perf_counter() - started) * 1e3
+        with torch.cuda.device(self.device):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+        return float(start.elapsed_time(end))
+
+    def time(
+        self,
+        call: Callable[[], object],
+        *,
+        seconds: float,
+        warm_up: int | None = None,
+        least: int = 3,
+        longest: float = math.inf,
+    ) -> Timing:
+        """Time a call until about ``seconds`` of samples are taken: at least ``least`` of them, at most :data:`MOST`.
+
+        Args:
+            call: what to time.
+            seconds: how long to sample.
+            warm_up: calls before the samples, at least 1. Default: what :data:`WARM_UP` says.
+            least: fewest samples.
+            longest: seconds after which no further call is begun, whatever ``warm_up`` and ``least`` want. Without any
+                sample by then, the warm-up calls themselves are the samples.
+        """
+        if warm_up is None:
+            warm_up = WARM_UP["cuda" if self.device.type == "cuda" else "cpu"]
+        before: list[float] = []
+        samples: list[float] = []
+        spent, wanted = 0.0, MOST
+        while len(before) < warm_up and spent + (before[-1] if before else 0.0) <= longest * 1e3:
+            before.append(self.once(call))
+            spent += before[-1]
+        while len(samples) < wanted:
+            expected = samples[-1] if samples else before[-1]
+            if spent + expected > longest * 1e3:
+                break
+            samples.append(self.once(call))
+            spent += samples[-1]
+            if len(samples) == 1:
+                wanted = int(min(max(seconds * 1e3 / max(samples[0], 1e-3), least), MOST))
+        return timing(samples or before, before)
+
+
+def timing(samples: Sequence[float], before: Sequence[float]) -> Timing:
+    """The figures of some samples, behind the calls ``before`` them (milliseconds, at least one of each)."""
+    return Timing(
+        ms=quantile(samples, 0.5),
+        low=quantile(samples, 0.25),
+        high=quantile(samples, 0.75),
+        p90=quantile(samples, 0.9),
+        p99=quantile(samples, 0.99),
+        cold=before[0],
+        warm_up=sum(before),
+        samples=len(samples),
+    )
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The value that ``share`` of the values lie below, between two of them where it falls there."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])

@@ -1,0 +1,112 @@
+"""The least that a step or a prefill can take: its bytes and operations over the rates that this machine reached.
+
+What is counted is what no implementation can avoid: each weight read once, each state read and written, each cached key
+and value read, each product of the network's matrices and of its mixers. Intermediate values are not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mmmamba.benchmark.clock import Clock
+from mmmamba.model.config import ATTENTION, ModelConfig
+from mmmamba.model.model import Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Bytes moved and operations done (a multiplication and an addition are two)."""
+
+    bytes: float
+    flops: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What the machine reached in this run, a second.
+
+    Attributes:
+        bytes: moved by a large copy, those read and those written.
+        flops: of a large matrix product in the weights' number format.
+    """
+
+    bytes: float
+    flops: float
+
+    def ms(self, cost: Cost) -> float:
+        """Milliseconds that ``cost`` takes at least: the slower of moving and computing, done side by side."""
+        return max(cost.bytes / self.bytes, cost.flops / self.flops) * 1e3
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateBytes:
+    """What one sequence leaves: ``recurrent`` at any length, ``per_token`` of cache for each token."""
+
+    recurrent: int
+    per_token: int
+
+    def at(self, tokens: int) -> int:
+        return self.recurrent + self.per_token * tokens
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Copy and multiply something large, and see how fast that goes."""
+    clock, cuda = Clock(device), device.type == "cuda"
+    source, target = torch.randn(2, 2**28 if cuda else 2**24, device=device)
+    copied = clock.time(lambda: target.copy_(source), seconds=0.5)
+    n = 8192 if cuda else 512
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    multiplied = clock.time(lambda: a @ b, seconds=0.5)
+    return Rates(bytes=2 * source.nbytes / copied.ms * 1e3, flops=2 * n**3 / multiplied.ms * 1e3)
+
+
+def state_bytes(config: ModelConfig, dtype: torch.dtype, state_dtype: torch.dtype = torch.float32) -> StateBytes:
+    """Bytes of one sequence's state, with caches and convolutions in ``dtype`` and SSM states in ``state_dtype``."""
+    recurrent = per_token = 0
+    for layer, kind in enumerate(config.layer_map):
+        stack = config.stack_of(layer)
+        if kind == ATTENTION:
+            per_token += dtype.itemsize * 2 * stack.num_kv_heads * stack.head_dim
+        else:
+            channels = (stack.num_heads + 2 * stack.num_kv_heads) * stack.head_dim
+            recurrent += dtype.itemsize * channels * (config.mixer.conv_kernel - 1)
+            recurrent += state_dtype.itemsize * stack.num_heads * stack.head_dim**2
+    return StateBytes(recurrent=recurrent, per_token=per_token)
+
+
+def step_cost(model: Model, state: StateBytes, *, context: int, batch: int = 1) -> Cost:
+    """Of one token for each of ``batch`` sequences behind ``context`` tokens."""
+    moved = _weight_bytes(model) + batch * (2 * state.recurrent + state.per_token * context)
+    head = model.head.weight.numel()
+    flops = batch * (2 * (_matrix_elements(model) + head) + _mixing(model.config, behind=context))
+    return Cost(bytes=moved, flops=flops)
+
+
+def prefill_cost(model: Model, state: StateBytes, *, length: int) -> Cost:
+    """Of reading ``length`` tokens, up to the logits behind the last one; what pictures cost to embed is left out."""
+    mixing = length * _mixing(model.config, behind=(length + 1) / 2)
+    flops = 2 * (_matrix_elements(model) * length + model.head.weight.numel()) + mixing
+    return Cost(bytes=_weight_bytes(model) + state.at(length), flops=flops)
+
+
+def _weight_bytes(model: Model) -> int:
+    """Of what every pass reads: the layers, the last norm and the head, not the tables of embeddings."""
+    parts = (*model.layers.parameters(), *model.norm.parameters(), model.head.weight)
+    return sum(parameter.nbytes for parameter in parts)
+
+
+def _matrix_elements(model: Model) -> int:
+    return sum(parameter.numel() for parameter in model.layers.parameters() if parameter.ndim > 1)
+
+
+def _mixing(config: ModelConfig, *, behind: float) -> float:
+    """Operations that the mixers spend on a token: over ``behind`` cached ones, or on a state of fixed size."""
+    total = 0.0
+    for layer, kind in enumerate(config.layer_map):
+        stack = config.stack_of(layer)
+        width = stack.num_heads * stack.head_dim
+        # Softmax: a product with each key and each value. Recurrence: decay, update and read-out of a p × n state.
+        total += 4 * width * behind if kind == ATTENTION else 5 * width * stack.head_dim
+    return total

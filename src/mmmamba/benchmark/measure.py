@@ -1,0 +1,285 @@
+"""One point: a decoding step, a prefill, or the greatest batch, of one model behind one context."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmmamba.benchmark import memory
+from mmmamba.benchmark.clock import Clock, Timing
+from mmmamba.benchmark.limits import Cost, StateBytes, prefill_cost, state_bytes, step_cost
+from mmmamba.benchmark.published import PublishedDecoder
+from mmmamba.benchmark.search import greatest
+from mmmamba.data.processor import Encoded
+from mmmamba.inference.decoder import Decoder
+from mmmamba.inference.steps import fixed_length, prefill
+from mmmamba.model.config import ModelConfig
+from mmmamba.model.model import Model
+
+STEPS = 256  # room behind the context for the tokens that are timed: more than a clock's samples and warm-up
+WORDS = 500  # text is drawn from that many ids
+MOST_SEQUENCES = {"cuda": 8192, "cpu": 32}  # in a batch: past these it is no longer memory that decides
+LESS = (1.0, 15 / 16, 7 / 8, 3 / 4)  # shares of the greatest batch to try, where its graph needs a little more
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What was found at one point.
+
+    Attributes:
+        timing: of a step, or of the time to the first token.
+        tokens_per_s: decoded for all sequences together, or read.
+        batch: sequences at once.
+        state_bytes: that one sequence leaves behind the context.
+        resident_bytes: held between steps: weights, states and room for more (before a prefill: weights).
+        peak_bytes: most that was held while it ran; None on a CPU, where PyTorch does not count.
+        bytes, flops: the least that the work moves and computes (``limits``).
+        graph: whether steps were replayed as a CUDA graph.
+        chunk: tokens of a piece in which a prompt was read; the whole prompt's length when it was read at once.
+        note: what else must be known to read the figures.
+    """
+
+    timing: Timing
+    tokens_per_s: float
+    batch: int = 1
+    state_bytes: int
+    resident_bytes: int
+    peak_bytes: int | None
+    bytes: float
+    flops: float
+    graph: bool = False
+    chunk: int | None = None
+    note: str = ""
+
+
+# ---------------------------------------------------------------------------------------------- decoding
+
+
+def decode(
+    model: Model, *, context: int, batch: int = 1, state_dtype: torch.dtype | None = None, seconds: float = 1.0
+) -> Measured:
+    """A step of ``batch`` sequences behind ``context`` tokens in the engine's pool, greedy tokens fed back.
+
+    Caches and states hold random numbers instead of what a prompt would leave: a step takes as long over either.
+    """
+    decoder = furnished(model, context=context, batch=batch, state_dtype=state_dtype)
+    slots = torch.arange(batch, device=model.device)
+    tokens = torch.zeros(batch, dtype=torch.long, device=model.device)
+
+    def step() -> None:
+        tokens.copy_(decoder.step(tokens, slots).argmax(-1))
+
+    memory.reset_peak(model.device)
+    timing = Clock(model.device).time(step, seconds=seconds)
+    state = state_bytes(model.config, model.dtype, state_dtype or wide(model.dtype))
+    return _step_measured(model, timing, state, context, batch, _pool_bytes(decoder), graph=decoder.graph)
+
+
+def decode_published(model: Model, *, context: int, mask: bool, seconds: float = 1.0) -> Measured:
+    """A step of one sequence behind ``context`` tokens in the published way (:mod:`mmmamba.benchmark.published`)."""
+    decoder = PublishedDecoder(model, context, mask=mask)
+    tokens = torch.zeros(1, dtype=torch.long, device=model.device)
+
+    def step() -> None:
+        tokens.copy_(decoder.step(tokens).argmax(-1))
+
+    memory.reset_peak(model.device)
+    timing = Clock(model.device).time(step, seconds=seconds)
+    return _step_measured(model, timing, state_bytes(model.config, model.dtype), context, 1, decoder.nbytes)
+
+
+def furnished(
+    model: Model,
+    *,
+    context: int,
+    batch: int,
+    state_dtype: torch.dtype | None = None,
+    graph: bool | None = None,
+) -> Decoder:
+    """A pool whose first ``batch`` slots hold sequences of ``context`` tokens, made up."""
+    capacity = context + STEPS
+    length = fixed_length(model, capacity)
+    decoder = Decoder(model, batch, capacity, max_length=length, graph=graph, state_dtype=state_dtype)
+    for tensor in _pool(decoder):
+        tensor.normal_()
+    for counts in (decoder.positions, decoder.embedded):
+        counts[:batch] = context
+    decoder.longest = context
+    return decoder
+
+
+def _pool(decoder: Decoder) -> list[Tensor]:
+    found: list[Any] = [getattr(layer, name, None) for layer in decoder.layers for name in ("k", "v", "conv", "ssm")]
+    return [tensor for tensor in found if tensor is not None]
+
+
+def _pool_bytes(decoder: Decoder) -> int:
+    return sum(tensor.nbytes for tensor in _pool(decoder))
+
+
+def _step_measured(
+    model: Model,
+    timing: Timing,
+    state: StateBytes,
+    context: int,
+    batch: int,
+    held: int,
+    *,
+    graph: bool = False,
+) -> Measured:
+    """``held``: bytes of caches and states, with room for more."""
+    cost: Cost = step_cost(model, state, context=context, batch=batch)
+    return Measured(
+        timing=timing,
+        tokens_per_s=batch / timing.ms * 1e3,
+        batch=batch,
+        state_bytes=state.at(context),
+        resident_bytes=weight_bytes(model) + held,
+        peak_bytes=memory.peak(model.device),
+        bytes=cost.bytes,
+        flops=cost.flops,
+        graph=graph,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- prefill
+
+
+def read_prompt(
+    model: Model, *, length: int, images: bool = False, chunk: int, seconds: float = 1.0, longest: float = math.inf
+) -> Measured | None:
+    """From a prompt of ``length`` tokens to its first token; None when memory does not suffice.
+
+    A network with softmax layers reads at once while that fits, which is its fastest way, else in pieces of ``chunk``
+    tokens; one without always reads in pieces.
+
+    Args:
+        images: as many pictures' tokens as fit instead of text, from uint8 tiles.
+        longest: seconds after which no second reading is begun.
+    """
+    encoded = prompt(model.config, length, images=images)
+    for piece in (length, chunk) if model.config.attention_layers and length > chunk else (min(chunk, length),):
+        found = memory.attempt(lambda size=piece: _read(model, encoded, size, seconds, longest), model.device)  # type: ignore[misc]
+        if found is not None:
+            return found
+    return None
+
+
+def _read(model: Model, encoded: Encoded, chunk: int, seconds: float, longest: float) -> Measured:
+    length = len(encoded.input_ids)
+
+    def read() -> None:
+        logits, _ = prefill(model, [encoded], chunk=chunk, max_new_tokens=1)
+        int(logits.argmax())  # on the host, where a reader would see it
+
+    memory.reset_peak(model.device)
+    with torch.no_grad():
+        timing = Clock(model.device).time(read, seconds=seconds, warm_up=1, least=2, longest=longest)
+    state = state_bytes(model.config, model.dtype, wide(model.dtype))
+    cost = prefill_cost(model, state, length=length)
+    return Measured(
+        timing=timing,
+        tokens_per_s=length / timing.ms * 1e3,
+        state_bytes=state.at(length),
+        resident_bytes=weight_bytes(model),
+        peak_bytes=memory.peak(model.device),
+        bytes=cost.bytes,
+        flops=cost.flops,
+        chunk=chunk,
+    )
+
+
+def prompt(config: ModelConfig, length: int, *, images: bool = False) -> Encoded:
+    """A prompt of ``length`` tokens: random text, or as many tiles of noise as fit, with text behind them."""
+    image = config.img_context_token_id
+    random = np.random.default_rng(0)
+    ids = random.integers(0, min(WORDS, config.vocab_size), length, dtype=np.int32)
+    ids[ids == image] = (image + 1) % config.vocab_size  # a text token that means a picture would want one
+    tiles = np.empty((0,), np.uint8)
+    if images:
+        vision = config.vision
+        assert vision is not None
+        count = length // vision.tokens_per_tile
+        ids[: count * vision.tokens_per_tile] = image
+        tile = random.integers(0, 256, (1, vision.image_size, vision.image_size, 3), dtype=np.uint8)
+        tiles = np.broadcast_to(tile, (count, *tile.shape[1:]))  # one tile again and again: no memory of its own
+    return Encoded(input_ids=ids, labels=np.full(length, -100, np.int32), tiles=tiles, id="bench", where="bench")
+
+
+# ---------------------------------------------------------------------------------------------- the greatest batch
+
+
+def greatest_batch(
+    model: Model,
+    *,
+    context: int,
+    state_dtype: torch.dtype | None = None,
+    budget: int | None = None,
+    seconds: float = 0.5,
+) -> Measured | None:
+    """A step of the most sequences that fit; None when not even one does.
+
+    Found by trying, up to a sixteenth of itself; the first try is what the bytes of a state promise.
+
+    Args:
+        budget: bytes that weights and states may take. Default: all that the device has; on a CPU it must be given.
+    """
+    device = model.device
+    each = state_bytes(model.config, model.dtype, state_dtype or wide(model.dtype)).at(context + STEPS)
+    most = MOST_SEQUENCES["cuda" if device.type == "cuda" else "cpu"]
+    bound = most
+    if budget is not None:
+        bound = min(bound, (budget - weight_bytes(model)) // each)
+    elif device.type != "cuda":
+        raise ValueError("on a CPU the greatest batch needs a budget of bytes")
+    if bound < 1:
+        return None
+
+    def fits(batch: int) -> bool:
+        return memory.attempt(lambda: _tried(model, context, batch, state_dtype), device) is not None
+
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        batch = greatest(fits, guess=int(0.9 * free / each), most=bound)
+    else:
+        batch = bound  # tried for real, a CPU's memory would take the machine with it
+    for share in LESS:
+        rows = int(batch * share)
+        if rows < 1:
+            break
+        found = memory.attempt(
+            lambda rows=rows: decode(model, context=context, batch=rows, state_dtype=state_dtype, seconds=seconds),  # type: ignore[misc]
+            device,
+        )
+        if found is not None:
+            reason = f"bounded by {most:,} sequences, not by memory" if rows == most else ""
+            return replace(found, note=reason)
+    return None
+
+
+def _tried(model: Model, context: int, batch: int, state_dtype: torch.dtype | None) -> bool:
+    """True once two steps of ``batch`` sequences have run, as they come; raises where memory runs out."""
+    decoder = furnished(model, context=context, batch=batch, state_dtype=state_dtype, graph=False)
+    tokens = torch.zeros(batch, dtype=torch.long, device=model.device)
+    for _ in range(2):
+        tokens.copy_(decoder.step(tokens, torch.arange(batch, device=model.device)).argmax(-1))
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return True
+
+
+# ---------------------------------------------------------------------------------------------- sizes
+
+
+def weight_bytes(model: Model) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The number format of a state beside weights of ``dtype``: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,136 @@
+"""``results.json``: every point as soon as it is measured, and what must be the same to go on with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from mmmamba.benchmark.limits import Rates
+from mmmamba.benchmark.measure import Measured
+from mmmamba.benchmark.subjects import Series
+from mmmamba.checkpoints.io import read_json, write_atomically
+from mmmamba.config import from_dict, to_dict
+from mmmamba.errors import UserError
+
+RESULTS = "results.json"
+FORMAT = 1
+
+What = Literal["decode", "prefill", "batch"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A point to measure.
+
+    Attributes:
+        series: label of the series it belongs to.
+        what: ``decode`` a token, ``prefill`` a prompt, or find the greatest ``batch``.
+        variant: of a prefill ``text`` or ``images``; of a batch the number format of the SSM states (``cache`` for a
+            model without any).
+        context: tokens.
+    """
+
+    series: str
+    what: What
+    variant: str = ""
+    context: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """What became of a task: measured, out of memory (``oom``), or skipped for a reason."""
+
+    task: Task
+    measured: Measured | None = None
+    oom: bool = False
+    skipped: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """A report's raw content.
+
+    Attributes:
+        request: what was asked for, but for where to write it.
+        environment: versions, machine and commit.
+        paper: whether the networks have the size that the paper's own points speak of.
+        rates: what the machine copies and multiplies, measured in the same run.
+        complete: whether every point has been dealt with.
+    """
+
+    format: int = FORMAT
+    request: dict[str, Any]
+    environment: dict[str, str]
+    series: tuple[Series, ...]
+    paper: bool
+    rates: Rates
+    points: tuple[Point, ...] = ()
+    complete: bool = False
+
+    def with_point(self, point: Point) -> Results:
+        return replace(self, points=(*self.points, point))
+
+    def find(self, series: str, what: What, context: int, variant: str = "") -> Point | None:
+        """The point of a task, if it has been dealt with."""
+        task = Task(series=series, what=what, context=context, variant=variant)
+        return next((point for point in self.points if point.task == task), None)
+
+    def measured(self, series: str, what: What, context: int, variant: str = "") -> Measured | None:
+        point = self.find(series, what, context, variant)
+        return None if point is None else point.measured
+
+    @property
+    def contexts(self) -> list[int]:
+        return sorted({point.task.context for point in self.points})
+
+
+def save(results: Results, folder: Path) -> Path:
+    """Write the results; a crash leaves those of before."""
+    content = json.dumps(to_dict(results), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return write_atomically(folder / RESULTS, lambda temporary: temporary.write_text(content, encoding="utf-8"))
+
+
+def earlier(
+    folder: Path, request: Mapping[str, Any], environment: Mapping[str, str], *, resume: bool, overwrite: bool
+) -> Results | None:
+    """The results in ``folder`` to go on with; None to begin anew.
+
+    Raises:
+        UserError: when the folder is a file, holds something else, holds a report and neither ``resume`` nor
+            ``overwrite`` is given, or one that cannot be gone on with (another request, another machine).
+    """
+    if resume and overwrite:
+        raise UserError("--resume keeps what is there and --overwrite replaces it: pass one of them")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; --report takes a folder")
+    file = folder / RESULTS
+    if not file.is_file():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"{folder} holds something that is no report of mmmamba bench; choose another --report")
+        return None
+    found = read_json(file)
+    if "rates" not in found or "points" not in found:
+        raise UserError(f"{file} is of something else than mmmamba bench; choose another --report")
+    if overwrite:
+        return None
+    if not resume:
+        raise UserError(f"{folder} holds a report; pass --resume to go on with it, or --overwrite to replace it")
+    results = from_dict(Results, found, file)
+    for name, ours, theirs in (
+        ("request", request, results.request),
+        ("machine or version", environment, results.environment),
+    ):
+        different = _first_difference(to_dict(ours), theirs)
+        if different:
+            raise UserError(f"{file} was made with another {name} ({different}); pass --overwrite to replace it")
+    return results
+
+
+def _first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    keys: Sequence[str] = [*ours, *(key for key in theirs if key not in ours)]
+    return next(
+        (f"{key}: {theirs.get(key)}, now {ours.get(key)}" for key in keys if ours.get(key) != theirs.get(key)), ""
+    )

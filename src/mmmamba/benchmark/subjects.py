@@ -1,0 +1,157 @@
+"""Whom to measure: teacher, linear and hybrid of one geometry, with random weights or from checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mmmamba.checkpoints import load, read_config
+from mmmamba.errors import UserError
+from mmmamba.model.config import ATTENTION, MAMBA2, MixerConfig, ModelConfig, StackConfig, VisionConfig
+from mmmamba.model.geometries import geometry
+from mmmamba.model.model import Model
+
+Kind = Literal["teacher", "linear", "hybrid"]
+Style = Literal["engine", "published", "published, mask"]
+
+KINDS: tuple[Kind, ...] = ("teacher", "linear", "hybrid")
+SOFTMAX_EVERY = 4  # a hybrid keeps layers 0, 4, 8, …: the paper's 8 of 32
+#: Fields of a config that decide what a network costs, beside the sizes of its stacks and of its pictures.
+SIZES = ("hidden_size", "vocab_size")
+STACK_SIZES = ("num_layers", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A network to measure. ``source``: its checkpoint; None for random weights."""
+
+    label: str
+    kind: Kind
+    config: ModelConfig
+    source: str | None = None
+
+    def open(self, device: torch.device, dtype: torch.dtype, seed: int) -> Model:
+        """The network, on ``device``, nothing of it to be trained."""
+        if self.source is None:
+            return random_model(self.config, device, dtype, seed)
+        return load(self.source, dtype=dtype, device=device).requires_grad_(False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """A line of the plots: a subject, run in one style.
+
+    ``engine``: as this package serves it. ``published``: the teacher with a cache that is concatenated anew for every
+    token, no graph; ``published, mask``: the same, called with an attention mask.
+    """
+
+    label: str
+    subject: str
+    kind: Kind
+    style: Style = "engine"
+
+
+def random_subjects(name: str) -> list[Subject]:
+    """Teacher, linear and hybrid of the geometry called ``name``.
+
+    Raises:
+        UserError: when there is no such geometry.
+    """
+    return [_random(kind, geometry(name), kind) for kind in KINDS]
+
+
+def given_subjects(models: Sequence[str]) -> list[Subject]:
+    """The models in some folders, and before them a teacher of random weights where none of them is one.
+
+    Raises:
+        UserError: when a model cannot be read, is named twice, or is of another size than the first.
+    """
+    subjects: list[Subject] = []
+    for model in models:
+        config, label = read_config(model), Path(model).name or model
+        if label in (subject.label for subject in subjects):
+            raise UserError(f"two models are called '{label}': the report would not tell them apart")
+        subjects.append(Subject(label=label, kind=kind_of(config), config=config, source=model))
+    for other in subjects[1:]:
+        difference = _difference(subjects[0].config, other.config)
+        if difference:
+            raise UserError(
+                f"{subjects[0].source} and {other.source} are of different geometries ({difference}): "
+                "measure them in two reports"
+            )
+    if all(subject.kind != "teacher" for subject in subjects):
+        subjects.insert(0, _random("teacher", subjects[0].config, "teacher (random weights)"))
+    return subjects
+
+
+def series_of(subjects: Sequence[Subject]) -> list[Series]:
+    """Each subject as the engine serves it, and behind each teacher the two published styles."""
+    found: list[Series] = []
+    for subject in subjects:
+        found.append(Series(label=subject.label, subject=subject.label, kind=subject.kind))
+        if subject.kind == "teacher":
+            for style in ("published", "published, mask"):
+                label = f"{subject.label}, {style.replace('published', 'published style')}"
+                found.append(Series(label=label, subject=subject.label, kind="teacher", style=style))  # type: ignore[arg-type]
+    return found
+
+
+def kind_of(config: ModelConfig) -> Kind:
+    if not config.mamba2_layers:
+        return "teacher"
+    return "hybrid" if config.attention_layers else "linear"
+
+
+def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Model:
+    """A network of random weights, each layer of which keeps the scale of what passes through it."""
+    with torch.device("meta"):
+        model = Model(config)
+    model = model.to_empty(device=device).to(dtype).requires_grad_(False).eval()
+    generator = torch.Generator(device).manual_seed(seed)
+    for parameter in model.parameters():
+        scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.02
+        parameter.normal_(std=scale, generator=generator)
+    for index in config.mamba2_layers:
+        mixer: Any = model.mixer(index)
+        mixer.A_log.data = torch.full_like(mixer.A_log, 0.5, dtype=torch.float32)
+        mixer.dt_bias.data = torch.empty_like(mixer.dt_bias, dtype=torch.float32)
+        mixer.dt_bias.uniform_(-6.0, -2.0, generator=generator)
+        mixer.norm.weight.fill_(1.0)
+    layers: Any = model.layers
+    for norm in (*(n for layer in layers for n in (layer.input_norm, layer.mlp_norm)), model.norm):
+        norm.weight.fill_(1.0)
+    if config.tie_word_embeddings:  # to_empty made two parameters of one
+        model.head.weight = model.text_embeddings.weight
+    return model
+
+
+def _random(kind: Kind, config: ModelConfig, label: str) -> Subject:
+    kept = {"teacher": range(config.num_layers), "linear": (), "hybrid": range(0, config.num_layers, SOFTMAX_EVERY)}
+    layer_map = tuple(ATTENTION if i in kept[kind] else MAMBA2 for i in range(config.num_layers))
+    mixer = MixerConfig(rope=True, conv_activation="none")
+    image = config.img_context_token_id if config.img_context_token_id >= 0 else config.vocab_size - 1
+    config = replace(config, layer_map=layer_map, mixer=mixer, img_context_token_id=image)
+    return Subject(label=label, kind=kind, config=config)
+
+
+def _difference(one: ModelConfig, other: ModelConfig) -> str:
+    """The first size in which two networks differ, with both values; '' when there is none."""
+    for name in SIZES:
+        if getattr(one, name) != getattr(other, name):
+            return f"{name} {getattr(one, name)} and {getattr(other, name)}"
+    for stack in ("embedding", "decoder"):
+        a: StackConfig = getattr(one, stack)
+        b: StackConfig = getattr(other, stack)
+        for name in STACK_SIZES:
+            if (a.num_layers or b.num_layers) and getattr(a, name) != getattr(b, name):
+                return f"{stack}.{name} {getattr(a, name)} and {getattr(b, name)}"
+    if one.vision is None or other.vision is None:
+        return "" if one.vision is other.vision else "one of them reads text only"
+    for field in fields(VisionConfig):
+        if getattr(one.vision, field.name) != getattr(other.vision, field.name):
+            return f"vision.{field.name} {getattr(one.vision, field.name)} and {getattr(other.vision, field.name)}"
+    return ""
