@@ -269,8 +269,10 @@ class _AttentionLayer(_MlpLayer):
         self.bias = _joined_bias(projections)
         self.heads, self.groups = mixer.heads_count, mixer.groups
         weight = mixer.q_proj.weight
-        shape = (decoder.slots + 1, decoder.capacity, mixer.groups, mixer.head_dim)
-        self.k, self.v = weight.new_zeros(shape), weight.new_zeros(shape)
+        # One token more than the slots hold: idle rows write there, at the start of the slot that is not.
+        size, shape = decoder.slots * decoder.capacity, (decoder.slots, decoder.capacity)
+        self._places = [weight.new_zeros(size + 1, mixer.groups, mixer.head_dim) for _ in range(2)]
+        self.k, self.v = (places[:size].unflatten(0, shape) for places in self._places)
         self.counts = decoder.embedded if layer.index < decoder.model.config.embedding.num_layers else decoder.positions
         wide = torch.promote_types(weight.dtype, torch.float32)
         self.frequencies = inverse_frequencies(stack, decoder.max_length, weight.device, wide)
@@ -296,8 +298,9 @@ class _AttentionLayer(_MlpLayer):
         at = self.counts[safe]
         angles = at.to(self.frequencies.dtype)[:, None, None] * self.frequencies
         cos, sin = angles.cos(), angles.sin()
-        self.k[safe, at] = rotate(k, cos, sin)
-        self.v[safe, at] = v
+        place = safe * decoder.capacity + at
+        for places, new in zip(self._places, (rotate(k, cos, sin), v), strict=True):
+            places[place] = new
         # The host knows how long the longest sequence is, but a graph is made for all lengths.
         longest = None if decoder.graph else decoder.longest
         y = attend_step(rotate(q, cos, sin), self.k, self.v, slots, at + 1, longest=longest)
