@@ -21,6 +21,7 @@ from mmmamba import distill, hf
 from mmmamba.errors import UserError
 
 if TYPE_CHECKING:
+    from mmmamba.benchmark.bench import bench
     from mmmamba.checkpoints import load
     from mmmamba.data.build import build as build_data
     from mmmamba.data.processor import Processor
@@ -41,6 +42,7 @@ __all__ = [
     "ModelConfig",
     "Processor",
     "UserError",
+    "bench",
     "build_data",
     "chat",
     "distill",
@@ -56,6 +58,7 @@ _HOME = {
     "Model": "mmmamba.model.model:Model",
     "ModelConfig": "mmmamba.model.config:ModelConfig",
     "Processor": "mmmamba.data.processor:Processor",
+    "bench": "mmmamba.benchmark.bench:bench",
     "build_data": "mmmamba.data.build:build",
     "chat": "mmmamba.inference.chat:chat",
     "evaluate": "mmmamba.evaluation.evaluate:evaluate",
