@@ -5,29 +5,23 @@ Nothing is fetched: style, plots and pictures are in the file. Plots exist twice
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from mmmamba.checkpoints.io import write_atomically
 from mmmamba.data.images import load_image
 from mmmamba.errors import UserError
-from mmmamba.evaluation import plots
+from mmmamba.evaluation import page, plots
 from mmmamba.evaluation.plots import Curve
 from mmmamba.evaluation.results import ModelResult, Report
 from mmmamba.evaluation.tables import Table, tables
-from mmmamba.figures import THEMES, render
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from mmmamba.figures import THEMES
 
 PICTURE_SIDE = 384  # larger pictures are shrunk to this
 PIXEL_ART = 200  # pictures smaller than this are shown enlarged with hard pixels
@@ -88,22 +82,21 @@ def write_html(
         body += [_tiles(report), _bars(report)]
     own = tables(report) if report is not None else []
     if own or extra_tables:
-        body += ["<h2>Results</h2>", *map(_table, [*own[:TABLES_OPEN], *extra_tables])]
-        body += [_table(table, folded=True) for table in own[TABLES_OPEN:]]
+        body += ["<h2>Results</h2>", *map(page.table, [*own[:TABLES_OPEN], *extra_tables])]
+        body += [page.table(table, folded=True) for table in own[TABLES_OPEN:]]
     lines = [curve for label, file in (curves or {}).items() for curve in read_curves(label, file)]
     if lines:
         body += ["<h2>Loss curves</h2>", _curves(lines)]
     if examples:
         body += ["<h2>Pictures and answers</h2>", '<div class="examples">', *map(_example, examples), "</div>"]
     if notes:
-        body += ["<h2>Notes</h2>", "<ul>", *(f"<li>{escape(note)}</li>" for note in notes), "</ul>"]
+        body += page.listed("Notes", notes)
     if environment is None and report is not None:
         environment = report.environment
     if environment:
-        rows = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in environment.items())
-        body += ["<h2>Environment</h2>", f'<div class="card"><dl>{rows}</dl></div>']
-    page = _PAGE.format(title=escape(title), style=_style(), body="\n".join(body))
-    return write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+        body += page.facts("Environment", environment)
+    whole = page.page(title, body)
+    return write_atomically(path, lambda temporary: temporary.write_text(whole, encoding="utf-8"))
 
 
 def pick_examples(report: Report, count: int = 12) -> list[Example]:
@@ -159,28 +152,6 @@ def _thinned(curve: Curve) -> Curve:
 
 # --- pieces of the page -----------------------------------------------------------------------------------------------
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="generator" content="mmmamba">
-<title>{title}</title>
-<style>
-{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
-
-
-def _style() -> str:
-    return files("mmmamba.evaluation").joinpath("report.css").read_text(encoding="utf-8")
-
 
 def _tiles(report: Report) -> str:
     colours = plots.model_colours(report)
@@ -202,39 +173,12 @@ def _tile(model: ModelResult, colour: str, abilities: int) -> str:
 
 def _bars(report: Report) -> str:
     light, dark = (plots.ability_bars(report, theme) for theme in THEMES)
-    return _figure(light, dark, "Scores by ability, and retention against each model's teacher")
+    return page.figure(light, dark, "Scores by ability, and retention against each model's teacher")
 
 
 def _curves(curves: Sequence[Curve]) -> str:
     light, dark = (plots.loss_curves(curves, theme) for theme in THEMES)
-    return _figure(light, dark, "Loss by step of each stage: the running mean over the raw values")
-
-
-def _figure(light: Figure, dark: Figure, caption: str) -> str:
-    day, night = (_data_url("image/svg+xml", render(figure, "svg")) for figure in (light, dark))
-    return (
-        f'<div class="card wide"><figure><picture><source media="(prefers-color-scheme: dark)" srcset="{night}">'
-        f'<img src="{day}" alt="{escape(caption)}"></picture><figcaption>{escape(caption)}</figcaption></figure></div>'
-    )
-
-
-def _table(table: Table, folded: bool = False) -> str:
-    head = "".join(f"<th>{escape(column)}</th>" for column in table.columns)
-    rows = []
-    for i, row in enumerate(table.rows):
-        cells = []
-        for j, cell in enumerate(row):
-            shade = table.shades[i][j] if table.shades else None
-            detail = table.details[i][j] if table.details else ""
-            style = "" if shade is None else f' style="background:rgb(47 158 119 / {0.42 * shade**2:.3f})"'
-            small = f"<small>{escape(detail.strip('[]').replace(', ', '–'))}</small>" if detail else ""
-            cells.append(f"<td{style}>{escape(cell)}{small}</td>")
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
-    grid = f'{note}<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-    if folded:
-        return f'<details class="card"><summary>{escape(table.title)}</summary>{grid}</details>'
-    return f'<section class="card"><h3>{escape(table.title)}</h3>{grid}</section>'
+    return page.figure(light, dark, "Loss by step of each stage: the running mean over the raw values")
 
 
 def _example(example: Example) -> str:
@@ -277,8 +221,4 @@ def _picture(path: str | Path) -> str:
     # Small synthetic pictures stay exact; photographs are lighter as JPEG.
     kind = "PNG" if pixels else "JPEG"
     image.save(buffer, kind, **({"optimize": True} if pixels else {"quality": 85}))
-    return f'<img{pixels} alt="" loading="lazy" src="{_data_url(f"image/{kind.lower()}", buffer.getvalue())}">'
-
-
-def _data_url(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+    return f'<img{pixels} alt="" loading="lazy" src="{page.data_url(f"image/{kind.lower()}", buffer.getvalue())}">'
