@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
+import functools
 import importlib
 import json
 import statistics
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
@@ -417,7 +419,12 @@ def run_step(bench: Bench) -> None:
             bench.time(
                 "mixer_step", f"batch {batch}, {str(state)[6:]} state, graph",
                 lambda row=row, options=options, slots=slots, seed=seed, calls=calls: bench.graph(
-                    lambda i: step(*row, **options, slots=slots[i % len(slots)], seed=seed), calls
+                    # As a decoding step launches it, behind another kernel of its chain; but only where no state that
+                    # a launch reads was written by the one in front.
+                    lambda i: step(
+                        *row, **options, slots=slots[i % len(slots)], seed=seed, chained=0 < i and calls <= len(slots)
+                    ),
+                    calls,
                 ),
                 {name: lambda peer=peer, calls=calls: bench.graph(peer, calls) for name, peer in peers.items()},
                 floor=2 * batch * h * p * p * state.itemsize / bench.copy * 1e3, goal=goal,
@@ -433,28 +440,40 @@ def run_linear(bench: Bench) -> None:
         return
     width, inner, words = bench.size(2048, 40), bench.size(8192, 64), bench.size(92_553, 70)
 
-    def measure(name: str, n: int, k: int, normed: bool) -> None:
+    def measure(name: str, n: int, k: int, normed: bool, int8: bool) -> None:
         x, weight = torch.randn(1, k, device=DEVICE).to(BF16), torch.randn(n, k, device=DEVICE).to(BF16)
         norm = torch.rand(k, device=DEVICE).to(BF16) if normed else None
+        weight, scale = ops.quantize_rows(weight) if int8 else (weight, None)
         swiglu = name == "gate|up"
-        wide = None if norm is None else norm.double()
-        truth = {"y": ops.linear_step_torch(x.double(), weight.double(), norm=wide, swiglu=swiglu)}
+        wide = {"norm": None if norm is None else norm.double(), "scale": None if scale is None else scale.double()}
+        exact = weight if int8 else weight.double()
+        truth = {"y": ops.linear_step_torch(x.double(), exact, **wide, swiglu=swiglu)}
 
-        def run(function: Function) -> Tensor:
-            return function(x, weight, norm=norm, swiglu=swiglu)
+        def run(function: Function, weight: Tensor, **options: bool) -> Tensor:
+            return function(x, weight, scale=scale, norm=norm, swiglu=swiglu, **options)
 
-        values = {"y": run(linear)}
-        bench.check("linear_step", name, values, truth, torch={"y": run(ops.linear_step_torch)})
+        label = f"{name}, int8" if int8 else name
+        twin = {"y": run(ops.linear_step_torch, weight)}
+        bench.check("linear_step", label, {"y": run(linear, weight)}, truth, torch=twin)
+        pool = [weight, *(weight.clone() for _ in range(bench.size(max(1, 200_000_000 // weight.nbytes), 1)))]
+        calls = 4 * len(pool)
+
+        def chain(chained: bool) -> float:
+            """Milliseconds a map of a chain over matrices that no cache holds together."""
+            return bench.graph(lambda i: run(linear, pool[i % len(pool)], chained=chained and i > 0), calls)
+
         bench.time(
-            "linear_step", f"{name}, {n:,} × {k:,}", lambda: bench.replayed(lambda: run(linear)),
-            {"torch": lambda: bench.replayed(lambda: run(ops.linear_step_torch))},
-            floor=weight.nbytes / (bench.copy) * 1e3,
+            "linear_step", f"{label}, {n:,} × {k:,}", lambda: chain(True),
+            {"not chained": lambda: chain(False),
+             "torch": lambda: bench.graph(lambda i: run(ops.linear_step_torch, pool[i % len(pool)]), calls)},
+            floor=weight.nbytes / bench.copy * 1e3,
         )  # fmt: skip
 
-    for name, n, k, normed in (("projections", 3 * width + 16, width, True), ("out", width, width, False),
-                               ("gate|up", 2 * inner, width, True), ("down", width, inner, False),
-                               ("head", words, width, True)):  # fmt: skip
-        bench.attempt(f"linear_step, {name}", lambda name=name, n=n, k=k, normed=normed: measure(name, n, k, normed))
+    for int8 in (False, True):
+        for name, n, k, normed in (("projections", 3 * width + 16, width, True), ("out", width, width, False),
+                                   ("gate|up", 2 * inner, width, True), ("down", width, inner, False),
+                                   ("head", words, width, True)):  # fmt: skip
+            bench.attempt(f"linear_step, {name}", functools.partial(measure, name, n, k, normed, int8))
 
 
 # ---------------------------------------------------------------------------------------------- decoding attention
@@ -467,27 +486,36 @@ def run_attend(bench: Bench) -> None:
     h, g, p = HEADS, GROUPS, DIM
 
     def inputs(batch: int, length: int, dtype: torch.dtype) -> list[Tensor]:
-        q = torch.randn(batch, h, p, device=DEVICE).to(dtype)
+        qkv = torch.randn(batch, (h + 2 * g) * p, device=DEVICE).to(dtype)
         k, v = (torch.randn(batch, length, g, p, device=DEVICE).to(dtype) for _ in range(2))
         slots = torch.arange(batch, device=DEVICE)
-        return [q, k, v, slots, torch.full_like(slots, length)]
+        frequencies = 1e6 ** -(torch.arange(0, p, 2, device=DEVICE) / p)
+        return [qkv, k, v, slots, torch.full_like(slots, length - 1), frequencies]
 
     def check(dtype: torch.dtype) -> None:
         args = inputs(3, bench.size(3000, 70), dtype)
         args[4] -= torch.tensor([0, 17, len(args[1][0]) - 1], device=DEVICE)
-        truth = {"y": ops.attend_step_torch(*(t.double() for t in args[:3]), *args[3:])}
+
+        def run(function: Function, widen: bool) -> dict[str, Tensor]:
+            own = [t.double() if widen else t.clone() for t in args[:3]]
+            values = {"y": function(*own, *args[3:])}
+            return {**values, "k": own[1], "v": own[2]}
+
+        truth = run(ops.attend_step_torch, True)
         with poisoned():
-            values = {"y": attend(*args)}
-        bench.check("attend_step", str(dtype)[6:], values, truth, torch={"y": ops.attend_step_torch(*args)})
+            values = run(attend, False)
+        bench.check("attend_step", str(dtype)[6:], values, truth, torch=run(ops.attend_step_torch, False))
 
     for dtype in (torch.float32, BF16):
         bench.attempt("attend_step", lambda dtype=dtype: check(dtype))
     for batch, length in ((1, 103_424), (4, 16_384), (64, 1_024)) if not bench.tiny else ((2, 70),):
         args = inputs(batch, length, BF16)
+        q, k, v = args[0].unflatten(1, (-1, p))[:, :h, None], args[1].transpose(1, 2), args[2].transpose(1, 2)
         bench.time(
             "attend_step", f"batch {batch}, {length:,} cached",
             lambda args=args: bench.replayed(lambda: attend(*args)),
-            {"SDPA": lambda args=args: bench.replayed(lambda: ops.attend_step_torch(*args))},
+            {"SDPA (attention alone)": lambda q=q, k=k, v=v: bench.replayed(
+                lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True))},
             floor=2 * args[1].nbytes / bench.copy * 1e3,
         )  # fmt: skip
 

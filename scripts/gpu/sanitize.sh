@@ -4,6 +4,7 @@
 #     sh scripts/gpu/sanitize.sh                 # both tools
 #     sh scripts/gpu/sanitize.sh racecheck       # one of them
 #
+# NVIDIA's own matrix products (nvjet) are left out: racecheck does not follow their asynchronous copies and reports races.
 # The tests run once without it, so that every kernel is compiled; then PyTorch's memory cache is off, behind which an
 # access beyond a tensor could hide. Long rows, and what torch.compile makes, are left out: they take too long there.
 set -eu
@@ -15,5 +16,6 @@ command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer (part of t
 $tests -k "$without"
 for tool in ${*:-memcheck racecheck}; do
     echo "== $tool"
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 $tests -k "$without"
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --kernel-name-exclude kns=nvjet \
+        --error-exitcode 9 $tests -k "$without"
 done

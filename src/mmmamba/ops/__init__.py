@@ -4,11 +4,20 @@ from mmmamba.ops.attend import attend_step, attend_step_torch
 from mmmamba.ops.conv import causal_conv, causal_conv_step, causal_conv_torch
 from mmmamba.ops.kl import chunked_kl, chunked_kl_torch
 from mmmamba.ops.layout import Layout, layout_of
-from mmmamba.ops.linear import linear_step, linear_step_torch
+from mmmamba.ops.linear import (
+    joined_linear,
+    linear_add,
+    linear_step,
+    linear_step_torch,
+    linear_wide,
+    quantize_rows,
+)
 from mmmamba.ops.norm import compute_dtype, gated_norm, gated_norm_torch, rms_norm
+from mmmamba.ops.pick import pick_greedy, pick_greedy_torch
 from mmmamba.ops.rope import rotate
 from mmmamba.ops.ssd import ssd, ssd_chunked, ssd_reference, ssd_step
 from mmmamba.ops.step import mixer_step, mixer_step_torch
+from mmmamba.ops.swiglu import swiglu, swiglu_torch
 
 __all__ = [
     "Layout",
@@ -22,15 +31,23 @@ __all__ = [
     "compute_dtype",
     "gated_norm",
     "gated_norm_torch",
+    "joined_linear",
     "layout_of",
+    "linear_add",
     "linear_step",
     "linear_step_torch",
+    "linear_wide",
     "mixer_step",
     "mixer_step_torch",
+    "pick_greedy",
+    "pick_greedy_torch",
+    "quantize_rows",
     "rms_norm",
     "rotate",
     "ssd",
     "ssd_chunked",
     "ssd_reference",
     "ssd_step",
+    "swiglu",
+    "swiglu_torch",
 ]

@@ -1,18 +1,33 @@
-"""A linear map of one token, with what stands before and behind it: a decoding step is little else.
+"""Linear maps: several of the same tokens side by side; and of one token, with what stands before and behind it.
 
-With a single row a product reads its whole matrix for two operations an element. Whatever else the step does with the
-row (norm, bias, residual, SwiGLU) is then free, if it is done in the same launch.
+A decoding step is little else than the latter. With a single row a product reads its whole matrix for two operations an
+element. Whatever else the step does with the row (norm, bias, residual, SwiGLU) is then free, if it is done in the same
+launch; and a matrix of half the bytes takes half the time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmmamba.ops.norm import rms_norm
+from mmmamba.ops.swiglu import swiglu as gated
 from mmmamba.ops.triton import serves
 
 WIDEST = 16_384  # inputs of a map: a program of the kernel holds whole rows
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix (n, k) in int8, rounded to nearest, and the float32 scale (n,) of each row: weight ≈ int8 · scale.
+
+    Symmetric: a row's largest magnitude becomes 127. A row of zeros has the scale 0.
+    """
+    wide = weight.float()
+    scale = wide.abs().amax(dim=1) / 127
+    return (wide / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round_().to(torch.int8), scale
 
 
 def linear_step(
@@ -20,18 +35,23 @@ def linear_step(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    scale: Tensor | None = None,
     norm: Tensor | None = None,
     eps: float = 1e-6,
     residual: Tensor | None = None,
     swiglu: bool = False,
+    chained: bool = False,
 ) -> Tensor:
     """residual + W·rms_norm(x) + bias; with ``swiglu``, SiLU(gate)·up of the two halves of its rows.
 
     Args:
-        x: (b, k).  weight: (n, k).  bias: (n,) or None.
+        x: (b, k).  weight: (n, k), in x's dtype, or int8 with a ``scale``.  bias: (n,) or None.
+        scale: (n,) float32 that each row of int8 weights is multiplied by (:func:`quantize_rows`).
         norm: (k,) weight of the RMSNorm in front, none when absent.  eps: of the norm.
-        residual: (b, n) that is added.
+        residual: (b, n) that is added to, in place; it is returned then.
         swiglu: ``weight`` holds n/2 rows of the gate, then n/2 of the other half; there is no residual then.
+        chained: only x and the residual may come from the kernel that was launched last: on a GPU that can, the launch
+            overlaps its end, and weights are on their way before x is there (programmatic dependent launch).
 
     Returns:
         (b, n), or (b, n/2) with ``swiglu``.
@@ -43,6 +63,7 @@ def linear_step(
     expected = {
         "weight": (weight, (n, k)),
         "bias": (bias, (n,)),
+        "scale": (scale, (n,)),
         "norm": (norm, (k,)),
         "residual": (residual, (b, n)),
     }
@@ -51,12 +72,17 @@ def linear_step(
             raise ValueError(f"linear_step: {name} has shape {tuple(tensor.shape)}, expected {shape}")
     if swiglu and (n % 2 or residual is not None):
         raise ValueError("linear_step: swiglu needs an even number of rows and no residual")
+    if (scale is None) != weight.is_floating_point():
+        raise ValueError(f"linear_step: weight is {str(weight.dtype)[6:]}, a scale belongs to int8 and to nothing else")
     # From two rows on, the library's products are as good.
-    if b == 1 and k <= WIDEST and x.is_cuda and x.dtype == weight.dtype and serves(x, weight, bias, norm, residual):
+    alike = x.dtype == weight.dtype or scale is not None
+    if b == 1 and k <= WIDEST and x.is_cuda and alike and serves(x, weight, bias, scale, norm, residual):
         from mmmamba.ops.triton.linear import linear_step as kernel
 
-        return kernel(x, weight, bias, norm=norm, eps=eps, residual=residual, swiglu=swiglu)
-    return linear_step_torch(x, weight, bias, norm=norm, eps=eps, residual=residual, swiglu=swiglu)
+        return kernel(
+            x, weight, bias, scale=scale, norm=norm, eps=eps, residual=residual, swiglu=swiglu, chained=chained
+        )
+    return linear_step_torch(x, weight, bias, scale=scale, norm=norm, eps=eps, residual=residual, swiglu=swiglu)
 
 
 def linear_step_torch(
@@ -64,14 +90,72 @@ def linear_step_torch(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    scale: Tensor | None = None,
     norm: Tensor | None = None,
     eps: float = 1e-6,
     residual: Tensor | None = None,
     swiglu: bool = False,
 ) -> Tensor:
     """The same in PyTorch's operators, for any number of rows. Same contract as :func:`linear_step`."""
-    y = F.linear(x if norm is None else rms_norm(x, norm, eps), weight, bias)
+    if norm is not None:
+        x = rms_norm(x, norm, eps)
+    if scale is not None:
+        weight = (weight.to(torch.promote_types(x.dtype, scale.dtype)) * scale[:, None]).to(x.dtype)
+    if residual is not None and bias is None:
+        return residual.addmm_(x, weight.t())
+    if bias is None and x.is_cuda and len(x) % 8 == 0 and len(weight) % 8:
+        # A vocabulary of odd size: results whose rows begin anywhere take several times as long as their transpose.
+        y = torch.mm(weight, x.t()).t()
+    else:
+        y = F.linear(x, weight, bias)
     if swiglu:
         gate, up = y.chunk(2, dim=-1)
-        return F.silu(gate) * up
-    return y if residual is None else residual + y
+        return gated(gate, up)
+    return y if residual is None else residual.add_(y)
+
+
+def _casts(*tensors: Tensor) -> bool:
+    """Whether autocast would change the format of any of these, as it does before a product."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return False
+    return any(tensor.dtype != torch.get_autocast_dtype(device) for tensor in tensors)
+
+
+def joined_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+    """Several linear maps of x (…, k), their results side by side: (…, Σ n). Weights (n, k), biases (n,) or None.
+
+    Without gradients each product is written where it belongs, and nothing is copied.
+    """
+    if torch.is_grad_enabled() or _casts(x, *weights):
+        return torch.cat([F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)], dim=-1)
+    rows = x.reshape(-1, x.shape[-1])
+    out = rows.new_empty(len(rows), sum(len(weight) for weight in weights))
+    parts = out.split([len(weight) for weight in weights], dim=1)
+    for weight, bias, part in zip(weights, biases, parts, strict=True):
+        if bias is None:
+            torch.mm(rows, weight.t(), out=part)
+        else:
+            torch.addmm(bias, rows, weight.t(), out=part)
+    return out.view(*x.shape[:-1], out.shape[1])
+
+
+def linear_add(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """residual (…, n) + W·x + bias, for x (…, k): one pass less over memory without gradients on a GPU."""
+    if torch.is_grad_enabled() or _casts(residual, x, weight) or not x.is_cuda or bias is not None:
+        return residual + F.linear(x, weight, bias)
+    n, k = weight.shape
+    return torch.addmm(residual.reshape(-1, n), x.reshape(-1, k), weight.t()).view_as(residual)
+
+
+def linear_wide(x: Tensor, weight: Tensor) -> Tensor:
+    """W·x for x (…, k), weight (n, k), in float32 at least: half-precision products are exact there.
+
+    On a GPU without gradients nothing is copied into the wider format first.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    half = x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
+    if half and x.is_cuda and not torch.is_grad_enabled():
+        product = torch.mm(x.reshape(-1, x.shape[-1]), weight.t(), out_dtype=torch.float32)
+        return product.view(*x.shape[:-1], len(weight))
+    return F.linear(x.to(wide), weight.to(wide))

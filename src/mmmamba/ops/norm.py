@@ -13,7 +13,9 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / rms(x) over the last dimension, times ``weight``; statistics in at least float32, x's dtype comes back."""
     if weight is not None and weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
-    return F.rms_norm(x, x.shape[-1:], weight, eps)
+    # Autocast would widen all of x first; the statistics alone are in float32 without it.
+    with torch.autocast(x.device.type, enabled=False):
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

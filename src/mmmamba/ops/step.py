@@ -93,6 +93,7 @@ def mixer_step(
     positions: Tensor | None = None,
     frequencies: Tensor | None = None,
     seed: Tensor | None = None,
+    chained: bool = False,
 ) -> Tensor:
     """One token of each row of a running batch: conv, rotation, recurrence, norm and gate.
 
@@ -111,6 +112,7 @@ def mixer_step(
         positions, frequencies: instead of the rotation, (b,) and (p/2,): the angles are their products.
         seed: (1,) int64 on the device: a bfloat16 ssm_state is rounded stochastically, with other noise for every other
             seed (change it every step, also between the replays of a graph). None rounds to the nearest.
+        chained: only vkq, gate and dt_raw may come from the kernel that was launched last; see ``linear_step``.
 
     Returns:
         the gated heads (b, h·p) in vkq's dtype.
@@ -133,7 +135,7 @@ def mixer_step(
     if serves(vkq, gate, dt_raw, *parameters.values(), *(rotation or ()), positions, frequencies):
         from mmmamba.ops.triton.step import mixer_step as kernel
 
-        return kernel(vkq, gate, dt_raw, **parameters, **angles, **options)
+        return kernel(vkq, gate, dt_raw, **parameters, **angles, **options, chained=chained)
     return mixer_step_torch(vkq, gate, dt_raw, **parameters, **angles, **options)
 
 

@@ -86,12 +86,14 @@ def test_every_option(k, activation, qk_norm, turned, biased, slots, shift):
     compare((vkq, gate, dt_raw + shift), named, 1e-11)
 
 
-@pytest.mark.parametrize("programs", [1, 1000])
-def test_blocks_of_any_size_and_slices_of_a_wider_projection(programs, monkeypatch, device):
+@pytest.mark.parametrize(
+    ("programs", "half", "size"), [(1, False, (1, 64)), (1000, False, (2, 32)), (1000, True, (2, 16))]
+)
+def test_blocks_of_any_size_and_slices_of_a_wider_projection(programs, half, size, monkeypatch, device):
     from mmmamba.ops.triton import step
 
-    chosen = step._tile(programs, 2, 64)
-    assert (chosen["PARTS"], chosen["D"]) == ((4, 16) if programs == 1 else (1, 32))
+    chosen = step._tile(programs, 2, 64, half)
+    assert (chosen["HEADS"], chosen["D"]) == size
     monkeypatch.setattr(step, "_tile", lambda *_: chosen)
     (vkq, gate, dt_raw), named = draw(b=2, h=2, g=1, p=64, device=device)
     whole = torch.cat([gate, vkq, dt_raw], -1)
@@ -99,8 +101,8 @@ def test_blocks_of_any_size_and_slices_of_a_wider_projection(programs, monkeypat
     compare(sliced, named, TOLERANCE[torch.float32])
 
 
-def test_step_after_step_in_parts(device):
-    """The parts of a group count themselves; the count is back at zero behind every step."""
+def test_step_after_step_head_by_head(device):
+    """The heads of a group count themselves; the count is back at zero behind every step."""
     (vkq, gate, dt_raw), named = draw(b=2, h=2, g=1, p=64, device=device)
     truth = {name: wide(value) for name, value in named.items()}
     truth |= {name: truth[name].clone() for name in ("conv_state", "ssm_state")}
@@ -164,7 +166,9 @@ def test_is_a_sound_custom_op(device):
     nothing = [None] * 6
     arrived = torch.zeros(2, dtype=torch.int32, device=device)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(_step, (vkq, gate, dt_raw, *rest, *nothing, arrived, 1e-5, True, False), test_utils=checks)
+    torch.library.opcheck(
+        _step, (vkq, gate, dt_raw, *rest, *nothing, arrived, 1e-5, True, False, False), test_utils=checks
+    )
 
 
 def test_refuses_what_does_not_fit(device):

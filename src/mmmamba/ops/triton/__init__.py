@@ -82,6 +82,11 @@ def serves(first: Tensor, *tensors: Tensor | None, **sizes: int) -> bool:
     return reason is None
 
 
+def chains(tensor: Tensor) -> bool:
+    """Whether a launch may begin before the one in front of it has ended (programmatic dependent launch)."""
+    return tensor.is_cuda and torch.version.hip is None and _capability(tensor.device) >= (9, 0)
+
+
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """The context to launch a kernel in: Triton launches on the current GPU, which may not be the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

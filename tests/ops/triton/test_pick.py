@@ -1,0 +1,63 @@
+"""Greedy picking against PyTorch's argmax and log-softmax."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mmmamba.ops.pick import pick_greedy_torch
+
+kernels = pytest.importorskip("mmmamba.ops.triton.pick", exc_type=ImportError)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    b=st.integers(0, 70),
+    v=st.integers(1, 9000),
+    turned=st.booleans(),
+    banned=st.booleans(),
+    scale=st.sampled_from([1, 30]),
+)
+def test_picks_what_argmax_picks(device, dtype, b, v, turned, banned, scale):
+    generator = torch.Generator().manual_seed(b * 9001 + v)
+    logits = (scale * torch.randn((v, b) if turned else (b, v), generator=generator)).to(device, dtype)
+    logits = logits.t() if turned else logits
+    out = (torch.rand(v, generator=generator) < 0.5).to(device) if banned and v > 1 else None
+    if out is not None:
+        out[0] = False
+    tokens, logprobs = kernels.pick_greedy(logits, out)
+    truth, expected = pick_greedy_torch(logits.double(), out)
+    scores = logits.double() if out is None else logits.double().masked_fill(out, -torch.inf)
+    assert tokens.dtype == torch.long
+    assert torch.equal(scores.gather(1, tokens[:, None]), scores.gather(1, truth[:, None]))
+    first = (scores == scores.amax(1, keepdim=True)).byte().argmax(1) if b else truth  # the first of equals
+    assert torch.equal(tokens, first)
+    torch.testing.assert_close(logprobs.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_infinities_and_nan(device):
+    logits = torch.full((3, 5000), -torch.inf, device=device)
+    logits[0, 4321] = 3.0
+    logits[1, 17], logits[1, 4000] = 1.0, torch.nan
+    logits[2, 40] = 2.0
+    banned = torch.zeros(5000, dtype=torch.bool, device=device)
+    banned[40] = True
+    tokens, logprobs = kernels.pick_greedy(logits, banned)
+    assert tokens[0] == 4321 and logprobs[0].abs() < 1e-6
+    assert logprobs[1].isnan()  # as a caller reports
+    assert logprobs[2] == -torch.inf  # nothing that may be picked has any probability
+
+
+def test_is_a_sound_custom_op(device):
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(kernels._pick, (torch.randn(2, 50, device=device), None), test_utils=checks)
+
+
+def test_refuses_what_does_not_fit(device):
+    with pytest.raises(ValueError, match="logits"):
+        kernels.pick_greedy(torch.ones(3, device=device))
+    with pytest.raises(ValueError, match="banned"):
+        kernels.pick_greedy(torch.ones(2, 3, device=device), torch.zeros(2, dtype=torch.bool, device=device))
