@@ -1,12 +1,18 @@
-"""Which device, which number format and how many cores a verb works with."""
+"""Which device, which number format and how many cores a verb works with, and how a device says that it is full."""
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from mmmamba.errors import UserError
+
+#: How an allocation that failed says so, where it is no OutOfMemoryError: cuBLAS's workspace, the CPU's allocator.
+FULL = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory", "not enough memory")
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -43,3 +49,23 @@ def pick_precision(precision: str, device: torch.device) -> torch.dtype:
 def cores() -> int:
     """How many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that memory did not suffice, or came of one that does (a capture that broke off)."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in FULL):
+        return True
+    before = error.__cause__ or error.__context__
+    return before is not None and is_full(before)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without collecting garbage: while a CUDA graph is captured, freeing an older one would break the capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -13,7 +13,7 @@ import pytest
 from mmmamba.data import video
 from mmmamba.data.video import Frame, choose_frames, frame_marks, read_frames
 from mmmamba.errors import UserError
-from videos import write_video
+from videos import write_no_frame, write_video
 
 pytest.importorskip("av")
 
@@ -143,6 +143,18 @@ def test_a_broken_video_is_named(name, reason, steady, tmp_path):
     with pytest.raises(UserError, match=reason) as error:
         choose_frames(path)
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("avi", "has no frame that can be"), ("mp4", "has no video stream"), ("mkv", "not a video")]
+)
+def test_a_video_without_a_frame_is_named(kind, reason, tmp_path):
+    """What is left of it differs by its kind of file."""
+    path = write_no_frame(tmp_path / f"none.{kind}")
+    assert path.stat().st_size > 0
+    with pytest.raises(UserError, match=reason) as error:
+        choose_frames(path)
+    assert str(error.value).startswith(str(path))
 
 
 def test_bad_requests_are_named(steady, monkeypatch):

@@ -9,6 +9,7 @@ import torch
 
 from mmmamba.inference.decoder import Decoder, fused
 from mmmamba.model import ATTENTION, MAMBA2, MixerConfig, Model, RopeScaling, State, initialise
+from mmmamba.ops import quantize_rows
 from tiny import make_config
 
 TEACHER = (ATTENTION,) * 5
@@ -145,11 +146,37 @@ def test_fusing_takes_no_memory_twice_and_changes_no_value():
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     mlp = model.layers[0].mlp
-    whole = decoder.layers[0].gate_up
+    whole = decoder.layers[0].gate_up.weight
     assert mlp.up.weight.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
-    assert fused(mlp, "gate_up", [mlp.gate.weight, mlp.up.weight]) is whole
+    assert fused(mlp.gate, [mlp.gate.weight, mlp.up.weight]) is whole
     mlp.up.weight.data = mlp.up.weight.data.clone()  # moved, as by a load: joined anew
-    assert fused(mlp, "gate_up", [mlp.gate.weight, mlp.up.weight]) is not whole
+    assert fused(mlp.gate, [mlp.gate.weight, mlp.up.weight]) is not whole
+
+
+def test_steps_with_int8_weights_are_those_of_the_rounded_matrices():
+    model, rounded = build("hybrid"), build("hybrid")
+    state = begun(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rounded_maps = [module for module in rounded.modules() if isinstance(module, torch.nn.Linear)]
+    for map_ in rounded_maps[rounded_maps.index(rounded.layers[0].mixer.q_proj) :]:
+        weight, scale = quantize_rows(map_.weight)
+        map_.weight.data = weight * scale.double()[:, None]
+    model.int8_steps = True
+    ours, truth, own = (Decoder(one, 4, 20, max_length=40) for one in (model, rounded, build("hybrid")))
+    for decoder in (ours, truth, own):
+        decoder.admit(torch.arange(4), state)
+    steps = [
+        [decoder.step(torch.arange(8, 12) + i, torch.arange(4)) for i in range(3)] for decoder in (ours, truth, own)
+    ]
+    for a, b, c in zip(*steps, strict=True):
+        close(a, b)
+        assert 1e-4 < (a - c).norm() / c.norm() < 0.05
+    for name, value in model.state_dict().items():  # a pass, and a checkpoint, keep the weights as they are
+        assert torch.equal(value, before[name]), name
+    again = Decoder(model, 1, 4, max_length=4)
+    assert again.head.weight is ours.head.weight  # rounded once
+    model.head.weight += 0.1
+    assert Decoder(model, 1, 4, max_length=4).head.weight is not ours.head.weight
 
 
 @pytest.mark.gpu

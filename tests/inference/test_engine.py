@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmmamba.data import pictures
+from mmmamba.data import pictures, video
 from mmmamba.data.pictures import PictureFile
 from mmmamba.data.processor import Encoded, Processor
 from mmmamba.data.samples import Sample, Turn
@@ -21,6 +21,7 @@ from mmmamba.inference import engine, steps
 from mmmamba.inference.sampling import Sampling
 from mmmamba.model import MixerConfig, Model, RopeScaling, VisionConfig, initialise
 from tiny import make_config
+from videos import write_video
 
 NEW = 8
 
@@ -143,9 +144,33 @@ def test_many_pictures_are_decoded_and_embedded_as_they_are_read(tiny_model, tin
         assert torch.allclose(one.ssm, other.ssm, atol=1e-9, rtol=0) and torch.allclose(one.conv, other.conv)
 
 
+def test_the_frames_of_a_video_are_decoded_and_embedded_as_they_are_read(
+    tiny_model, tiny_processor, monkeypatch, tmp_path
+):
+    pytest.importorskip("av")
+    path = write_video(tmp_path / "v.mkv", range(0, 6000, 100))
+    frames = video.choose_frames(path, fps=10)
+    model, events = tiny_model(("mamba2",) * 5).double(), []  # 1 for a frame decoded, -n for n embedded together
+    decoded, embed = video._decoded, model.vision.forward
+
+    def counted(path):
+        for item in decoded(path):
+            events.append(1)
+            yield item
+
+    monkeypatch.setattr(video, "_decoded", counted)
+    monkeypatch.setattr(model.vision, "forward", lambda pixels: events.append(-len(pixels)) or embed(pixels))
+    prompt = tiny_processor.prompt([Turn("human", video.frame_marks(frames) + "what?")], frames)
+    assert events == []
+    engine.stream(model, tiny_processor, prompt, prefill_chunk=60)
+    ahead = np.cumsum(events)
+    assert events.count(1) == 60 == -sum(event for event in events if event < 0)
+    assert ahead.max() <= 8 and ahead[-1] == 0
+
+
 def test_tiles_and_positions_that_do_not_agree_are_refused(tiny_model, prompts):
     for tiles in (prompts[1].tiles[:0], np.concatenate([prompts[1].tiles] * 2)):
-        with pytest.raises(ValueError, match="<IMG_CONTEXT> positions for"):
+        with pytest.raises(UserError, match="<IMG_CONTEXT> positions for"):
             steps.prefill(tiny_model(), [replace(prompts[1], tiles=tiles)], chunk=9, max_new_tokens=1)
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mmmamba.errors import UserError
-from mmmamba.inference.sampling import Sampler, Sampling, draw, uniform
+from mmmamba.inference.philox import uniforms
+from mmmamba.inference.sampling import Sampler, Sampling, draw
 
 
 def logits_of(*probabilities: float) -> torch.Tensor:
@@ -53,10 +57,28 @@ def test_the_ends_of_the_unit_interval_pick_tokens_that_may_be_drawn():
 
 
 def test_random_numbers_are_even_and_depend_on_all_of_seed_sequence_step():
-    values = torch.tensor([uniform(0, sequence, step) for sequence in range(30) for step in range(30)])
-    assert len(set(values.tolist())) == 900
+    values = uniforms(0, range(30), np.arange(30)[:, None])
+    assert values.shape == (30, 30) and len(set(values.flatten().tolist())) == 900
     assert abs(values.mean() - 0.5) < 0.03 and abs(values.var() - 1 / 12) < 0.01
-    assert uniform(1, 2, 3) == uniform(1, 2, 3) != uniform(2, 2, 3)
+    assert uniforms(1, 2, 3) == uniforms(1, 2, 3) != uniforms(2, 2, 3)
+
+
+def numpys(seed: int, sequence: int, step: int) -> float:
+    counter = np.array([0, step, sequence, 0], np.uint64)
+    return np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64), counter=counter)).random()
+
+
+WORDS = st.integers(0, 2**64 - 1)
+
+
+@given(seed=WORDS, sequences=st.lists(WORDS, min_size=1, max_size=4), step=st.integers(0, 2**64 - 3))
+def test_random_numbers_are_numpys(seed, sequences, step):
+    found = uniforms(seed, np.array(sequences, np.uint64), np.array([[step], [step + 2]], np.uint64))
+    assert found.tolist() == [[numpys(seed, sequence, at) for sequence in sequences] for at in (step, step + 2)]
+
+
+def test_the_numbers_of_a_run_stay_what_they_were():
+    assert uniforms(7, [0, 5], [0, 3]).tolist() == [0.8720734548204873, 0.30343418712118975]
 
 
 def test_a_draw_does_not_depend_on_the_batch():

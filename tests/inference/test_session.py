@@ -24,6 +24,7 @@ from mmmamba.data.processor import Processor
 from mmmamba.data.samples import Turn
 from mmmamba.data.tokenizer import Tokenizer
 from mmmamba.errors import UserError
+from mmmamba.inference import fingerprint as fingerprint_module
 from mmmamba.inference import session as module
 from mmmamba.inference.conversation import Chat
 from mmmamba.inference.fingerprint import digest, fingerprint
@@ -199,6 +200,22 @@ def test_a_fingerprint_is_of_all_parameters_and_not_of_defaults(tiny_model, tiny
             parameter.view(-1)[-1] -= 1
     network.config = replace(network.config, mixer=MixerConfig(qk_norm=True))
     assert fingerprint(network, tiny_processor) != found
+
+
+def test_parameters_are_hashed_again_only_when_they_were_changed_or_moved(tiny_model, tiny_processor, monkeypatch):
+    hashed = []
+    line = fingerprint_module._line
+    monkeypatch.setattr(fingerprint_module, "_line", lambda name, tensor: hashed.append(name) or line(name, tensor))
+    network = tiny_model(LINEAR)
+    found, count = fingerprint(network, tiny_processor), len(hashed)
+    assert fingerprint(network, tiny_processor) == found and len(hashed) == count
+    with torch.no_grad():
+        network.layers[2].mlp.up.weight[0, 0] += 1
+    changed = fingerprint(network, tiny_processor)
+    assert changed != found and len(hashed) == 2 * count
+    network.head.weight.data = network.head.weight.data * 2
+    assert fingerprint(network, tiny_processor) not in (found, changed)
+    assert fingerprint(network.double(), tiny_processor) != fingerprint(tiny_model(LINEAR), tiny_processor) == found
 
 
 def rewritten(path: Path, change, checksum: bool = True) -> Path:

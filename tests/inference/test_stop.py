@@ -32,7 +32,8 @@ def spoken(monkeypatch, tiny_processor: Processor) -> list[list[int]]:
     pick = Sampler.pick
 
     def scripted(self, logits):
-        line = [(said[sequence] + [tiny_processor.stop_token_ids[0]] * 100)[step] for sequence, step in self._rows]
+        keys = zip(self._sequences.tolist(), self._steps.tolist(), strict=True)
+        line = [(said[sequence] + [tiny_processor.stop_token_ids[0]] * 100)[step] for sequence, step in keys]
         return torch.tensor(line), pick(self, logits)[1]
 
     monkeypatch.setattr(Sampler, "pick", scripted)

@@ -8,10 +8,11 @@ from typing import TypeVar
 
 import torch
 
-T = TypeVar("T")
+from mmmamba.device import is_full
 
-#: How an allocation that failed says so, where it is no OutOfMemoryError: cuBLAS's workspace, the CPU's allocator.
-FULL = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory", "not enough memory")
+__all__ = ["attempt", "is_full", "peak", "release", "reset_peak"]
+
+T = TypeVar("T")
 
 
 def attempt(call: Callable[[], T | None], device: torch.device) -> T | None:
@@ -29,14 +30,6 @@ def attempt(call: Callable[[], T | None], device: torch.device) -> T | None:
     # a success too: a pool and its layers hold one another, so that only collecting garbage frees them.
     release(device)
     return found
-
-
-def is_full(error: BaseException) -> bool:
-    """Whether an error says that memory did not suffice, or came of one that does (a capture that broke off)."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in FULL):
-        return True
-    before = error.__cause__ or error.__context__
-    return before is not None and is_full(before)
 
 
 def release(device: torch.device) -> None:

@@ -17,9 +17,12 @@ from torch import Tensor, nn
 
 from mmmamba.data.batching import Batch
 from mmmamba.data.processor import UNSCORED
+from mmmamba.device import uncollected
+from mmmamba.distill import processes
 from mmmamba.distill.objectives import Objective
 from mmmamba.distill.optimizers import Optimizers
 from mmmamba.distill.recipe import TrainConfig
+from mmmamba.errors import UserError
 from mmmamba.ops.layout import remember_bounds, remember_lengths
 
 PIECE = 512  # padding lies in sequences of at most this many tokens: attention over one longer row would cost more
@@ -43,14 +46,31 @@ class Step:
     def __call__(self, rows: Sequence[Batch], rate: float) -> tuple[dict[str, Tensor], Tensor]:
         """Take the step at learning rate ``rate``: the objective's losses (none without rows), the gradient's norm."""
         self.optimizers.set_rate(rate)
-        return self._update([_move(row, self.device) for row in rows])
+        return self._update([move(row, self.device) for row in rows])
 
     def _update(self, rows: Sequence[Batch]) -> tuple[dict[str, Tensor], Tensor]:
         self.optimizers.zero_grad()
-        losses = self.objective.backward(rows, self.precision) if rows else {}
+        losses = self.objective.backward(rows, self.precision) if rows or processes.count() > 1 else {}
+        if processes.count() > 1:
+            losses = self._sum(losses)
         norm = nn.utils.clip_grad_norm_(list(self.objective.trained.values()), self.clip)
         self.optimizers.step()
         return losses, norm
+
+    def _sum(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sum gradients and losses over all processes; no losses where no process had rows.
+
+        A gradient that no process has stays away, as it does in one process.
+        """
+        parameters = list(self.objective.trained.values())
+        has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=self.device)
+        used = processes.total(has).tolist()
+        for parameter, users in zip(parameters, used, strict=True):
+            if users:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                processes.total(parameter.grad)
+        return {name: processes.total(loss) for name, loss in losses.items()} if any(used) else {}
 
 
 class ReplayedStep(Step):
@@ -107,7 +127,10 @@ class ReplayedStep(Step):
         self.optimizers.zero_grad()
         graph = torch.cuda.CUDAGraph()
         # The loader's threads go on pinning memory meanwhile, which only a capture of this thread alone lets them.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        with (
+            uncollected(),
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+        ):
             captured.results = self._padded_update(captured)
         captured.graph, self._pool = graph, graph.pool()
 
@@ -189,8 +212,16 @@ class _Captured:
 
 
 def make_step(objective: Objective, config: TrainConfig, device: torch.device, precision: torch.dtype) -> Step:
-    """The step of a run: replayed where the recipe asks for it and there is a GPU, else as it comes."""
-    kind = ReplayedStep if config.graph and device.type == "cuda" else Step
+    """The step of a run: replayed where the recipe asks for it and there is a GPU, else as it comes.
+
+    Raises:
+        UserError: when several processes would replay: what they wait for one another for cannot be captured.
+    """
+    replays = config.graph and device.type == "cuda"
+    if replays and processes.count() > 1:
+        several = processes.count()
+        raise UserError(f"graph: true is for one process, and {several} were launched: --set STAGE.graph=false")
+    kind = ReplayedStep if replays else Step
     return kind(objective, config, device, precision)
 
 
@@ -200,7 +231,7 @@ def _roomy(size: int) -> int:
     return -(-size // unit) * unit
 
 
-def _move(row: Batch, device: torch.device) -> Batch:
+def move(row: Batch, device: torch.device) -> Batch:
     """The row on ``device``, its lengths remembered so that no layer asks the device for them."""
     moved = row.to(device)
     if moved.cu_seqlens is not row.cu_seqlens:

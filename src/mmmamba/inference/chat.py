@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,7 @@ from mmmamba.device import pick_device, pick_dtype
 from mmmamba.errors import UserError
 from mmmamba.inference.attachments import Attachments
 from mmmamba.inference.conversation import Chat
+from mmmamba.inference.guard import within_memory
 from mmmamba.inference.sampling import Sampling
 from mmmamba.inference.session import read_session, save_session
 
@@ -106,17 +108,20 @@ def chat(
         shown.add_text(path)
     for path in video:
         shown.add_video(path)
+    if question is not None and not question.strip() and not (image or text or video):
+        raise UserError("the question is empty; leave it out for a conversation")
     if keep_session and session is None:
         raise UserError("--keep-session needs --session")
     stored = read_session(session) if session is not None and (session.exists() or keep_session) else None
     where = pick_device(device)
-    network, processor = load(model, dtype=pick_dtype(dtype, where), device=where), Processor.from_folder(model)
+    read = partial(load, model, dtype=pick_dtype(dtype, where), device=where)
+    network, processor = within_memory(read, where, f"{model} was read"), Processor.from_folder(model)
     if stored is None:
         conversation = Chat(network, processor, sampling, max_new_tokens=max_new_tokens, stop=stop)
     else:
         conversation = stored.resume(network, processor, sampling, max_new_tokens=max_new_tokens, stop=stop)
     kept = None if keep_session else session
-    console = Console()
+    console = _Terminal()
     if question is not None:
         _print_answer(console, conversation.ask(*shown.before(question)))
         if kept is not None:
@@ -127,6 +132,13 @@ def chat(
         f"[bold]{escape(model)}[/bold]{escape(begun)}, /help lists the commands", highlight=False, soft_wrap=True
     )
     converse(conversation, shown, console, _read_line, kept)
+
+
+class _Terminal(Console):
+    """A console of which a reader that has gone (``| head``) is no business: the command line ends quietly."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
 
 
 def converse(

@@ -15,19 +15,21 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from mmmamba.device import uncollected
 from mmmamba.model.attention import Attention
 from mmmamba.model.config import StackConfig
-from mmmamba.model.layer import Layer
+from mmmamba.model.layer import Layer, RMSNorm
 from mmmamba.model.mamba2 import Mamba2
 from mmmamba.model.model import Model
 from mmmamba.model.rope import inverse_frequencies
 from mmmamba.model.state import KVState, LayerState, MambaState, State
-from mmmamba.ops import attend_step, linear_step, mixer_step, rotate
+from mmmamba.ops import attend_step, linear_step, mixer_step, quantize_rows
 from mmmamba.ops.triton import why_not
 
 WARM_UP = 2  # steps of a batch size before it is captured
 
-_FUSED: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
+_FUSED: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
+_QUANTIZED: WeakKeyDictionary[nn.Module, tuple[list[int], Tensor, Tensor, Tensor]] = WeakKeyDictionary()
 
 
 class Decoder:
@@ -68,6 +70,7 @@ class Decoder:
             assert isinstance(layer, Layer)
             kind = _Mamba2Layer if isinstance(layer.mixer, Mamba2) else _AttentionLayer
             self.layers.append(kind(layer, self, config.stack_of(layer.index)))
+        self.head = _Map(model, [model.head])
         self._graphs: dict[int, _Graph] = {}
 
     def admit(self, slots: Tensor, state: State) -> None:
@@ -125,20 +128,24 @@ class Decoder:
             return self._step(tokens, slots)
         rows = 1 << (len(tokens) - 1).bit_length()  # a graph for each power of two, filled up with idle rows
         if rows not in self._graphs:
-            self._graphs[rows] = _Graph(self, rows)
-        return self._graphs[rows](tokens, slots)[: len(tokens)]
+            self._graphs[rows] = _Graph(rows, self.model.device)
+        return self._graphs[rows](self, tokens, slots)[: len(tokens)]
 
     def _step(self, tokens: Tensor, slots: Tensor) -> Tensor:
         model = self.model
         safe = torch.where(slots < 0, self.slots, slots)
         x = model.embed(tokens[None])[0]
+        at = {id(counts): counts[safe] for counts in (self.positions, self.embedded)}
+        # The host knows how long the longest sequence is, but a graph is made for all lengths.
+        longest = None if self.graph else self.longest
         for layer in self.layers:
-            x = layer.step(x, slots, safe)
+            x = layer.step(x, slots, at[id(layer.counts)], longest)
+        logits = self.head(x, norm=model.norm)
         for counts in {id(t): t for t in (self.positions, self.embedded)}.values():
             counts.index_add_(0, safe, torch.ones_like(safe))
             counts[self.slots].zero_()
         self.seeds += len(self.layers)
-        return linear_step(x, model.head.weight, norm=model.norm.weight, eps=model.norm.eps)
+        return logits
 
 
 def graphable(model: Model) -> bool:
@@ -152,64 +159,83 @@ def graphable(model: Model) -> bool:
 class _Graph:
     """The step of one batch size: tensors that stay, and a graph over them."""
 
-    def __init__(self, decoder: Decoder, rows: int) -> None:
-        device = decoder.model.device
-        self.decoder = decoder
+    def __init__(self, rows: int, device: torch.device) -> None:
         self.tokens = torch.zeros(rows, dtype=torch.long, device=device)
         self.slots = torch.zeros(rows, dtype=torch.long, device=device)
         self.taken = 0
         self.graph: Any = None
         self.logits: Tensor | None = None
 
-    def __call__(self, tokens: Tensor, slots: Tensor) -> Tensor:
+    def __call__(self, decoder: Decoder, tokens: Tensor, slots: Tensor) -> Tensor:
+        # The decoder is given, not kept: it and its graphs go when its last user does, not when garbage is collected.
         self.tokens[: len(tokens)] = tokens
         self.slots[: len(slots)] = slots
         self.slots[len(slots) :] = -1
         if self.graph is None:
             if self.taken < WARM_UP:
                 self.taken += 1
-                return self.decoder._step(self.tokens, self.slots)
+                return decoder._step(self.tokens, self.slots)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.logits = self.decoder._step(self.tokens, self.slots)
+            with uncollected(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.logits = decoder._step(self.tokens, self.slots)
             self.graph = graph
         self.graph.replay()
         assert self.logits is not None
         return self.logits
 
 
-class _MlpLayer:
-    """What every layer has around its mixer."""
+class _Map:
+    """The linear maps that read one input, as one product; with int8 weights where the model wants its steps so."""
 
-    def __init__(self, layer: Layer) -> None:
-        self.layer = layer
-        mlp = layer.mlp
-        self.gate_up = fused(mlp, "gate_up", [mlp.gate.weight, mlp.up.weight])
+    def __init__(self, model: Model, maps: Sequence[nn.Linear]) -> None:
+        owner = maps[0]  # what is made of the maps is kept with the first
+        self.weight, self.scale = fused(owner, [one.weight for one in maps]), None
+        self.bias = _joined_bias(maps)
+        if model.int8_steps:
+            self.weight, self.scale = quantized(owner, maps, self.weight)
 
-    def finish(self, x: Tensor, heads: Tensor) -> Tensor:
-        """All that follows the heads (b, h·p): W_o, residual, norm, SwiGLU, residual."""
-        out, norm = self.layer.mixer.o_proj, self.layer.mlp_norm
-        x = linear_step(heads, out.weight, out.bias, residual=x)
-        inner = linear_step(x, self.gate_up, norm=norm.weight, eps=norm.eps, swiglu=True)
-        return linear_step(inner, self.layer.mlp.down.weight, residual=x)
-
-    def project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's norm, and all that its mixer projects."""
-        norm = self.layer.input_norm
-        return linear_step(x, weight, bias, norm=norm.weight, eps=norm.eps)
+    def __call__(self, x: Tensor, *, norm: RMSNorm | None = None, chained: bool = True, **options: Any) -> Tensor:
+        """The norm, if any, and the product. What a layer does is a chain: one kernel reads what the last one wrote."""
+        before: dict[str, Any] = {} if norm is None else {"norm": norm.weight, "eps": norm.eps}
+        return linear_step(x, self.weight, self.bias, scale=self.scale, chained=chained, **before, **options)
 
 
-class _Mamba2Layer(_MlpLayer):
+class _Layer:
+    """What every layer has around its mixer. ``counts``: the tokens that its stack has seen of each slot."""
+
+    def __init__(self, layer: Layer, decoder: Decoder, projections: Sequence[nn.Linear]) -> None:
+        model, mixer, mlp = decoder.model, layer.mixer, layer.mlp
+        self.input_norm, self.mlp_norm = layer.input_norm, layer.mlp_norm
+        self.project = _Map(model, projections)
+        self.out = _Map(model, [mixer.o_proj])
+        self.gate_up = _Map(model, [mlp.gate, mlp.up])
+        self.down = _Map(model, [mlp.down])
+        self.first = layer.index == 0  # behind the embedding, which is no part of the chain
+        self.counts = decoder.embedded if layer.index < model.config.embedding.num_layers else decoder.positions
+
+    def step(self, x: Tensor, slots: Tensor, at: Tensor, longest: int | None) -> Tensor:
+        """Rows x (b, d) through the layer, in place.
+
+        ``at`` (b,): how many tokens each row's slot has seen. ``longest``: none has seen more than that with this one.
+        """
+        projected = self.project(x, norm=self.input_norm, chained=not self.first)
+        x = self.out(self.heads(projected, slots, at, longest), residual=x)
+        inner = self.gate_up(x, norm=self.mlp_norm, swiglu=True)
+        return self.down(inner, residual=x)
+
+    def heads(self, projected: Tensor, slots: Tensor, at: Tensor, longest: int | None) -> Tensor:
+        """The mixer's heads (b, h·p) from its projections, and its state on."""
+        raise NotImplementedError
+
+
+class _Mamba2Layer(_Layer):
     """A Mamba-2 layer's part of the pool and of the step."""
 
     def __init__(self, layer: Layer, decoder: Decoder, stack: StackConfig) -> None:
-        super().__init__(layer)
         mixer = layer.mixer
         assert isinstance(mixer, Mamba2)
+        super().__init__(layer, decoder, [mixer.v_proj, mixer.k_proj, mixer.q_proj, mixer.gate_proj, mixer.dt_proj])
         self.mixer, config = mixer, mixer.config
-        projections = [mixer.v_proj, mixer.k_proj, mixer.q_proj, mixer.gate_proj, mixer.dt_proj]
-        self.weight = fused(mixer, "projections", [p.weight for p in projections])
-        self.bias = _joined_bias(projections)
         h, g, p = mixer.heads_count, mixer.groups, mixer.head_dim
         channels = (h + 2 * g) * p
         self.sizes = [channels, h * p, h]
@@ -219,7 +245,6 @@ class _Mamba2Layer(_MlpLayer):
         self.conv = weight.new_zeros(pool, config.conv_kernel - 1, channels)
         self.ssm = weight.new_zeros(pool, h, p, p, dtype=decoder.state_dtype or wide)
         self.seed = decoder.seeds[layer.index : layer.index + 1]
-        self.counts = decoder.embedded if layer.index < decoder.model.config.embedding.num_layers else decoder.positions
         self.frequencies = inverse_frequencies(stack, decoder.max_length, weight.device, wide) if config.rope else None
 
     def admit(self, slots: Tensor, state: LayerState) -> None:
@@ -231,10 +256,10 @@ class _Mamba2Layer(_MlpLayer):
         wide = torch.promote_types(self.ssm.dtype, torch.float32)
         return MambaState(self.conv[slots], self.ssm[slots].to(wide))
 
-    def step(self, x: Tensor, slots: Tensor, safe: Tensor) -> Tensor:
+    def heads(self, projected: Tensor, slots: Tensor, at: Tensor, longest: int | None) -> Tensor:
         mixer = self.mixer
-        vkq, gate, dt = self.project(x, self.weight, self.bias).split(self.sizes, dim=-1)
-        heads = mixer_step(
+        vkq, gate, dt = projected.split(self.sizes, dim=-1)
+        return mixer_step(
             vkq,
             gate,
             dt,
@@ -249,31 +274,23 @@ class _Mamba2Layer(_MlpLayer):
             eps=mixer.config.norm_eps,
             activation=mixer.config.conv_activation,
             qk_norm=mixer.config.qk_norm,
-            positions=None if self.frequencies is None else self.counts[safe],
+            positions=None if self.frequencies is None else at,
             frequencies=self.frequencies,
             seed=self.seed,
+            chained=True,
         )
-        return self.finish(x, heads)
 
 
-class _AttentionLayer(_MlpLayer):
+class _AttentionLayer(_Layer):
     """A softmax layer's preallocated cache and its part of the step."""
 
     def __init__(self, layer: Layer, decoder: Decoder, stack: StackConfig) -> None:
-        super().__init__(layer)
         mixer = layer.mixer
         assert isinstance(mixer, Attention)
-        self.decoder, self.mixer = decoder, mixer
-        projections = [mixer.q_proj, mixer.k_proj, mixer.v_proj]
-        self.weight = fused(mixer, "projections", [p.weight for p in projections])
-        self.bias = _joined_bias(projections)
-        self.heads, self.groups = mixer.heads_count, mixer.groups
+        super().__init__(layer, decoder, [mixer.q_proj, mixer.k_proj, mixer.v_proj])
         weight = mixer.q_proj.weight
-        # One token more than the slots hold: idle rows write there, at the start of the slot that is not.
-        size, shape = decoder.slots * decoder.capacity, (decoder.slots, decoder.capacity)
-        self._places = [weight.new_zeros(size + 1, mixer.groups, mixer.head_dim) for _ in range(2)]
-        self.k, self.v = (places[:size].unflatten(0, shape) for places in self._places)
-        self.counts = decoder.embedded if layer.index < decoder.model.config.embedding.num_layers else decoder.positions
+        shape = decoder.slots, decoder.capacity, mixer.groups, mixer.head_dim
+        self.k, self.v = weight.new_zeros(shape), weight.new_zeros(shape)
         wide = torch.promote_types(weight.dtype, torch.float32)
         self.frequencies = inverse_frequencies(stack, decoder.max_length, weight.device, wide)
 
@@ -281,7 +298,7 @@ class _AttentionLayer(_MlpLayer):
         assert isinstance(state, KVState)
         # Rows that were padded, in any place, are closed up: what is filled comes first, in its order.
         order = state.filled.logical_not().byte().argsort(dim=1, stable=True)[..., None, None]
-        width = min(state.k.shape[1], self.decoder.capacity)
+        width = min(state.k.shape[1], self.k.shape[1])
         for pool, kept in ((self.k, state.k), (self.v, state.v)):
             pool[slots, :width] = kept.gather(1, order.expand_as(kept))[:, :width].to(pool.dtype)
 
@@ -291,34 +308,32 @@ class _AttentionLayer(_MlpLayer):
         filled = torch.arange(width, device=counts.device) < counts[:, None]
         return KVState(self.k[slots, :width], self.v[slots, :width], filled)
 
-    def step(self, x: Tensor, slots: Tensor, safe: Tensor) -> Tensor:
-        decoder = self.decoder
-        heads = self.project(x, self.weight, self.bias).unflatten(-1, (self.heads + 2 * self.groups, -1))
-        q, k, v = heads.split([self.heads, self.groups, self.groups], dim=1)
-        at = self.counts[safe]
-        angles = at.to(self.frequencies.dtype)[:, None, None] * self.frequencies
-        cos, sin = angles.cos(), angles.sin()
-        place = safe * decoder.capacity + at
-        for places, new in zip(self._places, (rotate(k, cos, sin), v), strict=True):
-            places[place] = new
-        # The host knows how long the longest sequence is, but a graph is made for all lengths.
-        longest = None if decoder.graph else decoder.longest
-        y = attend_step(rotate(q, cos, sin), self.k, self.v, slots, at + 1, longest=longest)
-        return self.finish(x, y.flatten(1))
+    def heads(self, projected: Tensor, slots: Tensor, at: Tensor, longest: int | None) -> Tensor:
+        return attend_step(projected, self.k, self.v, slots, at, self.frequencies, longest=longest, chained=True)
 
 
-def fused(owner: nn.Module, name: str, weights: Sequence[Tensor]) -> Tensor:
+def fused(owner: nn.Module, weights: Sequence[Tensor]) -> Tensor:
     """The weights (rows_i, d) as one matrix (rows, d) of which each becomes a view: no memory is taken twice.
 
     Made once for as long as the weights stay where they are; a model that was moved or reloaded is joined anew.
     """
-    kept = _FUSED.setdefault(owner, {})
-    whole = kept.get(name)
+    if len(weights) == 1:
+        return weights[0].detach()
+    whole = _FUSED.get(owner)
     if whole is None or not _are_parts(weights, whole):
-        whole = kept[name] = torch.cat([weight.detach() for weight in weights])
+        whole = _FUSED[owner] = torch.cat([weight.detach() for weight in weights])
         for weight, part in zip(weights, whole.split([len(weight) for weight in weights]), strict=True):
             weight.data = part
     return whole
+
+
+def quantized(owner: nn.Module, maps: Sequence[nn.Linear], whole: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrix ``whole`` of some maps in int8, and its rows' scales; made anew when the weights have changed."""
+    versions = [one.weight._version for one in maps]
+    kept = _QUANTIZED.get(owner)
+    if kept is None or kept[0] != versions or kept[1].data_ptr() != whole.data_ptr():
+        kept = _QUANTIZED[owner] = (versions, whole, *quantize_rows(whole))
+    return kept[2], kept[3]
 
 
 def _are_parts(weights: Sequence[Tensor], whole: Tensor) -> bool:

@@ -14,6 +14,7 @@ import torch
 from mmmamba.data.processor import Encoded, Processor
 from mmmamba.inference.answer import Answer, Ending, Generated
 from mmmamba.inference.batch import RunningBatch
+from mmmamba.inference.guard import within_memory
 from mmmamba.inference.likelihood import Score, score
 from mmmamba.inference.sampling import Sampling
 from mmmamba.inference.steps import BATCH_TOKENS, PREFILL_CHUNK, Progress, Share, check_positive, prefill, shares
@@ -59,6 +60,9 @@ def generate(
 
     Returns:
         One answer a prompt, in the order of the prompts.
+
+    Raises:
+        UserError: when a prompt cannot be read, the model gives NaN, or memory does not suffice.
     """
     if block is None:
         block = BLOCK if model.device.type == "cuda" else 1
@@ -66,12 +70,17 @@ def generate(
     ending = Ending.of(processor, stop, max_new_tokens)
     # Only where a stop string has to be found is text followed token by token.
     answers = [Answer(prompt, ending, processor.decode if ending.strings else None) for prompt in prompts]
-    done = 0
-    for share in shares(model, prompts, extra=max_new_tokens, budget=batch_tokens):
-        for ended in _answer(model, answers, share, sampling or Sampling(), ending, prefill_chunk, block):
-            done += ended
-            if progress is not None:
-                progress(done, len(prompts))
+
+    def answer_all() -> None:
+        done = 0
+        for share in shares(model, prompts, extra=max_new_tokens, budget=batch_tokens):
+            for ended in _answer(model, answers, share, sampling or Sampling(), ending, prefill_chunk, block):
+                done += ended
+                if progress is not None:
+                    progress(done, len(prompts))
+
+    doing = f"{len(prompts):,} prompts were answered: lower batch_tokens ({batch_tokens:,}), or take another device"
+    within_memory(answer_all, model.device, doing)
     return [_generated(answer, processor) for answer in answers]
 
 

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -32,15 +33,35 @@ def fingerprint(model: Model, processor: Processor) -> str:
         processor.tokenizer.definition,
         template.definition if isinstance(template, JinjaTemplate) else template.name,
     )
-    return digest(texts, dict(model.named_parameters()))
+    return _digest(texts, _parameters(model))
 
 
 def digest(texts: Sequence[str], tensors: Mapping[str, Tensor]) -> str:
     """sha256 over texts in order, and over tensors (name, type, shape, bytes) whatever their order."""
+    return _digest(texts, _lines(tensors))
+
+
+def _digest(texts: Sequence[str], lines: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps([list(texts), list(lines)]).encode()).hexdigest()
+
+
+def _parameters(model: Model) -> list[str]:
+    """The lines of all parameters, worked out again only when one was changed or moved since: that takes seconds."""
+    parameters = dict(model.named_parameters())
+    now = [(name, p.data_ptr(), p._version, p.dtype, p.shape) for name, p in parameters.items()]
+    before, lines = _KNOWN.get(model, (None, []))
+    if before != now:
+        lines = _lines(parameters)
+        _KNOWN[model] = now, lines
+    return lines
+
+
+_KNOWN: WeakKeyDictionary[Model, tuple[list[Any], list[str]]] = WeakKeyDictionary()
+
+
+def _lines(tensors: Mapping[str, Tensor]) -> list[str]:
     with ThreadPoolExecutor(cores()) as pool:  # hashing lets go of the interpreter's lock
-        lines = pool.map(_line, sorted(tensors), [tensors[name] for name in sorted(tensors)])
-        content = json.dumps([list(texts), list(lines)])
-    return hashlib.sha256(content.encode()).hexdigest()
+        return list(pool.map(_line, sorted(tensors), [tensors[name] for name in sorted(tensors)]))
 
 
 def _line(name: str, tensor: Tensor) -> str:

@@ -12,18 +12,18 @@ import torch.nn.functional as F
 
 from mmmamba.data.batching import pack
 from mmmamba.data.processor import UNSCORED, Encoded
+from mmmamba.inference.guard import within_memory
 from mmmamba.inference.steps import (
     BATCH_TOKENS,
     PREFILL_CHUNK,
     Progress,
     check_positive,
-    chunks,
     fixed_length,
     groups,
+    passes,
     pixels,
 )
 from mmmamba.model.model import Model
-from mmmamba.model.state import State
 
 HEAD_ROWS = 1024  # scored positions whose logits exist at once
 
@@ -66,18 +66,23 @@ def score(
     """
     check_positive(batch_tokens=batch_tokens, prefill_chunk=prefill_chunk)
     scores: list[Score] = [Score(nll=0.0, tokens=0)] * len(encodeds)
-    done = 0
-    lengths = [len(encoded.input_ids) for encoded in encodeds]
-    for group in groups(model, lengths, budget=batch_tokens, chunk=prefill_chunk):
-        samples = [encodeds[i] for i in group]
-        hidden, targets, owner = _scored_positions(model, samples, prefill_chunk)
-        nll = _nll(model, hidden, targets)
-        for row, i in enumerate(group):
-            own = nll[owner == row]
-            scores[i] = Score(nll=float(own.sum()), tokens=len(own))
-        done += len(group)
-        if progress is not None:
-            progress(done, len(encodeds))
+
+    def score_all() -> None:
+        done = 0
+        lengths = [len(encoded.input_ids) for encoded in encodeds]
+        for group in groups(model, lengths, budget=batch_tokens, chunk=prefill_chunk):
+            samples = [encodeds[i] for i in group]
+            hidden, targets, owner = _scored_positions(model, samples, prefill_chunk)
+            nll = _nll(model, hidden, targets)
+            for row, i in enumerate(group):
+                own = nll[owner == row]
+                scores[i] = Score(nll=float(own.sum()), tokens=len(own))
+            done += len(group)
+            if progress is not None:
+                progress(done, len(encodeds))
+
+    doing = f"{len(encodeds):,} samples were scored: lower batch_tokens ({batch_tokens:,}), or take another device"
+    within_memory(score_all, model.device, doing)
     return scores
 
 
@@ -110,12 +115,10 @@ def _scored_positions(
 def _chunked_hidden(model: Model, sample: Encoded, positions: torch.Tensor, chunk: int) -> torch.Tensor:
     """Hidden states (m, d) at ``positions`` (m,) of one long sample."""
     max_length = fixed_length(model, len(sample.input_ids))
-    state: State | None = None
     start = 0
     found = []
-    for piece in chunks(model, sample, chunk):
-        out = model(**piece, state=state, logits="none", return_state=True, max_length=max_length)
-        state, end = out.state, start + out.hidden.shape[1]
+    for out in passes(model, sample, chunk, logits="none", max_length=max_length, state=None):
+        end = start + out.hidden.shape[1]
         found.append(out.hidden[0, positions[(positions >= start) & (positions < end)] - start])
         start = end
     return torch.cat(found)

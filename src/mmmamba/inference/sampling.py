@@ -1,7 +1,7 @@
 """How the next token is picked from the logits: greedy, or drawn with temperature, top-k and top-p.
 
-Every random number is a pure function of (seed, sequence, step), taken from the counter-based generator Philox. A
-sequence therefore draws the same numbers whatever batch it sits in, and a run is repeated by its seed alone.
+Every random number is a pure function of (seed, sequence, step) (:mod:`mmmamba.inference.philox`). A sequence therefore
+draws the same numbers whatever batch it sits in, and a run is repeated by its seed alone.
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ import numpy as np
 import torch
 
 from mmmamba.errors import UserError
+from mmmamba.inference.philox import uniforms
+from mmmamba.ops import pick_greedy
+
+AHEAD = 16  # picks whose random numbers are made together where nobody says how many there will be
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +49,6 @@ class Sampling:
             raise UserError(f"repetition_penalty must be positive (1 turns it off), got {self.repetition_penalty}")
         if not 0 <= self.seed < 2**64:
             raise UserError(f"seed must lie between 0 and 2^64 - 1, got {self.seed}")
-
-
-def uniform(seed: int, sequence: int, step: int) -> float:
-    """The number in [0, 1) that ``sequence`` draws at ``step``: a pure function of the three."""
-    # The lowest counter word is left to Philox itself, which counts it up as it draws.
-    philox = np.random.Philox(key=np.array([seed, 0], np.uint64), counter=np.array([0, step, sequence, 0], np.uint64))
-    return float(np.random.Generator(philox).random())
 
 
 def draw(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling) -> torch.Tensor:
@@ -88,45 +85,55 @@ class Sampler:
     def __init__(self, sampling: Sampling, sequences: Sequence[int] = (), banned: Sequence[int] = ()) -> None:
         self.sampling = sampling
         self.banned = torch.tensor(list(banned), dtype=torch.long)
-        self._rows = [(sequence, 0) for sequence in sequences]  # what keys each row's next draw: its own step too
+        self._barred: torch.Tensor | None = None  # (v,) bool, the same as a mask
+        self._sequences = np.array(list(sequences), np.uint64)  # what keys each row's next draw, with
+        self._steps = np.zeros_like(self._sequences)  # how many it has made
         self._uniforms: list[torch.Tensor] = []  # (s,) float64 for each of the next picks, as far as made
         self._seen: torch.Tensor | None = None  # (s, v) bool, which tokens a row's answer already holds
 
     def pick(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (s,) for logits (s, v), and their log-probabilities (s,) under the model's own distribution."""
-        logits = logits.float()
+        if len(self.banned) and self._barred is None:
+            barred = torch.zeros(logits.shape[-1], dtype=torch.bool).index_fill(0, self.banned, True)
+            self._barred = barred.to(logits.device)
+        if self.sampling.temperature == 0 and self.sampling.repetition_penalty == 1:
+            tokens, logprobs = pick_greedy(logits, self._barred)
+        else:
+            tokens, logprobs = self._pick(logits.float())
+        self._steps += np.uint64(1)
+        return tokens, logprobs
+
+    def _pick(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """With a penalty or by chance, from float32 logits (s, v)."""
         scores = self._penalise(logits)
-        if len(self.banned):
-            self.banned = self.banned.to(scores.device)
-            scores = scores.index_fill(-1, self.banned, -math.inf)
+        if self._barred is not None:
+            scores = scores.masked_fill(self._barred, -math.inf)
         if self.sampling.temperature == 0:
             tokens = scores.argmax(dim=-1)
         else:
             if not self._uniforms:
-                self.foresee(1, scores.device)
+                self.foresee(AHEAD, scores.device)
             tokens = draw(scores, self._uniforms.pop(0), self.sampling)
         if self._seen is not None:
             self._seen.scatter_(-1, tokens[:, None], True)
-        self._rows = [(sequence, step + 1) for sequence, step in self._rows]
-        logprobs = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
-        return tokens, logprobs
+        return tokens, logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
 
     def foresee(self, picks: int, device: torch.device) -> None:
         """Make the random numbers of the next ``picks`` picks and send them to the device at once."""
         if self.sampling.temperature == 0:
             return
-        seed = self.sampling.seed
-        numbers = [[uniform(seed, sequence, step + ahead) for sequence, step in self._rows] for ahead in range(picks)]
-        self._uniforms = list(torch.tensor(numbers, dtype=torch.float64).to(device))
+        steps = self._steps + np.arange(picks, dtype=np.uint64)[:, None]  # (picks, s)
+        self._uniforms = list(torch.from_numpy(uniforms(self.sampling.seed, self._sequences, steps)).to(device))
 
     def join(self, sequences: Sequence[int]) -> None:
         """Go on with these sequences too, behind the rows there are; they are at their first step."""
-        self._rows += [(sequence, 0) for sequence in sequences]
+        self._sequences = np.concatenate([self._sequences, np.array(list(sequences), np.uint64)])
+        self._steps = np.concatenate([self._steps, np.zeros(len(sequences), np.uint64)])
         self._uniforms = []
 
     def select(self, rows: Sequence[int]) -> None:
         """Go on with these rows only."""
-        self._rows = [self._rows[row] for row in rows]
+        self._sequences, self._steps = self._sequences[list(rows)], self._steps[list(rows)]
         self._uniforms = []
         if self._seen is not None:
             self._seen = self._seen[list(rows)]

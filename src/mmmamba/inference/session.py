@@ -135,7 +135,7 @@ def save_session(path: str | Path, chat: Chat) -> Path:
         transcript=past.turns,
         pictures=tuple(_reference(path, number, picture) for number, picture in enumerate(past.shown, 1)),
     )
-    content, tensors = {"version": VERSION, **to_dict(header)}, _tensors(past.state)
+    content, tensors = {"version": VERSION, **to_dict(header)}, _tensors(past.state.to("cpu"))
     text = _json({**content, "sha256": digest([_json(content)], tensors)})
     size = len(_json(text).encode())  # as a text in the header, which is JSON too
     if size > MAX_HEADER:

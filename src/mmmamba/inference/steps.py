@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,7 +15,8 @@ from mmmamba.data.batching import pack
 from mmmamba.data.processor import Encoded
 from mmmamba.data.tiling import normalise
 from mmmamba.errors import UserError
-from mmmamba.model.model import Model
+from mmmamba.model.cache import growing, settled
+from mmmamba.model.model import Model, Output
 from mmmamba.model.state import State
 from mmmamba.model.vision import check_slots
 
@@ -131,6 +134,22 @@ def pixels(model: Model, tiles: torch.Tensor) -> torch.Tensor | None:
     return normalise(tiles.to(model.device)).to(model.dtype)
 
 
+def _check_prompt(model: Model, encoded: Encoded) -> None:
+    """Refuse what cannot be read: nothing, or pictures that have more or fewer tokens than there are places for."""
+    if not len(encoded.input_ids):
+        raise UserError(f"{encoded.where}: the prompt '{encoded.id}' has no tokens")
+    _check_sees(model, len(encoded.tiles))
+    if model.vision is None:
+        return
+    places = int(np.count_nonzero(np.asarray(encoded.input_ids) == model.config.img_context_token_id))
+    tokens = len(encoded.tiles) * model.vision.config.tokens_per_tile
+    if places != tokens:
+        raise UserError(
+            f"{encoded.where}: the prompt '{encoded.id}' has {places} <IMG_CONTEXT> positions for {tokens} image "
+            f"tokens ({len(encoded.tiles)} tiles)"
+        )
+
+
 def _check_sees(model: Model, tiles: int) -> None:
     if tiles and model.vision is None:
         raise UserError("this model reads text only, it cannot be shown pictures")
@@ -169,6 +188,22 @@ def _spans(model: Model, encoded: Encoded, size: int) -> Iterator[tuple[torch.Te
         start = end
 
 
+def passes(
+    model: Model, encoded: Encoded, size: int, *, logits: Literal["last", "none"], max_length: int, state: State | None
+) -> Iterator[Output]:
+    """Read one sequence behind ``state`` in pieces of at most ``size`` tokens: what each pass gives.
+
+    The next pass may write into the caches of the last one's state, which therefore has to be settled
+    (:func:`mmmamba.model.cache.settled`) when all is read.
+    """
+    left = extent(model, encoded)
+    for piece in chunks(model, encoded, size):
+        grown = None if state is None else growing(state, left)
+        out = model(**piece, state=grown, logits=logits, return_state=True, max_length=max_length)
+        state, left = out.state, left - out.hidden.shape[1]
+        yield out
+
+
 def prefill(
     model: Model, encodeds: Sequence[Encoded], *, chunk: int, max_new_tokens: int, state: State | None = None
 ) -> tuple[torch.Tensor, State]:
@@ -178,14 +213,13 @@ def prefill(
     single sequence) is what came before.
     """
     for encoded in encodeds:
-        if not len(encoded.input_ids):
-            raise UserError(f"{encoded.where}: the prompt '{encoded.id}' has no tokens")
+        _check_prompt(model, encoded)
     max_length = fixed_length(model, max(len(e.input_ids) for e in encodeds) + max_new_tokens)
     if len(encodeds) == 1:
-        for piece in chunks(model, encodeds[0], chunk):
-            out = model(**piece, state=state, logits="last", return_state=True, max_length=max_length)
-            state = out.state
-        return out.logits, out.state
+        read = passes(model, encodeds[0], chunk, logits="last", max_length=max_length, state=state)
+        (last,) = deque(read, maxlen=1)
+        assert last.logits is not None and last.state is not None
+        return last.logits, settled(last.state)
     batch = pack(list(encodeds))
     out = model(
         batch.input_ids.to(model.device),

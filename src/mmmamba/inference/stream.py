@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 
 from mmmamba.data.processor import Encoded, Processor
+from mmmamba.errors import UserError
 from mmmamba.inference.answer import Answer, Ending, Finish, unspeakable
 from mmmamba.inference.decoder import Decoder
+from mmmamba.inference.guard import uninterrupted, within_memory
 from mmmamba.inference.sampling import Sampler, Sampling
 from mmmamba.inference.steps import PREFILL_CHUNK, check_positive, prefill
 from mmmamba.model.model import Model
@@ -50,16 +53,23 @@ class Stream:
         self._tokens: torch.Tensor  # (1,) the token picked last
         self._slot = torch.zeros(1, dtype=torch.long, device=model.device)
         self._decoder: Decoder | None = None  # made when a second token is wanted
+        self._broken = False
         self.unfed: tuple[int, ...] = ()
         self._prefilled: State | None  # until there is a decoder
+        read = partial(prefill, model, [encoded], chunk=prefill_chunk, max_new_tokens=max_new_tokens, state=state)
+        doing = f"{len(encoded.input_ids):,} tokens were read: show less at once, or take another --device"
         with torch.no_grad():
-            self._logits, self._prefilled = prefill(
-                model, [encoded], chunk=prefill_chunk, max_new_tokens=max_new_tokens, state=state
-            )
+            self._logits, self._prefilled = within_memory(read, model.device, doing)
+        if bool(self._logits.isnan().any()):  # now, when nobody has gone on from this state yet
+            raise UserError(f"{encoded.where}: the model gives NaN at token 0 of its answer to '{encoded.id}'")
 
     @property
     def state(self) -> State:
-        """What the model keeps of all tokens fed so far: a value, which no later token changes."""
+        """What the model keeps of all tokens fed so far: a value, which no later token changes.
+
+        UserError where an error broke a token off: the state may hold half of it then.
+        """
+        self._check_whole()
         if self._decoder is not None:
             return self._decoder.export(self._slot)
         assert self._prefilled is not None
@@ -79,20 +89,35 @@ class Stream:
 
     def __iter__(self) -> Iterator[str]:
         while self.finish is None:
-            piece = self._next()
+            with uninterrupted() as interrupt:
+                piece = within_memory(self._next, self._model.device, f"token {len(self.token_ids)} was made")
             if piece:
                 yield piece
+            interrupt()
+
+    def _check_whole(self) -> None:
+        if self._broken:
+            raise UserError("an answer broke off in the middle of a token: nothing can follow but a new conversation")
 
     @torch.no_grad()
     def _next(self) -> str:
-        """Generate one token and return the text that it decides."""
+        """Generate one token, whole or not at all, and return the text that it decides."""
+        self._check_whole()
+        if self._logits is None and self._decoder is None:
+            self._decode_from(self.state)
+        self._broken = True  # until all is done
+        piece = self._step()
+        self._broken = False
+        return piece
+
+    def _decode_from(self, state: State) -> None:
+        decoder = Decoder(self._model, 1, state.longest + self._max_new_tokens, max_length=state.max_length)
+        decoder.admit(self._slot, state)
+        self._decoder, self._prefilled = decoder, None  # the pool has its own copy
+
+    def _step(self) -> str:
         if self._logits is None:
-            if self._decoder is None:
-                state = self.state
-                capacity = state.longest + self._max_new_tokens
-                decoder = Decoder(self._model, 1, capacity, max_length=state.max_length)
-                decoder.admit(self._slot, state)
-                self._decoder, self._prefilled = decoder, None  # the pool has its own copy
+            assert self._decoder is not None
             self._logits = self._decoder.step(self._tokens, self._slot)
             self.unfed = ()
         self._tokens, logprobs = self._sampler.pick(self._logits)

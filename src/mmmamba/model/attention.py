@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
+from mmmamba.model.cache import GrowingKV
 from mmmamba.model.config import StackConfig
 from mmmamba.model.rope import Rotation
+from mmmamba.model.softmax import LONG, attend, merge
 from mmmamba.model.state import KVState
 from mmmamba.ops import Layout, compute_dtype, layout_of, rotate
 
@@ -33,12 +35,12 @@ class Attention(nn.Module):
     def heads(
         self,
         x: Tensor,
-        state: KVState | None = None,
+        state: KVState | GrowingKV | None = None,
         *,
         rotation: Rotation,
         cu_seqlens: Tensor | None = None,
         keep_state: bool = False,
-    ) -> tuple[Tensor, KVState | None]:
+    ) -> tuple[Tensor, KVState | GrowingKV | None]:
         """The heads' outputs before W_o: x (b, l, d) → (b, l, h, p), and the cache if ``keep_state``."""
         q, k, v = self.project(
             x, rotation.cos, rotation.sin, self.head_dim,
@@ -48,18 +50,22 @@ class Attention(nn.Module):
         if state is None:
             y = _causal(q, k, v) if cu_seqlens is None else _packed(q, k, v, cu_seqlens)
             return y, _cache(k, v, cu_seqlens) if keep_state else None
+        if isinstance(state, GrowingKV):
+            if cu_seqlens is not None and len(state.k) > 1:  # a packed row of one sequence is that sequence
+                raise ValueError("caches that grow in place take no packed rows of several sequences")
+            return _grown(q, k, v, state), state
         y, new = _continued(q, k, v, state, cu_seqlens)
         return y, new if keep_state else None
 
     def forward(
         self,
         x: Tensor,
-        state: KVState | None = None,
+        state: KVState | GrowingKV | None = None,
         *,
         rotation: Rotation,
         cu_seqlens: Tensor | None = None,
         keep_state: bool = False,
-    ) -> tuple[Tensor, KVState | None]:
+    ) -> tuple[Tensor, KVState | GrowingKV | None]:
         """x (b, l, d) → (b, l, d) and the new cache; packed rows with ``cu_seqlens`` (s+1,) have b = 1."""
         y, new = self.heads(x, state, rotation=rotation, cu_seqlens=cu_seqlens, keep_state=keep_state)
         return self.o_proj(y.flatten(-2)), new
@@ -88,6 +94,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: b
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if q.shape[1] * k.shape[1] >= LONG and (part := attend(q, k, v, causal=True)) is not None:
+        return part.y
     return _sdpa(q, k, v, causal=True)
 
 
@@ -144,3 +152,17 @@ def _continued(
     if layout is not None:
         y = layout.unpad(y)[None]
     return y, joined
+
+
+def _grown(q: Tensor, k: Tensor, v: Tensor, cache: GrowingKV) -> Tensor:
+    """New tokens of s sequences without gaps behind their cache, to which they are added."""
+    past, length = cache.length, q.shape[1]
+    cache.append(k, v)
+    # A part's log-sum-exp has no gradient.
+    before = None if torch.is_grad_enabled() else attend(q, *cache.read(end=past), causal=False)
+    if before is not None and (among := attend(q, k, v, causal=True)) is not None:
+        return merge(before, among).y
+    order = torch.arange(past + length, device=q.device) - past
+    mask = order <= torch.arange(length, device=q.device)[:, None]  # (new, cached + new)
+    keys, values = cache.read()
+    return _sdpa(q, keys.to(q.dtype), values.to(q.dtype), mask=mask)

@@ -14,7 +14,7 @@ from mmmamba.model.config import ATTENTION, ModelConfig
 from mmmamba.model.mamba2 import Mamba2
 from mmmamba.model.rope import Rotation
 from mmmamba.model.state import LayerState
-from mmmamba.ops import compute_dtype, rms_norm
+from mmmamba.ops import compute_dtype, linear_add, rms_norm, swiglu
 
 Observer = Callable[[int, Tensor, Tensor, Rotation], None]
 """Called with the global layer, the mixer's normed input (b, l, d), the heads' outputs before W_o (b, l, h, p), and the
@@ -99,6 +99,6 @@ def finish_layer(
 
     A pure function of tensors, so that one compilation serves every layer of a shape.
     """
-    x = x + F.linear(heads.flatten(-2), out, out_bias)
+    x = linear_add(x, heads.flatten(-2), out, out_bias)
     u = rms_norm(x, norm, eps).to(compute_dtype(x))
-    return x + F.linear(F.silu(F.linear(u, gate)) * F.linear(u, up), down)
+    return linear_add(x, swiglu(F.linear(u, gate), F.linear(u, up)), down)

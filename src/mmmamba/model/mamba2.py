@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmmamba.model.config import MixerConfig, StackConfig
 from mmmamba.model.rope import Rotation
 from mmmamba.model.state import MambaState
-from mmmamba.ops import causal_conv, gated_norm, ssd
+from mmmamba.ops import causal_conv, gated_norm, joined_linear, linear_wide, ssd
 
 GATE_GAIN = 2**-2.5  # the published gain of the gate's Xavier-uniform start
 OPEN_GATE = 1.2784645  # SiLU(1.2784645) = 1
@@ -78,7 +78,8 @@ class Mamba2(nn.Module):
         """The gated heads before W_o: x (b, l, d) → (b, l, h, p), and the state if ``keep_state``."""
         h, g, p = self.heads_count, self.groups, self.head_dim
         at_once = self.config.rope and not self.config.qk_norm  # the convolution rotates what it has in hand
-        vkq = torch.cat([self.v_proj(x), self.k_proj(x), self.q_proj(x)], dim=-1)
+        projections = (self.v_proj, self.k_proj, self.q_proj)
+        vkq = joined_linear(x, [one.weight for one in projections], [one.bias for one in projections])
         vkq, conv_state = causal_conv(
             vkq,
             self.conv.weight,
@@ -117,9 +118,9 @@ class Mamba2(nn.Module):
 
     def step_size(self, x: Tensor) -> Tensor:
         """dt = softplus(W_dt x + dt_bias), (b, l, h), never below float32."""
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         with torch.autocast(x.device.type, enabled=False):
-            return F.softplus(F.linear(x.to(wide), self.dt_proj.weight.to(wide)) + self.dt_bias.to(wide))
+            raw = linear_wide(x, self.dt_proj.weight)
+            return F.softplus(raw + self.dt_bias.to(raw.dtype))
 
     def forward(
         self,
