@@ -182,6 +182,22 @@ def test_mme_retention_is_the_ratio_of_scores(
     assert report.model("s").mean.extra["perception"] == pytest.approx(125)
 
 
+def test_int8_weights_get_a_row_of_their_own_which_decodes_with_them(
+    nano_data: Path, teacher: Loaded, student: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, lambda loaded, prompt: "1" if loaded.model.int8_steps else "2")
+    suite = nano_suite(nano_data, limit=1)
+    report = compare({"t": teacher, "s": student}, suite, against={"s": "t"}, int8=["s"])
+    assert [(m.label, m.against) for m in report.models] == [("t", None), ("s", "t"), ("s, int8", "t"), ("blind", "t")]
+    assert not student.model.int8_steps
+    rounded, own = report.model("s, int8"), report.model("s")
+    assert rounded.mean.nll == own.mean.nll  # likelihoods come from a pass
+    said = {label: {one.prediction for one in given} for label, given in report.predictions.items()}
+    assert said == {"t": {"2"}, "s": {"2"}, "s, int8": {"1"}, "blind": {"2"}}
+    with pytest.raises(UserError, match="int8"):
+        compare({"s": student}, suite, int8=["x"])
+
+
 def test_several_teachers_get_a_blind_row_each(
     nano_data: Path, teacher: Loaded, student: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:

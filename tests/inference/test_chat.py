@@ -224,6 +224,19 @@ def test_verb_answers_one_question(folder, tmp_path, capsys, tiny_model, tiny_pr
     assert capsys.readouterr().out == expected.text + "\n"
 
 
+def test_verb_answers_with_int8_weights(folder, capsys, tiny_model, tiny_processor, letters_only):
+    chat(str(folder), "what colour?", max_new_tokens=9, device="cpu", int8=True)
+    model = tiny_model(("mamba2",) * 5)
+    prompt = tiny_processor.prompt([Turn("human", "what colour?")])
+    answers = []
+    for model.int8_steps in (False, True):
+        (answer,) = engine.generate(model, tiny_processor, [prompt], max_new_tokens=9)
+        answers.append(answer)
+    assert capsys.readouterr().out == answers[1].text + "\n"
+    assert answers[0].logprobs[0] == answers[1].logprobs[0]  # the prompt is read with the weights as they are
+    assert answers[0].logprobs[1] != answers[1].logprobs[1]
+
+
 def test_verb_without_a_question_converses_until_the_input_ends(folder, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("what?\n/reset\n"))
     chat(str(folder), max_new_tokens=3, device="cpu")

@@ -42,13 +42,20 @@ ASSETS = Path(__file__).parent.parent / "assets"
 ALIASES = {"nano": "nano-teacher", "pico": "pico-teacher"}
 
 
-def load(path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Model:
+def load(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    int8: bool = False,
+) -> Model:
     """The model in a folder, in eval mode.
 
     Args:
         path: a folder in any layout that we read, a GGUF file, or a built-in name. ``config.json`` and weights suffice.
         dtype: of the parameters; A_log and dt_bias stay in float32.
         device: where the model goes.
+        int8: decoding steps read the matrices rounded to int8, half the bytes; a pass reads them as they are.
 
     Raises:
         UserError: naming the folder, the file and the tensor or field that is wrong.
@@ -66,6 +73,7 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.
     model.load_state_dict(own, assign=True)
     if config.tie_word_embeddings:  # assign=True made two parameters of one tensor
         model.head.weight = model.text_embeddings.weight
+    model.int8_steps = int8
     return model.eval()
 
 

@@ -36,6 +36,7 @@ def evaluate(
     abilities: tuple[str, ...] = (),
     limit: int | None = None,
     blind: bool = True,
+    int8: bool = False,
     out: Path | None = None,
     overwrite: bool = False,
     max_new_tokens: int | None = None,
@@ -78,6 +79,8 @@ def evaluate(
         limit: Most questions per ability; which ones depends on --seed only. Default: 200 of the nano suite, all of
             your own.
         blind: Also ask the teacher (or the model itself) with the pictures blanked, to show what guessing gives.
+        int8: Ask the model once more with the tokens of its answers decoded from weights rounded to int8, to show what
+            that costs.
         out: The folder for the results. Default: runs/eval-MODEL.
         overwrite: Replace another evaluation's results in that folder.
         max_new_tokens: Longest answer, in tokens. Default: 16 in the nano suite, 64 for your own data.
@@ -98,7 +101,7 @@ def evaluate(
     request = {
         "models": {name: str(path) for name, path in models.items()},
         "questions": str(data) if data else suite, "metric": metric, "abilities": list(abilities), "limit": limit,
-        "blind": blind, "max_new_tokens": max_new_tokens, "on_bad_sample": on_bad_sample, "device": device,
+        "blind": blind, "int8": int8, "max_new_tokens": max_new_tokens, "on_bad_sample": on_bad_sample, "device": device,
         "dtype": dtype, "seed": seed,
     }  # fmt: skip
     check_folder(folder, request, overwrite)
@@ -115,7 +118,7 @@ def evaluate(
             max_new_tokens=16 if max_new_tokens is None else max_new_tokens, on_bad_sample=on_bad_sample,
         )  # fmt: skip
     report = compare(
-        models, questions, against={label: list(models)[1]} if against else {}, blind=blind,
+        models, questions, against={label: list(models)[1]} if against else {}, blind=blind, int8=[label] if int8 else (),
         on_bad_sample=on_bad_sample, batch_tokens=batch_tokens, device=device, dtype=dtype, seed=seed, request=request,
     )  # fmt: skip
     results = write_report(report, folder)
@@ -131,6 +134,7 @@ def compare(
     *,
     against: Mapping[str, str] | None = None,
     blind: bool | Sequence[str] = True,
+    int8: Sequence[str] = (),
     on_bad_sample: OnBadSample = "stop",
     batch_tokens: int = 8192,
     device: str = "auto",
@@ -147,6 +151,7 @@ def compare(
         against: label → label of the teacher its retention is measured against.
         blind: labels to ask once more with the pictures blanked. True: every teacher, or the first model where there
             is none. The rows are called "blind", or "LABEL, blind" where there are several.
+        int8: labels to ask once more with the tokens of answers decoded from weights rounded to int8: "LABEL, int8".
         request: what was asked for, kept in the results; the arguments of this call when omitted.
 
     Returns:
@@ -160,14 +165,19 @@ def compare(
     if not suite.items:
         raise UserError(f"{suite.source}: no question to ask")
     blinded = _blinded(models, against, blind)
+    if strangers := [label for label in int8 if label not in models]:
+        raise UserError(f"cannot ask '{strangers[0]}' with int8 weights: models are {', '.join(models)}")
     rows: list[Row] = []
     for label, model in models.items():
         loaded = model if isinstance(model, Loaded) else load_model(model, device=device, dtype=dtype)
         path = "(in memory)" if isinstance(model, Loaded) else str(model)
-        runs = [(label, against.get(label), False)]
+        rounded = loaded.model.int8_steps
+        runs = [(label, against.get(label), False, rounded)]
+        if label in int8:
+            runs.append((f"{label}, int8", against.get(label), False, True))
         if label in blinded:
-            runs.append((_blind_label(label, blinded), label, True))
-        for name, teacher_label, is_blind in runs:
+            runs.append((_blind_label(label, blinded), label, True, rounded))
+        for name, teacher_label, is_blind, loaded.model.int8_steps in runs:
             with Progress(name, len(suite.items), console=console) as bar:
                 answers = answer(
                     loaded, suite, blind=is_blind, batch_tokens=batch_tokens, on_bad_sample=on_bad_sample,
@@ -177,6 +187,7 @@ def compare(
             rows.append(
                 Row(label=name, path=path, layers=layers, answers=answers, against=teacher_label, blind=is_blind)
             )
+        loaded.model.int8_steps = rounded
         environment = _environment(loaded)
         del loaded  # before the next model is read
         gc.collect()
@@ -185,7 +196,7 @@ def compare(
         suite, rows, seed=seed, environment=environment,
         request=dict(request) if request is not None else {
             "models": {label: "(in memory)" if isinstance(m, Loaded) else str(m) for label, m in models.items()},
-            "against": against, "blind": blinded, "device": device, "dtype": dtype, "seed": seed,
+            "against": against, "blind": blinded, "int8": list(int8), "device": device, "dtype": dtype, "seed": seed,
         },
     )  # fmt: skip
 
