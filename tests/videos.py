@@ -33,3 +33,14 @@ def write_video(
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+def write_no_frame(path: Path) -> Path:
+    """A video file that is whole and has no frame."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 56, 56, "yuv420p"
+        container.start_encoding()
+    return path

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import small_run
-from mmmamba.checkpoints import load
+from mmmamba.checkpoints import load, read_safetensors
 from mmmamba.data.processor import Processor
 from mmmamba.distill.distill import distill, seeded
 from mmmamba.distill.feed import Feed
 from mmmamba.distill.objectives import AlignHeads, MatchLogits
 from mmmamba.distill.optimizers import Optimizers
 from mmmamba.distill.recipe import DataConfig, SourceConfig, StageConfig
-from mmmamba.distill.run import RunFolder
+from mmmamba.distill.run import TENSORS, RunFolder
 from mmmamba.distill.seeding import seed
 from mmmamba.errors import UserError
 from mmmamba.model import ATTENTION, MAMBA2
@@ -93,6 +93,50 @@ def test_the_seeded_control_is_where_a_run_starts(teacher_folder, small_data, tm
     seeded(str(tmp_path / "run.yaml"), teacher=str(teacher_folder), out=tmp_path / "control")
     control, untrained = load(tmp_path / "control").state_dict(), load(model).state_dict()
     assert all(torch.equal(control[name], untrained[name]) for name in control) and control.keys() == untrained.keys()
+
+
+AFTER = {"train": [*small_run.STAGE2, "o_proj"], "steps": 2, "batch_size": 2, "lr": 1e-3}
+
+
+def test_a_fourth_stage_and_more_than_mixers(linear, teacher_folder, small_data, tmp_path):
+    """Stage 3 trains MLPs too, stage 4 W_o on top: both are the student's in its checkpoints and in the model."""
+    more = {"stage3__train": [*small_run.STAGE2, "mlp"], "stage4": AFTER, "layers": "hybrid:4"}
+    shutil.copytree(linear, tmp_path / "linear")
+    model = go(tmp_path / "run", teacher_folder, small_data, **more)
+    assert stages(tmp_path / "run") == ["stage3", "stage4"], "an alignment is lent to whatever follows it"
+    assert set(manifest(tmp_path / "run")["stages"]) == {f"stage{i}" for i in (1, 2, 3, 4)}
+    results = [read_safetensors(tmp_path / "run" / "checkpoints" / f"stage{i}" / TENSORS) for i in (1, 3, 4)]
+    assert not any(".mlp." in name or ".o_proj." in name for name in results[0])
+    assert all(f"layers.{i}.mlp.up.weight" in results[1] for i in range(5))
+    assert set(results[2]) - set(results[1]) == {f"layers.{i}.mixer.o_proj.weight" for i in (1, 2, 3)}
+    ours, theirs = load(model).state_dict(), load(teacher_folder).state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in results[2].items())
+    kept = [name for name in theirs if name not in results[2]]
+    assert all(torch.equal(ours[name], theirs[name]) for name in kept) and "layers.0.mixer.q_proj.weight" in kept
+    assert not torch.equal(ours["layers.0.mlp.up.weight"], theirs["layers.0.mlp.up.weight"])
+    # Stage 3 is what it is without a stage 4; and a finished run's model is written again from its checkpoints.
+    del more["stage4"]
+    go(tmp_path / "three" / "run", teacher_folder, small_data, **more)
+    files = [tmp_path / run / "checkpoints" / "stage3" / TENSORS for run in ("run", "three/run")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    before = (model / "model.safetensors").read_bytes()
+    shutil.rmtree(model)
+    go(tmp_path / "run", teacher_folder, small_data, resume=True, stage4=AFTER, **more)
+    assert (model / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("init", ["inherit", "scratch"])
+def test_a_run_from_another_start(init, linear, teacher_folder, small_data, tmp_path):
+    shutil.copytree(linear, tmp_path / "linear")
+    changes = {"init": init, "stage3__train": [*small_run.STAGE2, "o_proj"], "layers": "hybrid:4"}
+    model = go(tmp_path / "run", teacher_folder, small_data, **changes)
+    assert stages(tmp_path / "run") == ["stage1", "stage2", "stage3"], "another start is another alignment"
+    held = read_safetensors(tmp_path / "run" / "checkpoints" / "stage2" / TENSORS)
+    assert ("layers.1.mixer.o_proj.weight" in held) == (init == "scratch")
+    before = (model / "model.safetensors").read_bytes()
+    shutil.rmtree(model)
+    go(tmp_path / "run", teacher_folder, small_data, resume=True, **changes)
+    assert (model / "model.safetensors").read_bytes() == before
 
 
 # ---------------------------------------------------------------------------------------------- the teacher stays

@@ -104,7 +104,9 @@ def wait_for(process: subprocess.Popen[str], metrics: Path, lines: int) -> None:
 def test_a_user_kills_the_command_and_resumes_it(tmp_path, teacher_folder, small_data):
     """``python -m mmmamba distill``, killed from outside in every stage, with a worker process."""
     steps = {f"stage{i}__steps": 6 for i in (1, 2, 3)}
-    path = small_run.write_recipe(tmp_path / "plan.yaml", small_run.recipe(**steps, data__workers=1))
+    after = {**small_run.recipe(**steps)["stage3"], "train": [*small_run.STAGE2, "o_proj", "mlp"]}
+    plan = small_run.recipe(**steps, data__workers=1, stage4=after)
+    path = small_run.write_recipe(tmp_path / "plan.yaml", plan)
     command = ["distill", str(path), "--teacher", str(teacher_folder), "--data", str(small_data)]
     cut, whole = tmp_path / "a" / "run", tmp_path / "b" / "run"
     process = small_run.start(*command, "--out", cut)
@@ -115,9 +117,9 @@ def test_a_user_kills_the_command_and_resumes_it(tmp_path, teacher_folder, small
     ended = run_jobs(
         [
             {"args": [*command, "--out", str(cut)]},  # refused without --resume
-            *({"args": [*command, "--out", str(cut), "--resume"], "lines": lines} for lines in (9, 15)),
+            *({"args": [*command, "--out", str(cut), "--resume"], "lines": lines} for lines in (9, 15, 21)),
             *({"args": [*command, "--out", str(out), "--resume"]} for out in (cut, whole)),
         ]
     )
-    assert [entry["ended"] for entry in ended] == [2, *[-signal.SIGKILL] * 2, 0, 0]
+    assert [entry["ended"] for entry in ended] == [2, *[-signal.SIGKILL] * 3, 0, 0]
     assert_same_run(cut, whole)

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 from mmmamba.data.batching import pack
 from mmmamba.data.processor import Encoded
+from mmmamba.distill import losses
+from mmmamba.distill.dry_run import Allocated
 from mmmamba.distill.losses import answer_loss, divergence, heads_error, token_weights
 from mmmamba.distill.objectives import AlignHeads, MatchLogits, Objective, PredictAnswers
 from mmmamba.distill.recipe import StageConfig
@@ -157,6 +159,22 @@ def test_answer_loss_is_cross_entropy_of_the_scored_tokens():
     torch.testing.assert_close(answer_loss(hidden, head, labels, torch.tensor([0, 2, 8])), expected)
     with_padding = torch.tensor([0, 2, 8, 5, 5])
     torch.testing.assert_close(answer_loss(hidden, head, labels, with_padding), expected)
+
+
+def test_logits_of_many_answers_are_never_alive_at_once(monkeypatch):
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 400, 8, generator=random, requires_grad=True)
+    head, labels = torch.randn(3000, 8, generator=random), torch.randint(0, 3000, (1, 400), generator=random)
+    found, peaks = [], []
+    for chunk in (4096, 40):
+        monkeypatch.setattr(losses, "CHUNK", chunk)
+        with Allocated(torch.device("cpu")) as allocated:
+            loss = answer_loss(hidden, head, labels, torch.arange(399))
+            (gradient,) = torch.autograd.grad(loss, hidden)
+            peaks.append(allocated.peak)
+        found.append((loss.detach(), gradient))
+    torch.testing.assert_close(found[1], found[0])
+    assert peaks[1] < peaks[0] / 5
 
 
 def test_a_student_that_is_its_teacher_has_no_divergence(tiny_model):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmmamba.checkpoints import read_config
 from mmmamba.data.batching import Batch
-from mmmamba.distill.dry_run import Allocated, StagePlan, _first_steps, _random_models, passes_of
+from mmmamba.distill.dry_run import Allocated, DataSize, _first_steps, passes_of, plan_stages, random_models
 from mmmamba.distill.objectives import AlignHeads, MatchLogits
+from mmmamba.distill.parameters import unshare
 from mmmamba.distill.plan import (
     BLOCK,
     GPUS,
@@ -53,6 +54,7 @@ SHORT = replace(  # HoVLE's layers, five of them: PyTorch's tracing is slow, not
     layer_map=(),
 )
 OURS = MixerConfig(rope=True, conv_activation="none")
+MORE = [["o_proj"], ["mlp"], ["norms"], ["attention"], ["o_proj", "mlp", "norms", "attention", "embeddings", "head"]]
 
 
 def stage(train: list[str] = STAGE2, **changes: Any) -> StageConfig:
@@ -125,25 +127,56 @@ def kept_bytes(objective: Any, row: Batch, precision: torch.dtype, *models: Mode
     return sum(storage.nbytes() for storage in kept.values())
 
 
+class FusedNorm(torch.autograd.Function):
+    """What a GPU's kernel keeps for RMSNorm with a frozen weight: its input as it is, and the inverse root."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.empty_like(d)
+
+
 @pytest.fixture
 def on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The operators are the GPU's kernels, of which only shapes are asked."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("needs Triton")
-    for name in ("ssd", "conv", "norm", "kl"):
+    for name in ("ssd", "conv", "norm", "kl", "swiglu"):
         monkeypatch.setattr(importlib.import_module(f"mmmamba.ops.{name}"), "serves", lambda *_, **__: True)
+    monkeypatch.setattr("mmmamba.model.layer.rms_norm", lambda x, weight, eps: FusedNorm.apply(x))
 
 
-def traced(config: ModelConfig, mixer: MixerConfig, tokens: int, make: Callable[[Model, Model], Any]) -> int:
-    """Bytes kept by a pass in bfloat16 over fake tensors: every shape is real, and there is no memory behind it."""
+def traced(
+    config: ModelConfig,
+    mixer: MixerConfig,
+    tokens: int,
+    make: Callable[[Model, Model], Any],
+    frozen: torch.dtype = torch.float32,
+    more: Sequence[str] = (),
+) -> int:
+    """Bytes kept by a pass in bfloat16 over fake tensors: every shape is real, and there is no memory behind it.
+
+    Of ``more`` than the mixers (``o_proj``, ``mlp``) the student has its own.
+    """
     known = layout.Layout([tokens], torch.device("cpu"))
     for name in ("sizes", "starts", "sequence", "offset", "last"):
         getattr(known, name)
     for size in (16, 32, 64, 128):
         known.cuts(size)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        teacher, own = Model(config), Model(linear(config, mixer))
+        torch.set_default_dtype(frozen)  # `to` is not for fake parameters
+        teacher = Model(config)
+        torch.set_default_dtype(torch.float32)
+        own = Model(linear(config, mixer))
+        for layer in range(config.num_layers) if "o_proj" not in more else ():
+            own.mixer(layer).o_proj = teacher.mixer(layer).o_proj
         student = seed(teacher, mixer=mixer, aligned=own)
+        for layer in range(config.num_layers) if "mlp" in more else ():
+            student.layers[layer].mlp = own.layers[layer].mlp
         row = packed(tokens)
         layout._LAYOUTS[row.cu_seqlens] = known
         return kept_bytes(make(teacher, student), row, torch.bfloat16, teacher, own)
@@ -151,10 +184,13 @@ def traced(config: ModelConfig, mixer: MixerConfig, tokens: int, make: Callable[
 
 @pytest.mark.parametrize("mixer", [OURS, MixerConfig()])
 @pytest.mark.parametrize("train", [STAGE2, ["dt_proj", "conv", "gate_proj", "norm", "q_proj", "k_proj", "v_proj"]])
-def test_stage_3_keeps_what_is_reckoned_on_a_gpu(mixer: MixerConfig, train: list[str], on_kernels: None) -> None:
+@pytest.mark.parametrize("frozen", [torch.float32, torch.bfloat16])
+def test_stage_3_keeps_what_is_reckoned_on_a_gpu(
+    mixer: MixerConfig, train: list[str], frozen: torch.dtype, on_kernels: None
+) -> None:
     config, tokens = stage(train), 2048
-    measured = traced(SHORT, mixer, tokens, lambda teacher, student: MatchLogits(teacher, student, config))
-    reckoned = sum(student_saved(linear(SHORT, mixer), config, Passes(), tokens).values())
+    measured = traced(SHORT, mixer, tokens, lambda teacher, student: MatchLogits(teacher, student, config), frozen)
+    reckoned = sum(student_saved(linear(SHORT, mixer), config, Passes(frozen=frozen.itemsize), tokens).values())
     assert reckoned == pytest.approx(measured, rel=0.005)
 
 
@@ -178,6 +214,27 @@ def test_stage_3_keeps_what_is_reckoned_on_a_cpu(layer_map: tuple[str, ...], mix
     measured = kept_bytes(MatchLogits(teacher, student, config), packed(tokens), torch.float32, teacher, student)
     reckoned = sum(student_saved(student.config, config, Passes(width=4, kernels=False), tokens).values())
     assert reckoned == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize("more", MORE, ids="+".join)
+def test_what_more_is_trained_keeps_what_is_reckoned(more: list[str]) -> None:
+    teacher, config, tokens = Model(make_config()), stage([*STAGE2, *more]), 512
+    student = seed(teacher, (ATTENTION, MAMBA2, MAMBA2, ATTENTION, MAMBA2), OURS)
+    unshare(student, teacher, config.train)
+    measured = kept_bytes(MatchLogits(teacher, student, config), packed(tokens), torch.float32, teacher, student)
+    reckoned = sum(student_saved(student.config, config, Passes(width=4, kernels=False), tokens).values())
+    assert reckoned == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize("more", [["o_proj"], ["mlp"], ["o_proj", "mlp"]], ids="+".join)
+@pytest.mark.parametrize("frozen", [torch.float32, torch.bfloat16])
+def test_what_more_is_trained_keeps_what_is_reckoned_on_a_gpu(
+    more: list[str], frozen: torch.dtype, on_kernels: None
+) -> None:
+    config, tokens = stage([*STAGE2, *more]), 2048
+    measured = traced(SHORT, OURS, tokens, lambda teacher, own: MatchLogits(teacher, own, config), frozen, more)
+    reckoned = sum(student_saved(linear(SHORT), config, Passes(frozen=frozen.itemsize), tokens).values())
+    assert reckoned == pytest.approx(measured, rel=0.005)
 
 
 def test_the_constants_are_the_kernels_own() -> None:
@@ -204,22 +261,34 @@ def test_allocations_are_counted_until_they_are_freed() -> None:
         assert allocated.live == 0
 
 
-@pytest.mark.parametrize("name", ["stage1", "stage2", "stage3"])
+EVERYTHING = [*STAGE2, "o_proj", "mlp", "norms", "embeddings", "head"]
+
+
 @pytest.mark.parametrize("layers", ["linear", "hybrid:4"])
-def test_a_real_step_takes_what_is_reckoned(name: str, layers: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("stage1", []),
+        ("stage2", []),
+        *(("stage3", [f"stage3.recompute={part}"]) for part in ("none", "mlp", "layer")),
+        *(("stage3", [f"stage3.train={EVERYTHING}", f"stage3.recompute={part}"]) for part in ("none", "layer")),
+        ("stage4", []),
+        ("stage4", [f"stage3.train={EVERYTHING}"]),
+        ("stage4", [f"stage3.train={EVERYTHING}", f"stage4.train={EVERYTHING}"]),
+    ],
+)
+def test_a_real_step_takes_what_is_reckoned(name: str, changes: list[str], layers: str) -> None:
     teacher, cpu = make_config(), torch.device("cpu")
-    plan = load_recipe(DistillRecipe, "pico-linear", [f"layers={layers}"])
-    local, config = name != "stage3", getattr(plan, name)
-    layer_map = (MAMBA2,) * 5 if local else plan.layer_map(5)
-    student, tokens = student_config(teacher, layer_map, plan.mixer), 1024
-    memory = stage_memory(teacher, student, config, passes_of(teacher, torch.float32, False), tokens, layer_local=local)
-    counts = count_parameters(student, config)
-    one = StagePlan(
-        name=name, config=config, student=student, layer_local=local, row=tokens, tokens=tokens, rows=1,
-        counts=counts, memory=memory, fitting=tokens, seconds=1.0,
-    )  # fmt: skip
+    last = f"stage4={{train: {STAGE2}, steps: 1, batch_size: 1, lr: 0.001}}"
+    plan = load_recipe(DistillRecipe, "pico-linear", [f"layers={layers}", last, *changes])
+    tokens = 1024
+    data = DataSize(mean=tokens, length=tokens, longest=tokens, source="")
+    one = next(one for one in plan_stages(plan, teacher, data, "h100") if one.name == name)
+    one = replace(one, row=tokens)
+    memory = one.reckon(teacher, passes_of(teacher, torch.float32, False))
     with Allocated(cpu) as allocated:
-        took = _first_steps(plan, one, *_random_models(plan, teacher, cpu), cpu, torch.float32, allocated)
+        models = random_models(plan, teacher, cpu, torch.float32)
+        took = _first_steps(plan, one, *models, cpu, torch.float32, allocated)
     assert took is not None and took.seconds > 0
     assert memory.peak == pytest.approx(took.peak, rel=0.2)
 
@@ -230,6 +299,18 @@ def test_the_parts_add_up_to_the_peak() -> None:
     assert memory.peak == sum(memory.held.values()) + max(totals.values())
     assert totals[memory.peak_moment] == max(totals.values())
     assert memory.held["gradients, float32"] * 2 == memory.held["optimizer's moments, float32"]
+
+
+def test_what_is_computed_anew_is_not_kept() -> None:
+    """At HoVLE's size and 8,192 tokens: whole layers leave 15 GB, the MLPs 26 GB; nothing at all fits into 40 GB."""
+    passes = Passes(frozen=2)
+    peaks, flops = [], []
+    for recompute in ("layer", "mlp", "none"):
+        config = stage(recompute=recompute)
+        peaks.append(stage_memory(HOVLE, linear(HOVLE), config, passes, 8192, layer_local=False).peak)
+        flops.append(step_work(HOVLE, linear(HOVLE), config, 8192, layer_local=False)[0])
+    assert peaks[0] < 15e9 < peaks[1] < 26e9 < peaks[2] < 40e9
+    assert flops[0] > flops[1] > flops[2]
 
 
 def test_memory_grows_linearly_with_the_row() -> None:

@@ -86,6 +86,47 @@ def test_options_of_the_start(tiny_model):
     assert torch.equal(wide.conv.weight, torch.tensor([0.0, 0.0, 0.0, 1.0]).expand(128, 4))
 
 
+@pytest.mark.parametrize("init", ["inherit", "scratch"])
+def test_a_random_start_is_mamba_2s(tiny_model, init):
+    """The ranges of mamba_ssm's Mamba2: PyTorch's own for projections and convolution, A in [1, 16]."""
+    teacher = tiny_model()
+    mixer = MixerConfig(conv_kernel=4, gate_bias=True)
+    mixers = [seed(teacher, mixer=mixer, seed=i, init=init).layers[i].mixer for i in range(5)]
+    for i, mine in enumerate(mixers):
+        theirs = teacher.layers[i].mixer
+        inherited = init == "inherit"
+        assert (mine.o_proj is theirs.o_proj) == inherited
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            weight, before = getattr(mine, name).weight, getattr(theirs, name).weight
+            assert torch.equal(weight, before) == inherited
+            assert inherited or 0.9 / 8 < float(weight.detach().abs().max()) <= 1 / 8
+        for parameter in (mine.dt_proj.weight, mine.gate_proj.weight, mine.gate_proj.bias):
+            assert 0.8 / 8 < float(parameter.detach().abs().max()) <= 1 / 8
+        for parameter in mine.conv.parameters():
+            assert 0.4 < float(parameter.detach().abs().max()) <= 0.5 and abs(float(parameter.detach().mean())) < 0.1
+        assert torch.equal(mine.norm.weight, torch.ones(16))
+        assert 1e-3 <= float(F.softplus(mine.dt_bias.detach()).min()) <= float(F.softplus(mine.dt_bias).max()) <= 0.1001
+    decays = torch.cat([mine.A_log.detach().exp() for mine in mixers])
+    assert 1 <= float(decays.min()) < 5 and 12 < float(decays.max()) <= 16
+
+
+@pytest.mark.parametrize("init", ["mimic", "inherit", "scratch"])
+def test_a_start_depends_on_the_seed_alone(tiny_model, init):
+    teacher = tiny_model()
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    torch.manual_seed(1)
+    one = seed(teacher, seed=3, init=init, dtype=torch.float64).state_dict()
+    torch.manual_seed(2)
+    again, other = (seed(teacher, seed=n, init=init, dtype=torch.float64).state_dict() for n in (3, 4))
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    new = [name for name in one if name not in before or not torch.equal(one[name], before[name])]
+    assert all(".mixer." in name for name in new)
+    drawn = {name.split(".")[3] for name in one if not torch.equal(one[name], other[name])}
+    expected = {"dt_bias", "gate_proj"} | ({"A_log", "conv", "dt_proj"} if init != "mimic" else set())
+    assert drawn == expected | ({"q_proj", "k_proj", "v_proj", "o_proj"} if init == "scratch" else set())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+
+
 def test_each_layer_draws_from_a_stream_of_its_own(tiny_model):
     """The same new parameters whatever the other layers are, and whatever the global random state is."""
     teacher = tiny_model()

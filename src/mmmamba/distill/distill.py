@@ -1,10 +1,11 @@
-"""One command from teacher to student: seed, the three stages, the finished model."""
+"""One command from teacher to student: seed, the stages, the finished model."""
 
 from __future__ import annotations
 
 import functools
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,20 +18,21 @@ from mmmamba.checkpoints.io import read_json, write_atomically
 from mmmamba.data.processor import Processor
 from mmmamba.device import pick_device, pick_precision
 from mmmamba.distill import dry_run as rehearsal
+from mmmamba.distill import processes
 from mmmamba.distill.feed import Feed
-from mmmamba.distill.objectives import AlignHeads, MatchLogits
+from mmmamba.distill.objectives import AlignHeads, MatchLogits, PredictAnswers
+from mmmamba.distill.parameters import kind_of, own_parameters, parameters_of, unshare
 from mmmamba.distill.placement import place
-from mmmamba.distill.recipe import MIXER_PARAMETERS, DistillRecipe, SourceConfig, StageConfig, load_recipe
+from mmmamba.distill.recipe import ALIGNMENT, DistillRecipe, SourceConfig, StageConfig, label, load_recipe
 from mmmamba.distill.run import TENSORS, RunFolder, digest
 from mmmamba.distill.seeding import seed
 from mmmamba.distill.trainer import train
 from mmmamba.errors import UserError
-from mmmamba.model.config import ATTENTION, MAMBA2
-from mmmamba.model.mamba2 import Mamba2
-from mmmamba.model.model import Model, compile_layers
+from mmmamba.model.config import ATTENTION, MAMBA2, ModelConfig
+from mmmamba.model.model import Model
 from mmmamba.progress import table
 
-STAGES = ("stage1", "stage2", "stage3")
+ORDERS = {"stage1": 0, "stage2": 1, "stage3": 2, "placing": 3, "stage4": 4}  # each takes its samples in its own
 
 
 def distill(
@@ -48,12 +50,13 @@ def distill(
     gpu: Literal["h100", "h200", "a100", "rtx4090"] | None = None,
     geometry: str | None = None,
 ) -> Path:
-    """Turn a teacher into a linear or hybrid student: seed its mixers, then distil in three stages.
+    """Turn a teacher into a linear or hybrid student: seed its mixers, then distil in stages.
 
     Example: mmmamba distill pico-linear --out runs/pico-linear
 
     Stage 1 aligns the new state space parameters with the attention they replace, stage 2 the whole mixer, both layer
-    by layer; stage 3 matches the teacher's output distribution. A run that lies beside this one and aligned the same
+    by layer; stage 3 matches the teacher's output distribution; stage 4, where the recipe has one, learns the answers
+    themselves. A run that lies beside this one and aligned the same
     teacher in the same way (stages 1 and 2 of linear and hybrid are the same) lends its stages 1 and 2.
 
     With --dry-run nothing is trained or written. It prints what each stage trains, its memory by part, its tokens and
@@ -87,7 +90,7 @@ def distill(
         plan = replace(plan, data=replace(plan.data, sources=sources))
     if on_bad_sample is not None:
         plan = replace(plan, data=replace(plan.data, on_bad_sample=on_bad_sample))
-    where = pick_device(device)
+    where = pick_device(device) if dry_run else processes.join(pick_device(device))
     dtype = pick_precision(precision, where)
     run_folder = out or Path("runs") / plan.name
     if dry_run:
@@ -98,17 +101,20 @@ def distill(
             raise UserError(f"--{name} {given} goes with --dry-run; a run takes its teacher's weights and --device")
     folder = resolve(plan.teacher)
     source_hash = fingerprint(folder)
-    model = load(folder, device=where)
+    model = load(folder, dtype=plan.frozen_dtype(dtype), device=where)
     if model.config.mamba2_layers:
         layer = model.config.mamba2_layers[0]
         raise UserError(f"{folder}: layer {layer} is Mamba-2; a teacher has softmax attention in every layer")
     layer_map = plan.layer_map(model.config.num_layers)
+    _check_kinds(plan, replace(model.config, layer_map=layer_map, mixer=plan.mixer))
     processor = Processor.from_folder(folder)
-    feed = Feed(plan.data, processor, plan.seed)
+    with processes.main_first():
+        feed = Feed(plan.data, processor, plan.seed)
     alignment = digest(
         {
             "teacher": source_hash,
             "mixer": plan.mixer,
+            "init": plan.init,
             "seed": plan.seed,
             "data": feed.identity,
             "stage1": plan.stage1,
@@ -119,58 +125,63 @@ def distill(
             "on_bad_sample": plan.data.on_bad_sample,
             "device": where.type,
             "precision": str(dtype),
+            "frozen": plan.frozen,
         }
     )
-    run = RunFolder(
-        run_folder,
-        plan,
-        {"kind": "distill", "teacher": source_hash, "data": feed.identity},
-        resume=resume,
-    )
-    run.note(alignment=alignment, teacher={"path": str(plan.teacher), "sha256": source_hash})
-    _borrow_alignment(run, alignment)
+    identity = {"kind": "distill", "teacher": source_hash, "data": feed.identity}
+    with processes.main_first():
+        run = RunFolder(run_folder, plan, identity, resume=resume)
+        run.note(alignment=alignment, teacher={"path": str(plan.teacher), "sha256": source_hash})
+        if processes.is_main():
+            _borrow_alignment(run, alignment)
 
-    aligned = seed(model, mixer=plan.mixer, seed=plan.seed)
-    for number, stage in enumerate(STAGES[:2]):
-        config: StageConfig = getattr(plan, stage)
-        _run_stage(run, stage, AlignHeads(model, aligned, config), config, aligned, feed, number, where, dtype)
+    aligned = seed(model, mixer=plan.mixer, seed=plan.seed, init=plan.init, dtype=torch.float32)
+    for stage in ALIGNMENT:
+        config = plan.stages[stage]
+        _run_stage(run, stage, AlignHeads(model, aligned, config), config, aligned, model, feed, where, dtype)
     if plan.measured:
         layer_map = _placed(run, plan, model, aligned, feed, dtype)
     student = seed(model, layer_map, plan.mixer, aligned=aligned)
-    _run_stage(run, "stage3", MatchLogits(model, student, plan.stage3), plan.stage3, student, feed, 2, where, dtype)
+    for stage, config in plan.stages.items():
+        if stage not in ALIGNMENT:
+            unshare(student, model, config.train)
+            objective = MatchLogits(model, student, config) if stage == "stage3" else PredictAnswers(student, config)
+            _run_stage(run, stage, objective, config, student, model, feed, where, dtype)
 
-    if fingerprint(folder) != source_hash:
-        raise UserError(f"{folder}: the teacher's files changed while the run was under way; the student is not saved")
     target = run.path / "model"
-    save_student(student, target, teacher=plan.teacher, delta=False, processor=processor)
-    run.report_skipped()
-    print(target)
+    if processes.is_main():
+        if fingerprint(folder) != source_hash:
+            raise UserError(
+                f"{folder}: the teacher's files changed while the run was under way; the student is not saved"
+            )
+        save_student(student, target, teacher=plan.teacher, delta=False, processor=processor, dtype=model.dtype)
+        run.report_skipped()
+        print(target)
+    processes.leave()
     return target
 
 
 def _run_stage(
     run: RunFolder,
     stage: str,
-    objective: AlignHeads | MatchLogits,
+    objective: AlignHeads | MatchLogits | PredictAnswers,
     config: StageConfig,
     student: Model,
+    teacher: Model,
     feed: Feed,
-    number: int,
     device: torch.device,
     precision: torch.dtype,
 ) -> None:
     """One stage, unless the run (or the one it borrowed from) has finished it."""
     done = run.result(stage)
     if done is None:
-        if config.compile:
-            compile_layers(objective.teacher)
-            compile_layers(student)
-        describe(stage, student, objective.trained)
-        rows = feed.rows(config, number)
+        if processes.is_main():
+            describe(stage, student, objective.trained)
+        rows = feed.rows(config, ORDERS[stage])
         train(objective, config, rows, run, stage, device=device, precision=precision)
-        run.finish(stage, mixers(student), steps=config.steps)
+        run.finish(stage, own_parameters(student, teacher), steps=config.steps)
     else:
-        restore(student, done)
+        restore(own_parameters(student, teacher), done)
 
 
 def _placed(
@@ -181,27 +192,27 @@ def _placed(
     if "softmax_layers" not in run.manifest:
         count = plan.layer_map(layers).count(ATTENTION)
         one = replace(plan.stage3, steps=1)
-        rows = [row.to(teacher.device) for row in next(iter(feed.rows(one, len(STAGES))(0)))]
+        rows = [row.to(teacher.device) for row in next(iter(feed.rows(one, ORDERS["placing"])(0)))]
         run.note(softmax_layers=place(teacher, aligned, plan.mixer, count, rows, plan.stage3, precision))
     kept = run.manifest["softmax_layers"]
     return tuple(ATTENTION if i in kept else MAMBA2 for i in range(layers))
 
 
-def mixers(student: Model) -> dict[str, Tensor]:
-    """Every mixer tensor that the student does not share with its teacher, by full name."""
-    return {
-        f"layers.{layer.index}.mixer.{name}": tensor
-        for layer in student.layers
-        if isinstance(layer.mixer, Mamba2)
-        for name, tensor in layer.mixer.named_parameters()
-        if not name.startswith("o_proj")
-    }
+def _check_kinds(plan: DistillRecipe, student: ModelConfig) -> None:
+    """Refuse, before hours of alignment, a later stage that trains what the student does not have."""
+    with torch.device("meta"):
+        model = Model(student)
+    for stage, config in plan.stages.items():
+        for kind in config.train if stage not in ALIGNMENT else ():
+            if not parameters_of(model, [kind]):
+                why = "its head is tied to the embeddings" if kind == "head" else "no layer keeps softmax"
+                raise UserError(f"recipe {plan.name}: {stage}.train: the student has no {kind!r} of its own ({why})")
 
 
 @torch.no_grad()
-def restore(student: Model, tensors: dict[str, Tensor]) -> None:
-    """Lay a finished stage's mixers over the student's."""
-    for name, parameter in mixers(student).items():
+def restore(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Lay a finished stage's result over the student's own parameters."""
+    for name, parameter in parameters.items():
         parameter.copy_(tensors[name])
 
 
@@ -214,16 +225,16 @@ def _borrow_alignment(run: RunFolder, alignment: str) -> None:
         if sibling == run.path.resolve():
             continue
         found = _readable(manifest)
-        if found.get("alignment") != alignment or not {"stage1", "stage2"} <= set(found.get("stages", {})):
+        if found.get("alignment") != alignment or not {*ALIGNMENT} <= set(found.get("stages", {})):
             continue
-        if not all((sibling / "checkpoints" / stage / TENSORS).is_file() for stage in STAGES[:2]):
+        if not all((sibling / "checkpoints" / stage / TENSORS).is_file() for stage in ALIGNMENT):
             continue
-        for stage in STAGES[:2]:
+        for stage in ALIGNMENT:
             write_atomically(
                 run.checkpoints / stage, functools.partial(shutil.copytree, sibling / "checkpoints" / stage)
             )
             run.manifest["stages"][stage] = {**found["stages"][stage], "from": str(sibling)}
-        run.note(skipped={stage: found.get("skipped", {}).get(stage, []) for stage in STAGES[:2]})
+        run.note(skipped={stage: found.get("skipped", {}).get(stage, []) for stage in ALIGNMENT})
         print(f"stages 1 and 2 are those of {sibling}", file=sys.stderr)
         return
 
@@ -242,11 +253,10 @@ def describe(stage: str, student: Model, trained: dict[str, torch.nn.Parameter])
     total = sum(p.numel() for p in everything.values())
     counts: dict[str, int] = {}
     for name, parameter in everything.items():
-        parts = name.split(".")
         if name in trained:
-            kind = f"mixer {parts[3]}" if parts[3] in MIXER_PARAMETERS else name
+            kind = kind_of(name, student.config)
             counts[kind] = counts.get(kind, 0) + parameter.numel()
-    rows = [["trained", kind, count, f"{100 * count / total:.2f} %"] for kind, count in counts.items()]
+    rows = [["trained", label(kind), count, f"{100 * count / total:.2f} %"] for kind, count in counts.items()]
     moved = sum(counts.values())
     rows.append(["trained", "all", moved, f"{100 * moved / total:.2f} %"])
     rows.append(["frozen", "the teacher's and untouched", total - moved, f"{100 * (1 - moved / total):.2f} %"])
@@ -269,6 +279,6 @@ def seeded(recipe: str, *, teacher: str | None = None, out: Path) -> Path:
     plan = load_recipe(DistillRecipe, recipe)
     name = teacher or plan.teacher
     model = load(name)
-    student = seed(model, plan.layer_map(model.config.num_layers), plan.mixer, seed=plan.seed)
+    student = seed(model, plan.layer_map(model.config.num_layers), plan.mixer, seed=plan.seed, init=plan.init)
     save_student(student, out, teacher=name, delta=True)
     return out

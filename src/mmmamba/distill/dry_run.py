@@ -21,7 +21,8 @@ from mmmamba.data.jsonl import JsonlDataset
 from mmmamba.data.processor import UNSCORED, Processor
 from mmmamba.data.samples import BadSample
 from mmmamba.distill.feed import source_paths
-from mmmamba.distill.objectives import AlignHeads, MatchLogits
+from mmmamba.distill.objectives import AlignHeads, MatchLogits, PredictAnswers
+from mmmamba.distill.parameters import unshare
 from mmmamba.distill.plan import (
     BANDWIDTH_USED,
     GPUS,
@@ -41,7 +42,7 @@ from mmmamba.distill.plan import (
     step_work,
     student_config,
 )
-from mmmamba.distill.recipe import MIXER_PARAMETERS, DistillRecipe, StageConfig
+from mmmamba.distill.recipe import ALIGNMENT, KINDS, MIXER_PARAMETERS, DistillRecipe, StageConfig, label
 from mmmamba.distill.seeding import seed
 from mmmamba.distill.step import make_step
 from mmmamba.errors import UserError
@@ -73,6 +74,8 @@ class StagePlan:
     config: StageConfig
     student: ModelConfig
     layer_local: bool
+    labels: bool = False  # no teacher: the answers alone
+    owned: tuple[str, ...] = ()  # kinds that an earlier stage has made the student's own
     row: int  # tokens of the greatest row
     tokens: float  # of a step
     rows: float  # of a step
@@ -80,6 +83,13 @@ class StagePlan:
     memory: Memory
     fitting: int  # tokens of the greatest row that fits the GPU
     seconds: float  # of a step
+
+    def reckon(self, teacher: ModelConfig, passes: Passes) -> Memory:
+        """Its memory where passes run otherwise than on that GPU."""
+        return stage_memory(
+            teacher, self.student, self.config, passes, self.row,
+            layer_local=self.layer_local, labels=self.labels, owned=self.owned,
+        )  # fmt: skip
 
 
 def dry_run(
@@ -97,8 +107,9 @@ def dry_run(
         table(title, columns, rows)
     named = GPUS[gpu]
     print(f"Samples: {data.source}; {data.mean:,.0f} tokens on average.")
+    frozen = "float32" if plan.frozen_dtype(torch.bfloat16) == torch.float32 else "bfloat16"
     print(
-        f"Reckoned with bfloat16 passes over float32 weights on one {gpu}, at {RATE_USED:.0%} of its matrix rate of "
+        f"Reckoned with bfloat16 passes over {frozen} weights on one {gpu}, at {RATE_USED:.0%} of its matrix rate of "
         f"{named.rate / 1e12:.0f} TFLOP/s and {BANDWIDTH_USED:.0%} of its {named.bandwidth / 1e12:.2f} TB/s. The "
         f"host takes {1000 * LAUNCH:g} ms to launch a layer's kernels for a row ({1000 * REPLAY:g} ms in a graph), the "
         f"driver {OVERHEAD / 1e9:.1f} GB. Reading and decoding the data is not part of it."
@@ -157,40 +168,48 @@ def data_size(plan: DistillRecipe) -> DataSize:
 
 
 def plan_stages(plan: DistillRecipe, teacher: ModelConfig, data: DataSize, gpu: str) -> list[StagePlan]:
-    """The three stages of a recipe on a GPU of :data:`GPUS`."""
+    """The stages of a recipe on a GPU of :data:`GPUS`."""
     layer_map = plan.layer_map(teacher.num_layers)
+    owned = tuple(kind for kind in plan.stage3.train if kind not in MIXER_PARAMETERS)
     found = []
-    for name in ("stage1", "stage2", "stage3"):
-        config: StageConfig = getattr(plan, name)
-        local = name != "stage3"
+    for name, config in plan.stages.items():
+        local, labels = name in ALIGNMENT, name == "stage4"
         student = student_config(teacher, (MAMBA2,) * teacher.num_layers if local else layer_map, plan.mixer)
         row = min(max(config.micro_tokens, data.longest), config.batch_size * data.longest)
-        passes = passes_of(teacher, torch.bfloat16)
+        passes = passes_of(teacher, torch.bfloat16, frozen=plan.frozen_dtype(torch.bfloat16))
         tokens = config.batch_size * data.mean
         rows = max(1.0, tokens / row)
         work = (teacher, student, config)
+        own = owned if labels else ()
         found.append(
             StagePlan(
                 name=name,
                 config=config,
                 student=student,
                 layer_local=local,
+                labels=labels,
+                owned=own,
                 row=row,
                 tokens=tokens,
                 rows=rows,
                 counts=count_parameters(student, config),
-                memory=stage_memory(*work, passes, row, layer_local=local),
-                fitting=greatest_row(*work, passes, GPUS[gpu].memory, layer_local=local),
-                seconds=step_seconds(*work, GPUS[gpu], tokens, rows, data.length, layer_local=local),
+                memory=stage_memory(*work, passes, row, layer_local=local, labels=labels, owned=own),
+                fitting=greatest_row(*work, passes, GPUS[gpu].memory, layer_local=local, labels=labels, owned=own),
+                seconds=step_seconds(
+                    *work, GPUS[gpu], tokens, rows, data.length, layer_local=local, labels=labels, passes=passes
+                ),
             )
         )
     return found
 
 
-def passes_of(teacher: ModelConfig, precision: torch.dtype, kernels: bool = True) -> Passes:
+def passes_of(
+    teacher: ModelConfig, precision: torch.dtype, kernels: bool = True, frozen: torch.dtype = torch.float32
+) -> Passes:
     """How passes run in ``precision``; PyTorch's operators serve float32, and heads that no kernel is built for."""
     served = all(s.head_dim in SIZES["head_dim"] for s in (teacher.embedding, teacher.decoder) if s.num_layers)
-    return Passes(width=precision.itemsize, kernels=kernels and served and precision != torch.float32)
+    kernels = kernels and served and precision != torch.float32
+    return Passes(width=precision.itemsize, frozen=frozen.itemsize, kernels=kernels)
 
 
 # ---------------------------------------------------------------------------------------------- tables
@@ -201,8 +220,8 @@ Table = tuple[str, Sequence[str], list[Sequence[Any]]]
 def tables(stages: Sequence[StagePlan], gpu: str) -> list[Table]:
     """Parameters, memory, and tokens with hours, as (title, columns, rows) with a column a stage."""
     names = [stage.name for stage in stages]
-    kinds = [kind for kind in MIXER_PARAMETERS if any(kind in stage.counts.trained for stage in stages)]
-    parameters: list[Sequence[Any]] = [(f"mixer {k}", *(s.counts.trained.get(k) for s in stages)) for k in kinds]
+    kinds = [kind for kind in KINDS if any(kind in stage.counts.trained for stage in stages)]
+    parameters: list[Sequence[Any]] = [(label(k), *(s.counts.trained.get(k) for s in stages)) for k in kinds]
     parameters += [
         ("trained", *(s.counts.moved for s in stages)),
         ("share", *(f"{100 * s.counts.moved / s.counts.total:.1f} %" for s in stages)),
@@ -215,7 +234,8 @@ def tables(stages: Sequence[StagePlan], gpu: str) -> list[Table]:
         return None if value is None else f"{value / unit:,.2f}"
 
     memory: list[Sequence[Any]] = [("tokens of a row", *(s.row for s in stages))]
-    memory += [(part, *(size(s.memory.held[part]) for s in stages)) for part in stages[0].memory.held]
+    held = dict.fromkeys(part for s in stages for part in s.memory.held)
+    memory += [(part, *(size(s.memory.held.get(part)) for s in stages)) for part in held]
     parts = dict.fromkeys(part for parts in on_top for part in parts)
     memory += [(part, *(size(parts.get(part)) for parts in on_top)) for part in parts]
     memory += [("peak", *(size(s.memory.peak) for s in stages))]
@@ -269,11 +289,12 @@ def rehearse(
         UserError: when a stage's rows do not fit.
     """
     on_gpu = device.type == "cuda"
-    passes = passes_of(teacher, precision, kernels=on_gpu)
-    reckoned = {
-        s.name: stage_memory(teacher, s.student, s.config, passes, s.row, layer_local=s.layer_local) for s in stages
-    }
-    work = sum(3 * s.row * step_work(teacher, s.student, s.config, s.row, layer_local=s.layer_local)[0] for s in stages)
+    passes = passes_of(teacher, precision, kernels=on_gpu, frozen=plan.frozen_dtype(precision))
+    reckoned = {s.name: s.reckon(teacher, passes) for s in stages}
+    work = sum(
+        3 * s.row * step_work(teacher, s.student, s.config, s.row, layer_local=s.layer_local, labels=s.labels)[0]
+        for s in stages
+    )
     if not on_gpu and (work > CPU_WORK or max(memory.peak for memory in reckoned.values()) > CPU_MEMORY):
         print("No real step was taken: there is no GPU here, and for a CPU the model or its rows are too large.")
         return
@@ -282,7 +303,7 @@ def rehearse(
     failed = None
     with Allocated(device) as allocated, Progress("first steps", total=len(stages)) as progress:
         try:
-            model, aligned = _random_models(plan, teacher, device)
+            model, aligned = random_models(plan, teacher, device, plan.frozen_dtype(precision))
         except torch.OutOfMemoryError as error:
             raise UserError("the teacher's weights and the students' mixers alone do not fit into this GPU") from error
         for stage in stages:
@@ -302,7 +323,10 @@ def rehearse(
     table(f"First steps on {name}, random weights and tokens", columns, rows)
     if failed is not None:
         total = total_memory(device)
-        most = greatest_row(teacher, failed.student, failed.config, passes, total, layer_local=failed.layer_local)
+        most = greatest_row(
+            teacher, failed.student, failed.config, passes, total,
+            layer_local=failed.layer_local, labels=failed.labels, owned=failed.owned,
+        )  # fmt: skip
         raise UserError(
             f"{failed.name}: rows of {failed.row:,} tokens do not fit into this GPU's {total / 1e9:.0f} GB; "
             + (f"{most:,} should (micro_tokens, and max_length of the data)" if most else "nor would any other")
@@ -322,13 +346,13 @@ class Took:
     seconds: float
 
 
-def _random_models(plan: DistillRecipe, teacher: ModelConfig, device: torch.device) -> tuple[Model, Model]:
-    """A random teacher, and the student that stages 1 and 2 align with it."""
+def random_models(
+    plan: DistillRecipe, teacher: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[Model, Model]:
+    """A random teacher in ``dtype``, and the student that stages 1 and 2 align with it."""
     with torch.device(device):
-        model = Model(teacher)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    return model, seed(model, mixer=plan.mixer, seed=plan.seed)
+        model = Model(teacher).to(dtype)
+    return model, seed(model, mixer=plan.mixer, seed=plan.seed, init=plan.init, dtype=torch.float32)
 
 
 def _first_steps(
@@ -345,11 +369,13 @@ def _first_steps(
     The first makes AdamW's state, and whatever is compiled; of the second's two rows the last finds all gradients.
     """
     config = replace(stage.config, graph=False, compile=False)
-    objective: AlignHeads | MatchLogits
+    objective: AlignHeads | MatchLogits | PredictAnswers
     if stage.layer_local:
         objective = AlignHeads(model, aligned, config)
     else:
-        objective = MatchLogits(model, seed(model, stage.student.layer_map, plan.mixer, aligned=aligned), config)
+        student = seed(model, stage.student.layer_map, plan.mixer, aligned=aligned)
+        unshare(student, model, (*stage.owned, *config.train))
+        objective = PredictAnswers(student, config) if stage.labels else MatchLogits(model, student, config)
     rows = [_random_row(stage.row, model.config) for _ in range(2)]
     allocated.reset()
     try:

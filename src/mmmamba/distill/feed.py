@@ -15,12 +15,15 @@ from mmmamba.data.cache import EncodedCache, EncodedSource
 from mmmamba.data.jsonl import JsonlDataset
 from mmmamba.data.processor import Processor
 from mmmamba.device import cores
+from mmmamba.distill import processes
 from mmmamba.distill.recipe import DataConfig, TrainConfig
 from mmmamba.errors import UserError
 
 
 class Feed:
     """The encoded samples of a run, mixed by weight in an order that depends on the seed and the step alone.
+
+    Of several processes each takes its share of a step's samples; a step has the same ones whatever their number.
 
     Args:
         config: the recipe's ``data`` section.
@@ -52,7 +55,8 @@ class Feed:
             else:
                 self.sources.append(EncodedSource(dataset, processor, **limits))
         workers = config.workers
-        self.workers = workers if workers is not None else 0 if cores() <= 2 else min(8, cores() - 1)
+        own = cores() // processes.local_count()
+        self.workers = workers if workers is not None else 0 if own <= 2 else min(8, own - 1)
 
     @functools.cached_property
     def identity(self) -> list[str]:
@@ -62,12 +66,23 @@ class Feed:
 
     def rows(self, config: TrainConfig, salt: int) -> _Rows:
         """The rows of each step of a stage; ``salt`` gives every stage its own order."""
-        order = Order(
+        order = _Share(
             [(len(source), c.weight) for source, c in zip(self.sources, self.config.sources, strict=True)],
             seed=self.seed * 1009 + salt,
             batch_size=config.batch_size,
         )
         return _Rows(self, order, config)
+
+
+class _Share(Order):
+    """What this process takes of each step's samples: every n-th of them, for n processes."""
+
+    def __init__(self, sources: Sequence[tuple[int, float | None]], *, seed: int, batch_size: int) -> None:
+        super().__init__(sources, seed=seed, batch_size=batch_size)
+        self._mine = slice(processes.rank(), None, processes.count())
+
+    def indices(self, step: int) -> list[int]:
+        return super().indices(step)[self._mine]
 
 
 class _Rows:

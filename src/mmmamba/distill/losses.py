@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from mmmamba.ops import chunked_kl
+from mmmamba.ops.kl import CHUNK
 
 
 def token_weights(labels: Tensor, prompt_weight: float, real: Tensor | None = None) -> Tensor:
@@ -56,7 +58,18 @@ def answer_loss(hidden: Tensor, head: Tensor, labels: Tensor, scored: Tensor) ->
     """Summed cross-entropy of the scored tokens of a packed row; logits exist only where something is scored.
 
     hidden (1, l, d) behind the final norm, head (v, d), labels (1, l) unshifted with -100 unscored, scored (k,) the
-    tokens whose next one is scored; one whose next is not counts nothing.
+    tokens whose next one is scored; one whose next is not counts nothing. Of more than :data:`CHUNK` of them the logits
+    are made a chunk at a time, and again in the backward pass.
     """
+    parts = scored.split(CHUNK)
+    if len(parts) == 1:
+        return _answers(hidden, head, labels, scored)
+    return torch.stack([
+        checkpoint(_answers, hidden, head, labels, part, use_reentrant=False, preserve_rng_state=False)
+        for part in parts
+    ]).sum()  # fmt: skip
+
+
+def _answers(hidden: Tensor, head: Tensor, labels: Tensor, scored: Tensor) -> Tensor:
     logits = F.linear(hidden[0].index_select(0, scored), head)
     return F.cross_entropy(logits.float(), labels[0].index_select(0, scored + 1), ignore_index=-100, reduction="sum")

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from mmmamba.data.batching import Batch
 from mmmamba.data.tiling import normalise
+from mmmamba.distill import processes
 from mmmamba.distill.losses import answer_loss, divergence, heads_error, token_weights
+from mmmamba.distill.parameters import EMBEDDINGS, parameters_of
 from mmmamba.distill.recipe import StageConfig
-from mmmamba.model.mamba2 import Mamba2
-from mmmamba.model.model import Model
+from mmmamba.distill.recompute import recompute
+from mmmamba.model.model import Model, compile_layers
 from mmmamba.model.rope import Rotation
 
 
@@ -24,7 +26,11 @@ class Objective(Protocol):
     trained: dict[str, nn.Parameter]
 
     def backward(self, rows: Sequence[Batch], precision: torch.dtype) -> dict[str, Tensor]:
-        """Add the gradients of the step's loss; return ``loss`` (and parts of it) as detached scalars."""
+        """Add the gradients of the step's loss; return ``loss`` (and parts of it) as detached scalars.
+
+        Of several processes each does so for the rows it has, if any, and divides by what all of them count: their
+        gradients and losses are to be summed.
+        """
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[None]:
@@ -36,22 +42,22 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
     )
 
 
-def mixer_parameters(student: Model, names: Sequence[str]) -> dict[str, nn.Parameter]:
-    """The student's mixer parameters that ``names`` (e.g. ``conv``, ``A_log``) select, by full name."""
-    chosen = {}
-    for layer in student.layers:
-        if isinstance(layer.mixer, Mamba2):
-            for name, parameter in layer.mixer.named_parameters():
-                if name.split(".")[0] in names:
-                    chosen[f"layers.{layer.index}.mixer.{name}"] = parameter
-    return chosen
-
-
 def freeze_all_but(model: nn.Module, trained: dict[str, nn.Parameter]) -> None:
-    """Let only ``trained`` receive gradients."""
+    """Let only ``trained`` receive gradients; what an earlier stage left of them goes."""
     model.requires_grad_(False)
+    model.zero_grad()
     for parameter in trained.values():
         parameter.requires_grad_(True)
+
+
+def end_to_end(student: Model, stage: StageConfig) -> dict[str, nn.Parameter]:
+    """Make a student ready for a stage that trains through all of it; what it trains, by full name."""
+    trained = parameters_of(student, stage.train)
+    freeze_all_but(student, trained)
+    if stage.compile:
+        compile_layers(student)
+    recompute(student, stage.recompute)
+    return trained
 
 
 def pixels(row: Batch) -> Tensor | None:
@@ -66,9 +72,14 @@ def inputs(model: Model, row: Batch) -> dict[str, Tensor | None]:
     return {"inputs_embeds": model.embed(row.input_ids, pixels(row), spare_tiles=row.real is not None)}
 
 
-def answer_tokens(rows: Sequence[Batch]) -> Tensor:
-    """How many tokens of the rows are scored, at least 1."""
-    return torch.stack([(row.labels[:, 1:] != -100).sum() for row in rows]).sum().clamp(min=1)
+def total(parts: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The sum of a scalar for each row, over the rows of all processes."""
+    return processes.total(torch.stack(list(parts)).sum() if parts else torch.zeros((), device=device)).float()
+
+
+def answer_tokens(rows: Sequence[Batch], device: torch.device) -> Tensor:
+    """How many tokens of the rows of all processes are scored, at least 1."""
+    return total([(row.labels[:, 1:] != -100).sum().float() for row in rows], device).clamp(min=1)
 
 
 class AlignHeads:
@@ -80,14 +91,17 @@ class AlignHeads:
 
     def __init__(self, teacher: Model, student: Model, stage: StageConfig) -> None:
         self.teacher, self.student, self.stage = teacher, student, stage
-        self.trained = mixer_parameters(student, stage.train)
+        self.trained = parameters_of(student, stage.train)
         self.mixers = {i: student.mixer(i) for i in student.config.mamba2_layers}
         freeze_all_but(student, self.trained)
+        if stage.compile:
+            compile_layers(teacher)
 
     def backward(self, rows: Sequence[Batch], precision: torch.dtype) -> dict[str, Tensor]:
         weights = [token_weights(row.labels, self.stage.prompt_weight, row.real) for row in rows]
-        scale = self.stage.loss_scale / (torch.stack([w.sum() for w in weights]).sum() * len(self.mixers))
-        total = torch.zeros((), device=self.teacher.device)
+        device = self.teacher.device
+        scale = self.stage.loss_scale / (total([w.sum() for w in weights], device) * len(self.mixers))
+        error = torch.zeros((), device=device)
         for row, weight in zip(rows, weights, strict=True):
 
             def observe(index: int, u: Tensor, heads: Tensor, rotation: Rotation) -> None:
@@ -98,11 +112,11 @@ class AlignHeads:
                     loss = heads_error(predicted, heads, weight) * scale  # noqa: B023
                 with torch.autocast(u.device.type, enabled=False):
                     loss.backward()
-                total.add_(loss.detach())
+                error.add_(loss.detach())
 
-            with torch.no_grad(), autocast(self.teacher.device, precision):
+            with torch.no_grad(), autocast(device, precision):
                 self.teacher(**inputs(self.teacher, row), cu_seqlens=row.cu_seqlens, logits="none", observe=observe)
-        return {"loss": total}
+        return {"loss": error}
 
 
 class MatchLogits:
@@ -110,24 +124,28 @@ class MatchLogits:
 
     def __init__(self, teacher: Model, student: Model, stage: StageConfig) -> None:
         self.teacher, self.student, self.stage = teacher, student, stage
-        self.trained = mixer_parameters(student, stage.train)
-        freeze_all_but(student, self.trained)
+        self.trained = end_to_end(student, stage)
+        self.embeds = any(getattr(student, part) is not getattr(teacher, part) for part in EMBEDDINGS)
+        if stage.compile:
+            compile_layers(teacher)
 
     def backward(self, rows: Sequence[Batch], precision: torch.dtype) -> dict[str, Tensor]:
-        stage = self.stage
+        stage, device = self.stage, self.teacher.device
         weights = [token_weights(row.labels, stage.prompt_weight, row.real) for row in rows]
         if stage.reduction == "published":
-            divisor = torch.tensor(float(sum(row.sequences for row in rows)), device=self.teacher.device)
+            divisor = processes.total(torch.tensor(float(sum(row.sequences for row in rows)), device=device))
         else:
-            divisor = torch.stack([w.sum() for w in weights]).sum()
-        answers = answer_tokens(rows) if stage.supervised else None
-        kl = torch.zeros((), device=self.teacher.device)
-        ce = torch.zeros((), device=self.teacher.device)
+            divisor = total([w.sum() for w in weights], device)
+        answers = answer_tokens(rows, device) if stage.supervised else None
+        kl = torch.zeros((), device=device)
+        ce = torch.zeros((), device=device)
         for row, weight in zip(rows, weights, strict=True):
-            with autocast(self.teacher.device, precision):
+            with autocast(device, precision):
                 with torch.no_grad():
                     given = inputs(self.teacher, row)
                     target = self.teacher(**given, cu_seqlens=row.cu_seqlens, logits="none").hidden
+                if self.embeds:
+                    given = inputs(self.student, row)
                 hidden = self.student(**given, cu_seqlens=row.cu_seqlens, logits="none").hidden
                 # With a prompt weight of 0 only the answers' tokens need logits.
                 kept = slice(None) if stage.prompt_weight else row.scored
@@ -153,19 +171,25 @@ class MatchLogits:
 
 
 class PredictAnswers:
-    """Teaching from scratch: cross-entropy of the answers' tokens."""
+    """Cross-entropy of the answers' tokens: teaching from scratch, and stage 4.
 
-    def __init__(self, model: Model) -> None:
+    Args:
+        model: what is trained, all of it without a ``stage``.
+        stage: what moves, and how.
+    """
+
+    def __init__(self, model: Model, stage: StageConfig | None = None) -> None:
         self.model = model
-        self.trained = dict(model.named_parameters())
+        self.trained = dict(model.named_parameters()) if stage is None else end_to_end(model, stage)
+        self.scale = 1.0 if stage is None else stage.loss_scale
 
     def backward(self, rows: Sequence[Batch], precision: torch.dtype) -> dict[str, Tensor]:
-        answers = answer_tokens(rows)
-        total = torch.zeros((), device=self.model.device)
+        answers = answer_tokens(rows, self.model.device)
+        error = torch.zeros((), device=self.model.device)
         for row in rows:
             with autocast(self.model.device, precision):
                 hidden = self.model(**inputs(self.model, row), cu_seqlens=row.cu_seqlens, logits="none").hidden
-                loss = answer_loss(hidden, self.model.head.weight, row.labels, row.scored) / answers
+                loss = answer_loss(hidden, self.model.head.weight, row.labels, row.scored) * self.scale / answers
             loss.backward()
-            total.add_(loss.detach())
-        return {"loss": total}
+            error.add_(loss.detach())
+        return {"loss": error}

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 
 from mmmamba.data.batching import Batch
+from mmmamba.distill import processes
 from mmmamba.distill.losses import divergence, token_weights
-from mmmamba.distill.objectives import autocast, inputs
+from mmmamba.distill.objectives import autocast, inputs, total
 from mmmamba.distill.recipe import StageConfig
 from mmmamba.distill.seeding import seed
 from mmmamba.model.config import ATTENTION, MAMBA2, MixerConfig
@@ -30,10 +31,12 @@ def place(
 
     Each choice is the layer whose softmax, put back among the aligned mixers, brings the student's output nearest to
     the teacher's: KL per token over ``rows``, weighted as in ``stage`` (stage 3). The number of passes grows with
-    ``count`` times the number of layers. The paper interleaves instead (section 4.3 compares placements by hand).
+    ``count`` times the number of layers; several processes share the rows. The paper interleaves instead (section 4.3
+    compares placements by hand).
     """
     layers = range(teacher.config.num_layers)
     weights = [token_weights(row.labels, stage.prompt_weight, row.real) for row in rows]
+    divisor = total([weight.sum() for weight in weights], teacher.device)
     with autocast(teacher.device, precision):
         given = [inputs(teacher, row) for row in rows]
         targets = [
@@ -42,20 +45,21 @@ def place(
 
     def measure(keep: Sequence[int]) -> float:
         student = seed(teacher, [ATTENTION if i in keep else MAMBA2 for i in layers], mixer, aligned=aligned)
-        total = torch.zeros((), device=teacher.device)
+        found = torch.zeros((), device=teacher.device)
         with autocast(teacher.device, precision):
             for x, row, weight, target in zip(given, rows, weights, targets, strict=True):
                 hidden = student(**x, cu_seqlens=row.cu_seqlens, logits="none").hidden
                 heads = student.head.weight, teacher.head.weight
-                total += divergence(hidden, heads[0], target, heads[1], weight, stage.temperature)
-        return float(total / torch.stack([weight.sum() for weight in weights]).sum())
+                found += divergence(hidden, heads[0], target, heads[1], weight, stage.temperature)
+        return float(processes.total(found) / divisor)
 
     kept: list[int] = []
     before = measure(kept)
     for _ in range(count):
         found = {i: measure([*kept, i]) for i in layers if i not in kept}
         best = min(found, key=lambda i: found[i])
-        print(f"layer {best} keeps softmax: KL {before:.4f} → {found[best]:.4f}", file=sys.stderr)
+        if processes.is_main():
+            print(f"layer {best} keeps softmax: KL {before:.4f} → {found[best]:.4f}", file=sys.stderr)
         kept.append(best)
         before = found[best]
     return sorted(kept)

@@ -9,22 +9,23 @@ vocabulary, ``q`` tokens a chunk of the recurrence. All sizes are in bytes, all 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from mmmamba.distill.objectives import mixer_parameters
-from mmmamba.distill.recipe import MIXER_PARAMETERS, StageConfig
+from mmmamba.distill.parameters import kind_of, parameters_of
+from mmmamba.distill.recipe import KINDS, MIXER_PARAMETERS, StageConfig
 from mmmamba.model.config import MAMBA2, MixerConfig, ModelConfig, StackConfig
 from mmmamba.model.model import Model
-from mmmamba.ops.kl import CHUNK as KL_CHUNK
+from mmmamba.ops.kl import CHUNK as KL_CHUNK  # of the cross-entropy too
 from mmmamba.ops.ssd import CHUNK as SSD_CHUNK
 
-WIDE = 4  # bytes of a weight, a gradient, a moment of AdamW, the residual stream
+WIDE = 4  # bytes of a trained weight, its gradient, a moment of AdamW
 LOGITS = 800_000_000  # bytes of logits that the KL's kernel has alive at once (mmmamba.ops.triton.kl.MEMORY)
 BLOCK = 2048  # and the multiple that it rounds the vocabulary up to
 MATRICES = ("q_proj", "k_proj", "v_proj", "gate_proj")  # which autocast casts, once a row while they are trained
+REST = ("o_proj", "mlp")  # the matrices behind the heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +54,23 @@ OVERHEAD = 1.5e9  # bytes of GPU memory that the driver, cuBLAS and the allocato
 
 @dataclass(frozen=True, kw_only=True)
 class Passes:
-    """How passes run: bytes of a value in them, and whether the operators are the GPU's kernels or PyTorch's."""
+    """How passes run: bytes of a value in them, of a frozen weight (and of what flows between layers), and whether the
+    operators are the GPU's kernels or PyTorch's.
+    """
 
     width: int = 2
+    frozen: int = WIDE
     kernels: bool = True
+
+    @property
+    def cast(self) -> int:
+        """Bytes of a float32 weight's copy in the passes' format."""
+        return self.width * (self.width != WIDE)
+
+    @property
+    def cast_frozen(self) -> int:
+        """The same of a frozen weight."""
+        return self.width * (self.width != self.frozen)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,26 +114,33 @@ def count_parameters(student: ModelConfig, stage: StageConfig) -> Counts:
     """What ``stage`` trains and what it leaves frozen, by the modules themselves (without memory for them)."""
     with torch.device("meta"):
         model = Model(student)
-    found = dict.fromkeys(MIXER_PARAMETERS, 0)
-    for name, parameter in mixer_parameters(model, stage.train).items():
-        found[name.split(".")[3]] += parameter.numel()
+    found = dict.fromkeys(KINDS, 0)
+    for name, parameter in parameters_of(model, stage.train).items():
+        found[kind_of(name, student)] += parameter.numel()
     total = sum(parameter.numel() for parameter in model.parameters())
     return Counts(trained={kind: count for kind, count in found.items() if count}, total=total)
 
 
-def _held(teacher: ModelConfig, mixer: MixerConfig, counts: Counts, optimizer: str) -> dict[str, int]:
-    """Always there: the teacher whole, new mixers for all its layers (W_o shared), gradients, AdamW's two moments.
+def _held(
+    teacher: ModelConfig, student: ModelConfig, stage: StageConfig, passes: Passes, owned: Collection[str]
+) -> dict[str, int]:
+    """Always there: the teacher whole, new mixers for all its layers (W_o shared), what else the student has copies of,
+    gradients, AdamW's two moments.
 
     Of the matrices that Muon moves there is one.
     """
-    once = sum(counts.trained.get(kind, 0) for kind in MATRICES) if optimizer == "muon" else 0
+    counts = count_parameters(student, stage)
+    moved = ("q_proj", "k_proj", "v_proj", "gate_proj", *REST)
+    once = sum(counts.trained.get(kind, 0) for kind in moved) if stage.optimizer == "muon" else 0
     with torch.device("meta"):
         weights = sum(parameter.numel() for parameter in Model(teacher).parameters())
-        aligned = Model(student_config(teacher, (MAMBA2,) * teacher.num_layers, mixer))
-    mixers = sum(parameter.numel() for parameter in mixer_parameters(aligned, MIXER_PARAMETERS).values())
+        aligned = Model(student_config(teacher, (MAMBA2,) * teacher.num_layers, student.mixer))
+        copied = parameters_of(Model(student), sorted({*stage.train, *owned} - {*MIXER_PARAMETERS}))
+    mixers = sum(parameter.numel() for parameter in parameters_of(aligned, MIXER_PARAMETERS).values())
     return {
-        "teacher's weights, float32": WIDE * weights,
+        f"teacher's weights, {'float32' if passes.frozen == WIDE else 'bfloat16'}": passes.frozen * weights,
         "students' mixers, float32": WIDE * mixers,
+        **({"student's copies of what it trains": WIDE * sum(p.numel() for p in copied.values())} if copied else {}),
         "gradients, float32": WIDE * counts.moved,
         "optimizer's moments, float32": WIDE * (2 * counts.moved - once),
     }
@@ -160,33 +181,105 @@ def attention_saved(stack: StackConfig, passes: Passes, tokens: int) -> int:
     return tokens * (passes.width * rows + WIDE * h)
 
 
-def finish_saved(d: int, stack: StackConfig, passes: Passes, tokens: int) -> int:
-    """What follows the heads (W_o, norm, MLP, frozen all): the norm's input, and gate, SiLU(gate), up."""
-    return tokens * (WIDE * d + WIDE + 3 * passes.width * stack.intermediate_size)
+def finish_saved(d: int, stack: StackConfig, stage: StageConfig, passes: Passes, tokens: int, kind: str) -> int:
+    """What follows the heads (W_o, norm, MLP): the norm's input; gate, up, in PyTorch also SiLU(gate).
+
+    Trained matrices keep what they read too: W_o the heads (softmax, in the kernels, keeps its own), the MLP its input
+    and their product.
+    """
+    w, wide = passes.width, stack.intermediate_size
+    size = _norm(d, stage, passes) + (2 if passes.kernels else 3) * w * wide
+    if "mlp" in stage.train:
+        size += w * (d + wide)
+    if _trains_out(kind, stage) and not (passes.kernels and kind != MAMBA2):
+        size += w * stack.num_heads * stack.head_dim
+    return tokens * size
+
+
+def _norm(d: int, stage: StageConfig, passes: Passes) -> int:
+    """What an RMSNorm keeps of a token: its input, the inverse root; in PyTorch a trained one also their product."""
+    return passes.frozen * d * (1 + ("norms" in stage.train and not passes.kernels)) + WIDE
+
+
+def _trains_out(kind: str, stage: StageConfig) -> bool:
+    """Whether a stage moves the W_o of a layer with this mixer."""
+    return ("o_proj" if kind == MAMBA2 else "attention") in stage.train
+
+
+def finish_recomputed(d: int, stack: StackConfig, kind: str, passes: Passes, tokens: int, kept: bool) -> int:
+    """What is left of it where it is computed anew: the heads, unless softmax keeps them, and the layer's input,
+    unless the norm before the mixer keeps it.
+    """
+    heads = 0 if kind != MAMBA2 and passes.kernels else passes.width * stack.num_heads * stack.head_dim
+    return tokens * (heads + (0 if kept else passes.frozen * d))
 
 
 def student_saved(student: ModelConfig, stage: StageConfig, passes: Passes, tokens: int) -> dict[str, int]:
-    """What stage 3 keeps of a row for its backward pass, by part; ``casts``: weights in the passes' number format."""
+    """What stage 3 keeps of a row for its backward pass, by part; ``casts``: weights in the passes' number format.
+
+    What it computes anew (``stage.recompute``) is left out.
+    """
     d, w = student.hidden_size, passes.width
-    cast = w * (w != WIDE)  # bytes of a weight's cast
+    # What flows between layers begins in the embeddings' format: trained ones lie in float32.
+    flow = replace(passes, frozen=WIDE) if "embeddings" in stage.train else passes
+    new = [layer for layer, kind in enumerate(student.layer_map) if kind == MAMBA2 or "attention" in stage.train]
+    everywhere = {"mlp", "norms", "embeddings"} & {*stage.train}
+    trains = 0 if everywhere else new[0]  # the first layer that does: what is before it keeps nothing
+    if stage.recompute == "layer":
+        inputs = tokens * flow.frozen * d * (student.num_layers - trains)
+        return {"layers' inputs": inputs, "norms and MLPs": tokens * (_norm(d, stage, flow) + w * d)}
     parts = dict.fromkeys(("mixers", "softmax", "norms and MLPs", "casts of weights"), 0)
-    gradient = False  # whether the layer's input has one: from the first layer on that trains
+    gradient = "embeddings" in stage.train  # whether the layer's input has one: from the first layer on that trains
     for layer, kind in enumerate(student.layer_map):
         stack = student.stack_of(layer)
+        normed = gradient or "norms" in stage.train  # whether the mixer's input has one
         if kind == MAMBA2:
             parts["mixers"] += mixer_saved(d, stack, student.mixer, stage, passes, tokens)
-        elif gradient:
-            parts["softmax"] += attention_saved(stack, passes, tokens)
+        elif normed or layer in new:
+            parts["softmax"] += attention_saved(stack, passes, tokens) + tokens * w * d * (layer in new)
         sizes = _matrices(d, stack)
-        if gradient:  # which goes through the projections, and the norm before them
-            parts["casts of weights"] += cast * sum(sizes[name] for name in MATRICES[: 3 + (kind == MAMBA2)])
-            parts["norms and MLPs"] += tokens * (WIDE * d + WIDE)
-        gradient = gradient or kind == MAMBA2
-        if gradient:
-            parts["norms and MLPs"] += finish_saved(d, stack, passes, tokens)
-            parts["casts of weights"] += cast * (sizes["o_proj"] + sizes["mlp"])
-    parts["norms and MLPs"] += tokens * (WIDE * d + WIDE + w * d)  # the final norm, its result
+        if normed:  # it goes through the projections, and the norm before them
+            names = MATRICES if kind == MAMBA2 else MATRICES[:3]
+            parts["casts of weights"] += (passes.cast if layer in new else passes.cast_frozen) * _sum(sizes, names)
+            parts["norms and MLPs"] += tokens * _norm(d, stage, flow)
+        gradient = gradient or layer >= trains
+        if gradient and stage.recompute == "mlp":
+            parts["norms and MLPs"] += finish_recomputed(d, stack, kind, flow, tokens, normed)
+        elif gradient:
+            parts["norms and MLPs"] += finish_saved(d, stack, stage, flow, tokens, kind)
+            parts["casts of weights"] += _finish_casts(sizes, stage, passes, kind)
+    parts["norms and MLPs"] += tokens * (_norm(d, stage, flow) + w * d)  # the final norm, its result
     return parts
+
+
+def _recomputed(student: ModelConfig, stage: StageConfig, passes: Passes, tokens: int) -> int:
+    """What comes back, of one layer at a time, where a backward pass computes anew: the greatest there is."""
+    if stage.recompute == "none":
+        return 0
+    d, found = student.hidden_size, []
+    for layer, kind in enumerate(student.layer_map):
+        stack = student.stack_of(layer)
+        sizes = _matrices(d, stack)
+        size = finish_saved(d, stack, stage, passes, tokens, kind) + _finish_casts(sizes, stage, passes, kind)
+        if stage.recompute == "layer" and kind == MAMBA2:
+            size += mixer_saved(d, stack, student.mixer, stage, passes, tokens)
+            size += passes.cast * _sum(sizes, MATRICES)
+        elif stage.recompute == "layer":
+            trained = "attention" in stage.train
+            size += attention_saved(stack, passes, tokens) + tokens * passes.width * d * trained
+            size += (passes.cast if trained else passes.cast_frozen) * _sum(sizes, MATRICES[:3])
+        found.append(size)
+    return max(found)
+
+
+def _finish_casts(sizes: Mapping[str, int], stage: StageConfig, passes: Passes, kind: str) -> int:
+    """Bytes of the matrices behind the heads in the passes' format."""
+    trained = {"o_proj": _trains_out(kind, stage), "mlp": "mlp" in stage.train}
+    return sum((passes.cast if trained[name] else passes.cast_frozen) * sizes[name] for name in REST)
+
+
+def _sum(sizes: Mapping[str, int], names: Sequence[str]) -> int:
+    return sum(sizes[name] for name in names)
 
 
 def _matrices(d: int, stack: StackConfig) -> dict[str, int]:
@@ -197,47 +290,57 @@ def _matrices(d: int, stack: StackConfig) -> dict[str, int]:
 
 
 def stage_memory(teacher: ModelConfig, student: ModelConfig, stage: StageConfig, passes: Passes, tokens: int,
-                 *, layer_local: bool) -> Memory:  # fmt: skip
+                 *, layer_local: bool, labels: bool = False, owned: Collection[str] = ()) -> Memory:  # fmt: skip
     """Memory of a stage whose rows hold ``tokens`` tokens, without the driver's.
 
     Args:
         teacher, student: their configs; a layer-local stage has a mixer in every layer.
-        tokens: of a row; one sequence is reckoned with.
-        layer_local: stages 1 and 2, where one layer's mixer is alive at a time; else stage 3.
+        tokens: of a row; one sequence is reckoned with, all of it scored.
+        layer_local: stages 1 and 2, where one layer's mixer is alive at a time; else stage 3 or 4.
+        labels: stage 4, which learns from the answers alone, without the teacher's pass.
+        owned: kinds of parameters that an earlier stage has made the student's own.
     """
-    counts = count_parameters(student, stage)
-    moments = _moments(teacher, student, stage, passes, tokens, counts, layer_local)
-    return Memory(held=_held(teacher, student.mixer, counts, stage.optimizer), moments=moments)
+    moments = _moments(teacher, student, stage, passes, tokens, layer_local, labels)
+    return Memory(held=_held(teacher, student, stage, passes, owned), moments=moments)
 
 
 def _moments(teacher: ModelConfig, student: ModelConfig, stage: StageConfig, passes: Passes, tokens: int,
-             counts: Counts, layer_local: bool) -> dict[str, dict[str, int]]:  # fmt: skip
+             layer_local: bool, labels: bool) -> dict[str, dict[str, int]]:  # fmt: skip
     d, w = teacher.hidden_size, passes.width
     stacks = [stack for stack in (teacher.embedding, teacher.decoder) if stack.num_layers]
     # One layer of the teacher: residual before and after, MLP's gate, SiLU, up, and a matrix in the passes' format.
     passing = max(
-        tokens * (2 * WIDE * d + w * (d + 3 * s.intermediate_size)) + (w * d * s.intermediate_size if w != WIDE else 0)
+        tokens * (2 * passes.frozen * d + w * (d + 3 * s.intermediate_size))
+        + passes.cast_frozen * d * s.intermediate_size
         for s in stacks
     )
-    moments: dict[str, dict[str, int]] = {"teacher's pass": {"activations of the teacher": passing}}
+    moments: dict[str, dict[str, int]] = {}
+    if not labels:
+        moments["teacher's pass"] = {"activations of the teacher": passing}
     if layer_local:
         heads = max(s.num_heads * s.head_dim for s in stacks)
+        counts = count_parameters(student, stage)
         trained = sum(count for kind, count in counts.trained.items() if kind in MATRICES)
         moments["a mixer's backward pass"] = {
-            "activations of the teacher": tokens * (WIDE * d + w * heads),
+            "activations of the teacher": tokens * (passes.frozen * d + w * heads),
             "mixer, saved for backward": max(mixer_saved(d, s, student.mixer, stage, passes, tokens) for s in stacks),
             "error of the heads": tokens * WIDE * heads,
-            "casts of weights": w * trained if w != WIDE else 0,
+            "casts of weights": passes.cast * trained,
             "workspace": tokens * (2 * WIDE * heads + w * heads) + max(_recurrence(s, passes, tokens) for s in stacks),
         }
         return moments
     saved = {
         f"{part}, saved for backward": size for part, size in student_saved(student, stage, passes, tokens).items()
     }
-    shared = {"embeddings, teacher's hidden states": tokens * (WIDE * d + w * d), **saved}
-    mlp = tokens * (2 * WIDE * d + 4 * w * max(s.intermediate_size for s in stacks))
-    moments["logits"] = {**shared, "logits of a chunk, head": _logits(teacher, passes, tokens)}
-    moments["backward pass"] = {**shared, "workspace": max(mlp, *(_recurrence(s, passes, tokens) for s in stacks))}
+    given = passes.frozen * d + (0 if labels else w * d)
+    shared = {"embeddings" if labels else "embeddings, teacher's hidden states": tokens * given, **saved}
+    mlp = tokens * (2 * passes.frozen * d + 4 * w * max(s.intermediate_size for s in stacks))
+    moments["logits"] = {**shared, "logits of a chunk, head": _logits(teacher, stage, passes, tokens, labels)}
+    moments["backward pass"] = {
+        **shared,
+        "computed anew, of a layer": _recomputed(student, stage, passes, tokens),
+        "workspace": max(mlp, *(_recurrence(s, passes, tokens) for s in stacks)),
+    }
     return moments
 
 
@@ -250,23 +353,28 @@ def _recurrence(stack: StackConfig, passes: Passes, tokens: int) -> int:
     return inputs + tokens * WIDE * 2 * h * SSD_CHUNK
 
 
-def _logits(teacher: ModelConfig, passes: Passes, tokens: int) -> int:
-    """Both logits of a chunk of tokens, the head in the passes' format for each, the gradient to the hidden states."""
+def _logits(teacher: ModelConfig, stage: StageConfig, passes: Passes, tokens: int, labels: bool) -> int:
+    """Logits of a chunk of tokens, the head in the passes' format for each model, the gradients to the hidden states
+    and to a trained head.
+    """
     v, d, w = teacher.vocab_size, teacher.hidden_size, passes.width
+    heads = 2 * w * v * d if "head" in stage.train else 0  # a gradient, and the same scaled
+    around = tokens * w * d + heads
+    if labels:  # log-softmax, its gradient and that of its input
+        return min(tokens, KL_CHUNK) * v * (3 * WIDE + passes.cast) + passes.cast_frozen * v * d + around
     if not passes.kernels:  # logits, both log-softmaxes and their inputs, probabilities, gradient
-        return min(tokens, KL_CHUNK) * v * WIDE * 6 + tokens * w * d
+        return min(tokens, KL_CHUNK) * v * WIDE * 6 + around
     row = 2 * w * -(-v // BLOCK) * BLOCK
-    return min(tokens * row, max(LOGITS, 128 * row)) + 2 * w * v * d * (w != WIDE) + tokens * w * d
+    return min(tokens * row, max(LOGITS, 128 * row)) + 2 * passes.cast_frozen * v * d + around
 
 
 def greatest_row(teacher: ModelConfig, student: ModelConfig, stage: StageConfig, passes: Passes, memory: float,
-                 *, layer_local: bool) -> int:  # fmt: skip
+                 *, layer_local: bool, labels: bool = False, owned: Collection[str] = ()) -> int:  # fmt: skip
     """The greatest row, in tokens by the :data:`UNIT`, with a peak that leaves :data:`OVERHEAD` of ``memory``, or 0."""
-    counts = count_parameters(student, stage)
-    room = memory - OVERHEAD - sum(_held(teacher, student.mixer, counts, stage.optimizer).values())
+    room = memory - OVERHEAD - sum(_held(teacher, student, stage, passes, owned).values())
 
     def fits(rows: int) -> bool:
-        moments = _moments(teacher, student, stage, passes, UNIT * rows, counts, layer_local)
+        moments = _moments(teacher, student, stage, passes, UNIT * rows, layer_local, labels)
         return max(sum(moment.values()) for moment in moments.values()) <= room
 
     low, high = 0, MOST_ROWS
@@ -280,13 +388,14 @@ def greatest_row(teacher: ModelConfig, student: ModelConfig, stage: StageConfig,
 
 
 def step_work(teacher: ModelConfig, student: ModelConfig, stage: StageConfig, length: float,
-              *, layer_local: bool) -> tuple[float, float]:  # fmt: skip
+              *, layer_local: bool, labels: bool = False) -> tuple[float, float]:  # fmt: skip
     """(FLOP of matrix products, bytes of memory traffic) that a token of a step costs, weights not counted.
 
     Args:
         length: tokens of a token's own sequence, on average: softmax's work grows with it.
 
-    A frozen matrix costs 2 FLOP a parameter forward and 2 for the gradient of its input, a trained one 2 more.
+    A frozen matrix costs 2 FLOP a parameter forward and 2 for the gradient of its input, a trained one 2 more. What is
+    computed anew (``stage.recompute``) costs its forward pass again, up to the last product that is needed.
     """
     d, w = teacher.hidden_size, 2
     flop = traffic = 0.0
@@ -300,10 +409,11 @@ def step_work(teacher: ModelConfig, student: ModelConfig, stage: StageConfig, le
         # Each value is written and read; norms and products read and write the residual and the MLP once each.
         around = w * 2 * (6 * d + 4 * stack.intermediate_size) + w * 2 * (3 * h + 4 * g) * p
         mixing = w * 2 * 2 * (4 * h + 4 * g) * p + WIDE * 2 * d
-        flop += 2 * (qkv + rest) + softmax
-        traffic += around
+        if not labels:  # the teacher's pass
+            flop += 2 * (qkv + rest) + softmax
+            traffic += around
         new = student.layer_map[layer] == MAMBA2
-        trained = sum(sizes[name] for name in MATRICES if name in stage.train)
+        trained = sum(sizes[name] for name in (*MATRICES, *REST) if name in stage.train)
         if layer_local:
             flop += 2 * (qkv + sizes["gate_proj"] + trained) + 3.5 * scan
             traffic += 3 * mixing
@@ -311,23 +421,33 @@ def step_work(teacher: ModelConfig, student: ModelConfig, stage: StageConfig, le
             flop += 4 * (qkv + sizes["gate_proj"] + rest) + 2 * trained + 3.5 * scan
             traffic += 3 * (around + mixing)
         else:
-            flop += 4 * (qkv + rest) + 3.5 * softmax
+            trained = qkv + sizes["o_proj"] if "attention" in stage.train else 0
+            trained += sizes["mlp"] if "mlp" in stage.train else 0
+            flop += 4 * (qkv + rest) + 2 * trained + 3.5 * softmax
             traffic += 3 * around
+        if not layer_local and stage.recompute != "none":
+            flop += 2 * (sizes["o_proj"] + 2 / 3 * sizes["mlp"])
+            traffic += around
+            if stage.recompute == "layer":
+                flop += 2 * (qkv + new * sizes["gate_proj"]) + (scan if new else softmax)
+                traffic += new * mixing
     if not layer_local:
-        flop += 3 * 2 * teacher.vocab_size * d
+        flop += (2 + (not labels) + ("head" in stage.train)) * 2 * teacher.vocab_size * d
         traffic += 4 * w * teacher.vocab_size
     return flop, traffic
 
 
 def step_seconds(teacher: ModelConfig, student: ModelConfig, stage: StageConfig, gpu: Gpu, tokens: float, rows: float,
-                 length: float, *, layer_local: bool) -> float:  # fmt: skip
+                 length: float, *, layer_local: bool, labels: bool = False,
+                 passes: Passes | None = None) -> float:  # fmt: skip
     """Seconds of a step of ``tokens`` tokens in ``rows`` rows on one GPU at the assumed shares of its rates.
 
     No less than what the host takes to launch it.
     """
-    flop, traffic = step_work(teacher, student, stage, length, layer_local=layer_local)
+    flop, traffic = step_work(teacher, student, stage, length, layer_local=layer_local, labels=labels)
     counts = count_parameters(student, stage)
-    casts = (WIDE + 2 + 2) * counts.total * (1 if layer_local else 2)  # read, write, read again: for each pass of a row
+    cast = (passes or Passes()).cast_frozen
+    casts = (WIDE + 2 + 2 if cast else 2) * counts.total * (1 if layer_local or labels else 2)  # a pass: cast, read
     update = 7 * WIDE * counts.moved  # AdamW reads four tensors and writes three
     moved = tokens * traffic + rows * casts + update
     launched = rows * teacher.num_layers * (REPLAY if stage.graph else LAUNCH)

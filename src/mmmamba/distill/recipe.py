@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
+
 from mmmamba.config import from_dict, load_yaml
 from mmmamba.errors import UserError
 from mmmamba.model.config import ATTENTION, MAMBA2, MixerConfig
@@ -17,7 +19,16 @@ from mmmamba.model.config import ATTENTION, MAMBA2, MixerConfig
 T = TypeVar("T")
 
 MIXER_PARAMETERS = ("A_log", "dt_bias", "dt_proj", "conv", "gate_proj", "norm", "q_proj", "k_proj", "v_proj")
+# What a stage can train: all of a Mamba-2 mixer before W_o, and what else stages after the alignment may move.
+KINDS = (*MIXER_PARAMETERS, "o_proj", "mlp", "norms", "attention", "embeddings", "head")
+ALIGNMENT = ("stage1", "stage2")  # the stages in which each layer learns by itself
+SCALED = (*MIXER_PARAMETERS, "o_proj", "mlp")  # kinds that are parts of their parameters' names
 RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def label(kind: str) -> str:
+    """A kind of parameter as tables name it."""
+    return f"mixer {kind}" if kind in (*MIXER_PARAMETERS, "o_proj") else kind
 
 
 def _at_least(least: float, config: Any, *names: str) -> None:
@@ -82,7 +93,7 @@ class TrainConfig:
         steps: optimizer steps.
         batch_size: samples a step.
         lr: peak learning rate.
-        lr_scale: factors on it for some mixer parameters, by name.
+        lr_scale: factors on it for some parameters, by name.
         warmup, decay: shares of the steps spent rising to ``lr`` and falling to zero.
         weight_decay: on matrices only, never on norms, biases, A_log and dt_bias.
         clip: greatest norm of the gradient of all that is trained.
@@ -137,12 +148,16 @@ class StageConfig(TrainConfig):
     """One stage of distillation.
 
     Attributes:
-        train: the mixer's parameters that move in this stage.
+        train: the kinds of parameters that move in this stage: the mixer's by name; from stage 3 on also ``o_proj``
+            (W_o of the Mamba-2 layers), ``mlp``, ``norms`` (those of the layers, and the last), ``attention`` (all of
+            it in layers that keep softmax), ``embeddings`` and ``head``.
         prompt_weight: weight of the tokens that no answer depends on; 1 counts every token (paper), 0 answers only.
         loss_scale: factor on the loss (the published stages 1–2 use 1000).
         reduction: ``mean`` is a per-token mean over the mask; ``published`` sums KL over tokens and divides by samples.
         supervised: weight of the cross-entropy on the answers beside the KL (stage 3; the paper has none).
         temperature: of the KL (stage 3).
+        recompute: what the backward pass of stages 3 and 4 computes anew instead of keeping it: ``none``; ``mlp``, all
+            that follows a layer's heads (W_o, norm, MLP); ``layer``, whole layers. The gradients are the same.
     """
 
     train: tuple[str, ...]
@@ -151,6 +166,7 @@ class StageConfig(TrainConfig):
     reduction: Literal["mean", "published"] = "mean"
     supervised: float = 0.0
     temperature: float = 1.0
+    recompute: Literal["none", "mlp", "layer"] = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -161,9 +177,10 @@ class StageConfig(TrainConfig):
             raise ValueError(f"temperature must be greater than 0, got {self.temperature}")
         if not self.train:
             raise ValueError("train names no parameter; to leave a stage out, set its steps to 0")
-        wrong = [name for name in (*self.train, *self.lr_scale) if name not in MIXER_PARAMETERS]
-        if wrong:
-            raise ValueError(f"unknown mixer parameter {wrong[0]!r}, must be among {', '.join(MIXER_PARAMETERS)}")
+        for key, names, known in (("train", self.train, KINDS), ("lr_scale", self.lr_scale, SCALED)):
+            wrong = [name for name in names if name not in known]
+            if wrong:
+                raise ValueError(f"{key}: unknown kind of parameter {wrong[0]!r}, must be among {', '.join(known)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,20 +194,51 @@ class DistillRecipe:
             keep it, those that a measurement after stage 2 picks: :func:`mmmamba.distill.placement.place`); or the list
             of the global layers that keep softmax.
         mixer: options of the Mamba-2 mixer (default: the published one).
+        init: how its parameters start: :func:`mmmamba.distill.seeding.seed`.
         seed: of the new parameters and of the order of the data.
+        frozen: number format of the weights that no stage trains. ``float32``, or ``passes``: that of the passes
+            (bfloat16 on a GPU), at half the memory and without casts; what flows between layers is in it too. What is
+            trained lies in float32 in any case: its own master copy.
         data, stage1, stage2, stage3: see their classes. Stages 1 and 2 align the mixers of all layers, whatever
             ``layers`` says, so that linear and hybrid share them.
+        stage4: a short pass afterwards over the answers' cross-entropy, without the teacher (the paper has none).
     """
 
     name: str
     teacher: str
     layers: str | tuple[int, ...] = "linear"
     mixer: MixerConfig = field(default_factory=MixerConfig)
+    init: Literal["mimic", "inherit", "scratch"] = "mimic"
     seed: int = 0
+    frozen: Literal["float32", "passes"] = "float32"
     data: DataConfig
     stage1: StageConfig
     stage2: StageConfig
     stage3: StageConfig
+    stage4: StageConfig | None = None
+
+    def __post_init__(self) -> None:
+        for name in ALIGNMENT:
+            others = [kind for kind in self.stages[name].train if kind not in MIXER_PARAMETERS]
+            if others:
+                raise ValueError(f"{name}.train: {others[0]!r} learns nothing from a loss on the heads before W_o; "
+                                 f"stage 3 can train it")  # fmt: skip
+        if self.init != "mimic" and self.mixer.decay != "published":
+            raise ValueError(f"init {self.init!r} draws the decay as Mamba-2 does, not as mixer.decay has it: leave "
+                             f"{self.mixer.decay!r} out")  # fmt: skip
+        last = [config for config in (self.stage3, self.stage4) if config is not None and config.steps]
+        if self.init == "scratch" and last and not any("o_proj" in config.train for config in last):
+            raise ValueError("init 'scratch' draws W_o too, and no stage trains it: add o_proj to stage3.train")
+
+    @property
+    def stages(self) -> dict[str, StageConfig]:
+        """The stages in their order, by name."""
+        found = {"stage1": self.stage1, "stage2": self.stage2, "stage3": self.stage3}
+        return found if self.stage4 is None else {**found, "stage4": self.stage4}
+
+    def frozen_dtype(self, precision: torch.dtype) -> torch.dtype:
+        """The number format of frozen weights where passes run in ``precision``."""
+        return precision if self.frozen == "passes" else torch.float32
 
     @property
     def measured(self) -> bool:

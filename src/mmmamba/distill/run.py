@@ -8,7 +8,7 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,11 @@ from mmmamba.checkpoints.io import (
 )
 from mmmamba.config import to_dict
 from mmmamba.data.batching import Skipped
+from mmmamba.distill import processes
 from mmmamba.errors import UserError
 
 TENSORS = "tensors.safetensors"
+ABOUT = "about"  # key of its header: JSON that says what the tensors are, and which teacher the rest is from
 SHOWN = 20  # skipped samples that are printed; the manifest has them all
 
 
@@ -58,12 +60,16 @@ class RunFolder:
         identity: what else must be the same for a resumed run (teacher, data, device-independent).
         resume: go on with what lies there.
 
+    Of several processes the main one writes, and opens the folder first (:func:`mmmamba.distill.processes.main_first`);
+    the others go on with what they find, and keep the same manifest in memory.
+
     Raises:
         UserError: when the folder holds another run, or this one and ``resume`` is off, or something else.
     """
 
     def __init__(self, path: str | Path, recipe: Any, identity: Mapping[str, Any], *, resume: bool) -> None:
         self.path = Path(path)
+        self._writes = processes.is_main()
         self.fingerprint = digest({"recipe": to_dict(recipe), **identity})
         self._manifest = self.path / "manifest.json"
         self._metrics = self.path / "metrics.jsonl"
@@ -75,11 +81,13 @@ class RunFolder:
                 ]
                 what = f" (other {', '.join(changed)})" if changed else " (another recipe)"
                 raise UserError(f"{self.path}: holds another run{what}; give another --out")
-            if not resume:
+            if not resume and self._writes:
                 raise UserError(
                     f"{self.path}: holds this run already; add --resume to go on with it, or give another --out"
                 )
             self.manifest = found
+            if not self._writes:
+                return
             clear_leftovers(self.path)
             clear_leftovers(self.checkpoints)
             for stage in self.manifest["stages"]:
@@ -98,11 +106,21 @@ class RunFolder:
                 "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             }
             text = yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)
-            write_atomically(self.path / "recipe.yaml", lambda p: p.write_text(text, encoding="utf-8"))
+            self._write(self.path / "recipe.yaml", lambda p: p.write_text(text, encoding="utf-8"))
             self._write_manifest()
 
+    def _write(self, path: Path, write: Callable[[Path], Any], *, folder: bool = False) -> None:
+        if self._writes:
+            write_atomically(path, write, folder=folder)
+
+    def _write_tensors(self, folder: Path, tensors: Mapping[str, Tensor], holds: str) -> None:
+        """Tensors in a folder of their own; what they are, and whose teacher's, stands in the file's header."""
+        # One text: safetensors writes several in any order, and a run's files are the same to the bit.
+        about = json.dumps({"holds": holds, "teacher": self.manifest.get("teacher")})
+        self._write(folder, lambda p: write_safetensors(p / TENSORS, tensors, {ABOUT: about}), folder=True)
+
     def _write_manifest(self) -> None:
-        write_atomically(self._manifest, lambda p: write_json(p, self.manifest))
+        self._write(self._manifest, lambda p: write_json(p, self.manifest))
 
     def note(self, **entries: Any) -> None:
         """Add entries to the manifest."""
@@ -138,6 +156,8 @@ class RunFolder:
 
     def log(self, entry: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
+        if not self._writes:
+            return
         try:
             with self._metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
@@ -156,7 +176,7 @@ class RunFolder:
         kept = [m for m in self.metrics() if m["stage"] != stage or m["step"] <= step]
         if self._metrics.is_file():
             text = "".join(json.dumps(m) + "\n" for m in kept)
-            write_atomically(self._metrics, lambda p: p.write_text(text, encoding="utf-8"))
+            self._write(self._metrics, lambda p: p.write_text(text, encoding="utf-8"))
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -173,9 +193,9 @@ class RunFolder:
         """Write a checkpoint to go on from; the one before is removed only when this one is on the disk."""
         older = self._steps(stage)
         target = self.checkpoints / f"{stage}-step{step:07d}"
-        write_atomically(target, lambda p: write_safetensors(p / TENSORS, tensors), folder=True)
-        for _, path in older:
-            shutil.rmtree(path, ignore_errors=True)
+        holds = f"what {stage} trains, and its optimizer's state; the rest is the teacher's"
+        self._write_tensors(target, tensors, holds)
+        self._drop(older)
 
     def last_step(self, stage: str) -> tuple[int, dict[str, Tensor]] | None:
         """The last checkpoint of an unfinished stage."""
@@ -187,13 +207,17 @@ class RunFolder:
 
     def finish(self, stage: str, tensors: Mapping[str, Tensor], **facts: Any) -> None:
         """Write a stage's result and drop its checkpoints."""
-        write_atomically(self.checkpoints / stage, lambda p: write_safetensors(p / TENSORS, tensors), folder=True)
+        holds = f"the result of {stage}: all that is not the teacher's"
+        self._write_tensors(self.checkpoints / stage, tensors, holds)
         self.manifest["stages"][stage] = to_dict(facts)
         self._write_manifest()
         self._drop_steps(stage)
 
     def _drop_steps(self, stage: str) -> None:
-        for _, path in self._steps(stage):
+        self._drop(self._steps(stage))
+
+    def _drop(self, steps: Sequence[tuple[int, Path]]) -> None:
+        for _, path in steps if self._writes else ():
             shutil.rmtree(path, ignore_errors=True)
 
     def result(self, stage: str) -> dict[str, Tensor] | None:

@@ -14,6 +14,7 @@ from mmmamba.data.processor import Processor
 from mmmamba.data.sources.primer.corpus import corpus_texts
 from mmmamba.data.tokenizer import SPECIALS, Tokenizer, train_bpe
 from mmmamba.device import pick_device, pick_precision
+from mmmamba.distill import processes
 from mmmamba.distill.feed import Feed
 from mmmamba.distill.objectives import PredictAnswers
 from mmmamba.distill.recipe import TeachRecipe, load_recipe
@@ -52,10 +53,11 @@ def teach(
     plan = load_recipe(TeachRecipe, recipe, set)
     if on_bad_sample is not None:
         plan = replace(plan, data=replace(plan.data, on_bad_sample=on_bad_sample))
-    where = pick_device(device)
+    where = processes.join(pick_device(device))
     processor = make_processor(plan)
-    feed = Feed(plan.data, processor, plan.seed)
-    run = RunFolder(out or Path("runs") / plan.name, plan, {"kind": "teach", "data": feed.identity}, resume=resume)
+    with processes.main_first():
+        feed = Feed(plan.data, processor, plan.seed)
+        run = RunFolder(out or Path("runs") / plan.name, plan, {"kind": "teach", "data": feed.identity}, resume=resume)
     model = initialise(Model(processor.config), plan.seed).to(where)
     if plan.train.compile:
         compile_layers(model)
@@ -75,9 +77,11 @@ def teach(
             for name, parameter in model.named_parameters():
                 parameter.copy_(done[name])
     target = run.path / "model"
-    save_hovle(model, processor, target)
-    run.report_skipped()
-    print(target)
+    if processes.is_main():
+        save_hovle(model, processor, target)
+        run.report_skipped()
+        print(target)
+    processes.leave()
     return target
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmmamba.data.batching import Batch, Skipped
+from mmmamba.distill import processes
 from mmmamba.distill.objectives import Objective
 from mmmamba.distill.optimizers import KEPT, Optimizers
 from mmmamba.distill.recipe import TrainConfig
@@ -41,7 +42,7 @@ def train(
     """Run ``stage`` to its last step, from its last checkpoint if ``run`` has one.
 
     Every step's rows, learning rate and update are functions of the step and the weights, so a resumed run repeats an
-    uninterrupted one (bit for bit on a CPU).
+    uninterrupted one (bit for bit on a CPU). Of several processes each calls this with its share of the rows.
 
     Raises:
         UserError: when the loss stops being finite, naming stage and step.
@@ -53,7 +54,7 @@ def train(
         torch.set_float32_matmul_precision("high")
     recent: list[dict[str, Tensor]] = []
     tokens, since = 0, time.monotonic()
-    with Progress(stage, total=config.steps, start=start) as bar:
+    with Progress(stage, total=config.steps, start=start, console=processes.console()) as bar:
         for step, batch in zip(range(start, config.steps), rows(start), strict=False):
             rate = config.lr * config.factor(step)
             losses, norm = take(batch, rate)
@@ -66,6 +67,7 @@ def train(
             # Also where a checkpoint is due: a resumed run then logs the same means over the same steps.
             if done % config.log_every == 0 or done == config.steps or saves:
                 means = _means(recent, norm, stage, done)
+                tokens = int(processes.total(torch.tensor(tokens, device=device)))
                 now = time.monotonic()
                 run.log(
                     {
@@ -80,10 +82,10 @@ def train(
                 )
                 bar.update(done, tokens=tokens, lr=rate, **means)
                 recent, tokens, since = [], 0, now
-            if saves:
-                run.skip(stage, rows.bad_samples)
+            if saves:  # all go on from here: the others wait for the main process at their next sum
+                run.skip(stage, processes.gather(rows.bad_samples))
                 run.save_step(stage, done, _snapshot(objective.trained, take.optimizers))
-    run.skip(stage, rows.bad_samples)
+    run.skip(stage, processes.gather(rows.bad_samples))
 
 
 def _means(recent: Sequence[dict[str, Tensor]], norm: Tensor, stage: str, step: int) -> dict[str, float]:

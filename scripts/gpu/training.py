@@ -1,0 +1,398 @@
+"""What the three stages of a recipe cost a GPU at HoVLE's size: time, memory, and whether they learn and resume.
+
+    python scripts/gpu/training.py --only stage1 stage2 --out training.json     # minutes each; results are merged
+    python scripts/gpu/training.py --only stage3 --lengths 2048 4096 8192 --out training.json
+    python scripts/gpu/training.py --only stage3 --lengths 16384 32768 --set stage3.recompute=mlp --out training.json
+    python scripts/gpu/training.py --only stage3 --lengths 8192 --resume-check --out training.json
+    python scripts/gpu/training.py --geometry nano --device cpu --recipe nano-linear --lengths 256 512 --steps 4
+
+Random weights in the recipe's number formats; rows of one sequence with a tile (256 image tokens) for each 2,048
+tokens, random pixels, random text of which the second half is scored. Up to 8,192 tokens a row is timed: a forward and
+backward pass, and the optimizer's step (clipping and update) apart. The peak is that of a whole step of two rows, with
+gradients and the optimizer's state in memory; beside it stands what ``mmmamba distill --dry-run`` reckons. At the
+greatest timed length steps are taken that must lower the loss. FLOP counted are those of the matrix products that a
+step needs: a frozen matrix 2 a parameter and token forward and 2 for the gradient of its input, a trained one 2 more,
+the causal half of softmax's scores and the recurrence's chunks; what is computed anew is not counted. Prints its table
+last, of all that ``--out`` holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
+
+from mmmamba.checkpoints import read_safetensors
+from mmmamba.data.batching import Batch, Skipped
+from mmmamba.data.processor import UNSCORED
+from mmmamba.device import pick_device, pick_precision
+from mmmamba.distill.dry_run import Allocated, passes_of, random_models
+from mmmamba.distill.objectives import AlignHeads, MatchLogits
+from mmmamba.distill.plan import GPUS, stage_memory, step_work, student_config
+from mmmamba.distill.recipe import DistillRecipe, StageConfig, load_recipe
+from mmmamba.distill.run import TENSORS, RunFolder
+from mmmamba.distill.seeding import seed
+from mmmamba.distill.step import Step, make_step, move
+from mmmamba.distill.trainer import train
+from mmmamba.model.config import MAMBA2, ModelConfig
+from mmmamba.model.geometries import GEOMETRIES, geometry
+
+STAGES = ("stage1", "stage2", "stage3")
+TIMED = 8192  # the greatest row that is timed
+WARM_UP, SAMPLES = 3, 12
+ROWS = 4  # over which the loss is lowered
+#: Published code on the same geometry and lengths, one H100: ms of forward and backward, GB at the peak (its optimizer
+#: not counted).
+PUBLISHED = {
+    ("stage1", 2048): (272, 12.4), ("stage1", 4096): (327, 17.0), ("stage1", 8192): (704, 26.3),
+    ("stage2", 2048): (263, 12.9), ("stage2", 4096): (323, 17.6), ("stage2", 8192): (705, 26.9),
+    ("stage3", 2048): (334, 27.6), ("stage3", 4096): (377, 40.2), ("stage3", 8192): (544, 65.3),
+}  # fmt: skip
+
+
+class Trial:
+    """A stage of a recipe on random weights and rows, ready to step."""
+
+    def __init__(self, arguments: argparse.Namespace, stage: str) -> None:
+        self.device = pick_device(arguments.device)
+        self.precision = pick_precision("auto", self.device)
+        self.teacher: ModelConfig = geometry(arguments.geometry)
+        if self.teacher.img_context_token_id < 0:  # which a tokenizer would say
+            self.teacher = replace(self.teacher, img_context_token_id=1)
+        plan = load_recipe(DistillRecipe, arguments.recipe, arguments.set)
+        self.local, self.stage = stage != "stage3", stage
+        self.config: StageConfig = replace(getattr(plan, stage), graph=False)
+        layer_map = (MAMBA2,) * self.teacher.num_layers if self.local else plan.layer_map(self.teacher.num_layers)
+        self.student = student_config(self.teacher, layer_map, plan.mixer)
+        self.frozen = plan.frozen_dtype(self.precision)
+        torch.manual_seed(0)
+        model, aligned = random_models(plan, self.teacher, self.device, self.frozen)
+        self.objective: AlignHeads | MatchLogits
+        if self.local:
+            self.objective = AlignHeads(model, aligned, self.config)
+        else:
+            student = seed(model, layer_map, plan.mixer, aligned=aligned)
+            self.objective = MatchLogits(model, student, self.config)
+
+    def step(self) -> Step:
+        return make_step(self.objective, self.config, self.device, self.precision)
+
+    def row(self, tokens: int, number: int = 0) -> Batch:
+        """One sequence: pictures in front, then text, the second half of which is scored."""
+        vision, random = self.teacher.vision, torch.Generator().manual_seed(number)
+        assert vision is not None
+        tiles, slot = max(1, tokens // 2048), self.teacher.img_context_token_id
+        image = tiles * vision.tokens_per_tile
+        ids = torch.randint(0, self.teacher.vocab_size, (1, tokens), generator=random)
+        ids[ids == slot] = 0
+        ids[0, 1 : 1 + image] = slot
+        labels = ids.clone()
+        labels[:, : (tokens + image) // 2] = UNSCORED
+        side = vision.image_size
+        pixels = torch.randint(0, 256, (tiles, side, side, 3), generator=random, dtype=torch.uint8)
+        return Batch(ids, labels, torch.tensor([0, tokens], dtype=torch.int32), pixels, [str(number)])
+
+    def reckoned(self, tokens: int) -> int:
+        """The peak that a dry run says, in bytes."""
+        passes = passes_of(self.teacher, self.precision, self.device.type == "cuda", self.frozen)
+        return stage_memory(self.teacher, self.student, self.config, passes, tokens, layer_local=self.local).peak
+
+    def flop(self, tokens: int) -> float:
+        """Of a forward and a backward pass over a row."""
+        config = replace(self.config, recompute="none")
+        return tokens * step_work(self.teacher, self.student, config, tokens, layer_local=self.local)[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="hovle-2.6b-linear")
+    parser.add_argument("--geometry", default="hovle-2.6b", choices=sorted(GEOMETRIES))
+    parser.add_argument("--set", nargs="*", default=[], help="recipe keys to change, e.g. stage3.recompute=mlp")
+    parser.add_argument("--only", nargs="*", default=STAGES, choices=STAGES, help="stages")
+    parser.add_argument("--lengths", nargs="*", type=int, default=[2048, 4096, 8192, 16384, 32768])
+    parser.add_argument("--steps", type=int, default=20, help="that must lower the loss; 0: none")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--resume-check", action="store_true", help="interrupt, resume and compare, instead")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of a row, instead")
+    parser.add_argument("--out", type=Path, help="JSON; what it holds already is kept")
+    arguments = parser.parse_args()
+    torch.set_float32_matmul_precision("high")
+    results = Results(arguments)
+    failed: list[str] = []
+    for stage in arguments.only:
+        if arguments.profile:
+            profile(Trial(arguments, stage), max(arguments.lengths))
+        elif arguments.resume_check:
+            failed += resume_check(arguments, stage, min(max(arguments.lengths), TIMED), results)
+        else:
+            failed += measure(arguments, stage, results)
+        release()
+    print(results.markdown())
+    if failed:
+        sys.exit("\n".join(failed))
+
+
+# ---------------------------------------------------------------------------------------------- measuring
+
+
+def measure(arguments: argparse.Namespace, stage: str, results: Results) -> list[str]:
+    """Times and peaks of every length, then steps that must lower the loss."""
+    failed = []
+    with Allocated(pick_device(arguments.device)) as allocated:
+        trial = Trial(arguments, stage)
+        step = trial.step()
+        for tokens in sorted(arguments.lengths):
+            began = time.perf_counter()
+            try:
+                entry = one_length(trial, step, tokens, allocated)
+            except torch.OutOfMemoryError:
+                entry = {"peak": None}
+                step.optimizers.zero_grad()
+                release()
+            entry |= {"reckoned": trial.reckoned(tokens), "recompute": trial.config.recompute}
+            results.add(stage, tokens, entry)
+            print(f"{stage}, {tokens} tokens: {entry} in {time.perf_counter() - began:.0f} s", file=sys.stderr)
+        timed = [tokens for tokens in arguments.lengths if tokens <= TIMED]
+        if timed and arguments.steps:
+            losses = learn(trial, step, max(timed), arguments.steps)
+            results.add(stage, max(timed), {"losses": losses})
+            if not statistics.mean(losses[-ROWS:]) < statistics.mean(losses[:ROWS]):
+                failed.append(f"{stage}: {arguments.steps} steps did not lower the loss: {losses}")
+    return failed
+
+
+def one_length(trial: Trial, step: Step, tokens: int, allocated: Allocated) -> dict[str, Any]:
+    """The peak of a step of two rows; of what is timed also ms of a pass and of an update, and the host's share."""
+    rows = [trial.row(tokens, number) for number in range(2)]
+    step(rows[:1], 0.0)  # makes the optimizer's state, and whatever is compiled
+    synchronize(trial.device)
+    allocated.reset()
+    began = time.perf_counter()
+    step(rows, 0.0)
+    synchronize(trial.device)
+    found: dict[str, Any] = {"peak": allocated.peak, "step of two rows": time.perf_counter() - began}
+    if trial.device.type == "cuda":
+        found["reserved"] = torch.cuda.max_memory_reserved(trial.device)
+    if tokens > TIMED:
+        return found
+    moved = [move(rows[0], trial.device)]
+    host: list[float] = []
+
+    def passes() -> None:
+        began = time.perf_counter()
+        trial.objective.backward(moved, trial.precision)
+        host.append(1e3 * (time.perf_counter() - began))
+
+    def update() -> None:
+        nn.utils.clip_grad_norm_(list(trial.objective.trained.values()), trial.config.clip)
+        step.optimizers.step()
+
+    step.optimizers.set_rate(0.0)
+    found["passes"] = clock(passes, trial.device, before=step.optimizers.zero_grad)
+    found["host"] = statistics.median(host[WARM_UP:])
+    found["update"] = clock(update, trial.device)
+    found["flop"] = trial.flop(tokens)
+    step.optimizers.zero_grad()
+    return found
+
+
+def clock(call: Callable[[], object], device: torch.device, before: Callable[[], object] | None = None) -> float:
+    """Median milliseconds of a call, waited for."""
+    taken = []
+    for _ in range(WARM_UP + SAMPLES):
+        if before is not None:
+            before()
+        synchronize(device)
+        began = time.perf_counter()
+        call()
+        synchronize(device)
+        taken.append(1e3 * (time.perf_counter() - began))
+    return statistics.median(taken[WARM_UP:])
+
+
+def learn(trial: Trial, step: Step, tokens: int, steps: int) -> list[float]:
+    """The losses of so many steps at the recipe's rate, over a few rows in turn."""
+    rows = [trial.row(tokens, number) for number in range(ROWS)]
+    losses = []
+    for number in range(steps):
+        found, _ = step([rows[number % len(rows)]], trial.config.lr)
+        losses.append(float(found["loss"]))
+    return losses
+
+
+def profile(trial: Trial, tokens: int) -> None:
+    """Print where a row's time goes, kernel by kernel."""
+    rows, step = [trial.row(tokens)], trial.step()
+    for _ in range(WARM_UP):
+        step(rows, 0.0)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if trial.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as seen:
+        step(rows, 0.0)
+        synchronize(trial.device)
+    key = "self_cuda_time_total" if trial.device.type == "cuda" else "self_cpu_time_total"
+    print(f"{trial.stage}, {tokens} tokens", seen.key_averages().table(sort_by=key, row_limit=45), sep="\n")
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def release() -> None:
+    """Give back what nothing holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+# ---------------------------------------------------------------------------------------------- resuming
+
+
+class Rows:
+    """A row a step; ends the run, as a kill would, at step ``die``."""
+
+    def __init__(self, trial: Trial, tokens: int, steps: int, die: int | None = None) -> None:
+        self.trial, self.tokens, self.steps, self.die = trial, tokens, steps, die
+        self.bad_samples: list[Skipped] = []
+
+    def __call__(self, start: int) -> Iterator[Sequence[Batch]]:
+        for step in range(start, self.steps):
+            if step == self.die:
+                raise KeyboardInterrupt
+            yield [self.trial.row(self.tokens, step)]
+
+
+def resume_check(arguments: argparse.Namespace, stage: str, tokens: int, results: Results) -> list[str]:
+    """Six steps as they come, the same with an interruption behind the fourth; what the checkpoint of three holds."""
+    steps, every, die = 6, 3, 4
+    teacher = {"path": f"random {arguments.geometry}", "sha256": "seed 0"}
+    losses: list[list[float]] = []
+    held: dict[str, torch.Tensor] = {}
+    with tempfile.TemporaryDirectory(dir=arguments.out and arguments.out.resolve().parent) as place:
+        for name, ends in (("whole", (None,)), ("cut", (die, None))):
+            for end in ends:
+                release()
+                trial = Trial(arguments, stage)
+                trial.config = replace(trial.config, steps=steps, checkpoint_every=every, log_every=1)
+                run = RunFolder(Path(place) / name, {"stage": stage}, {"kind": "check"}, resume=True)
+                run.note(teacher=teacher)
+                with contextlib.suppress(KeyboardInterrupt):
+                    rows = Rows(trial, tokens, steps, end)
+                    train(trial.objective, trial.config, rows, run, stage, device=trial.device,
+                          precision=trial.precision)  # fmt: skip
+                if end is not None:
+                    held = read_safetensors(run.checkpoints / f"{stage}-step{every:07d}" / TENSORS)
+                trained = set(trial.objective.trained)
+                del trial, rows
+            losses.append([line["loss"] for line in run.metrics()])
+    whole, resumed = losses
+    worst = max(abs(a - b) / abs(a) for a, b in zip(whole, resumed, strict=True))
+    names = {name.partition("/")[2] for name in held}
+    size = sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+    results.add(stage, tokens, {"resumed": {"whole": whole, "resumed": resumed, "worst": worst, "checkpoint": size}})
+    failed = [] if worst < 0.02 else [f"{stage}: a resumed run's losses differ by {worst:.1%}: {whole}, {resumed}"]
+    if names != trained or not all(tensor.is_floating_point() for tensor in held.values()):
+        failed.append(f"{stage}: the checkpoint holds other tensors than what is trained: {sorted(names ^ trained)}")
+    return failed
+
+
+# ---------------------------------------------------------------------------------------------- results
+
+
+class Results:
+    """What was measured, by stage, length and what is computed anew; read from and written to ``--out``."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.path: Path | None = arguments.out
+        kept = json.loads(self.path.read_text()) if self.path and self.path.is_file() else {}
+        device = pick_device(arguments.device)
+        self.entries: dict[str, dict[str, Any]] = kept.get("entries", {})
+        plan = load_recipe(DistillRecipe, arguments.recipe, arguments.set)
+        self.variant = {stage: getattr(plan, stage) for stage in STAGES}
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        self.about = {"device": name, "torch": torch.__version__, "recipe": arguments.recipe, "set": arguments.set,
+                      "geometry": arguments.geometry}  # fmt: skip
+        self.published = arguments.geometry == "hovle-2.6b"
+
+    def add(self, stage: str, tokens: int, entry: dict[str, Any]) -> None:
+        config = self.variant[stage]
+        variant = f"recompute {config.recompute}" + (", compiled" if config.compile else "")
+        recipe = self.about["recipe"]
+        found = self.entries.setdefault(f"{recipe} {stage} {tokens} {variant}", {})
+        found |= {"stage": stage, "tokens": tokens, "variant": variant, "about": self.about, **entry}
+        if self.path:
+            self.path.write_text(json.dumps({"entries": self.entries}, indent=1))
+
+    def markdown(self) -> str:
+        """Tables of times and memory, then of losses."""
+        keys = ("stage", "variant", "tokens")
+        ordered = sorted(self.entries.values(), key=lambda e: (e["about"]["recipe"], *(e[key] for key in keys)))
+        lines = [
+            "| recipe | stage | recomputes | tokens | forward + backward, ms | published | factor | host, ms "
+            "| update, ms | tokens/s | TFLOP/s | MFU | peak, GB | published | reckoned | difference |",
+            "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        ]
+        for entry in ordered:
+            if "reckoned" not in entry:
+                continue
+            cells = [entry["about"]["recipe"], entry["stage"], entry["variant"].removeprefix("recompute "),
+                     f"{entry['tokens']:,}", *self._times(entry), *self._memory(entry)]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+        learnt = [entry for entry in ordered if "losses" in entry]
+        if learnt:
+            head = f"| stage | recomputes | tokens | steps | loss, first {ROWS} | last {ROWS} |"
+            lines += ["", head, "|---|---|---:|---:|---:|---:|"]
+        for entry in learnt:
+            first, last = (statistics.mean(part) for part in (entry["losses"][:ROWS], entry["losses"][-ROWS:]))
+            lines.append(
+                f"| {entry['stage']} | {entry['variant'].removeprefix('recompute ')} | {entry['tokens']:,} "
+                f"| {len(entry['losses'])} | {first:.4g} | {last:.4g} |"
+            )
+        for entry in ordered:
+            if "resumed" in entry:
+                found = entry["resumed"]
+                lines += ["", f"{entry['stage']}, {entry['tokens']:,} tokens, interrupted and resumed: losses within "
+                          f"{found['worst']:.1e} of the uninterrupted run's; its checkpoint holds what is trained and "
+                          f"the optimizer's state alone, {found['checkpoint'] / 1e9:.2f} GB."]  # fmt: skip
+        return "\n".join(lines)
+
+    def _times(self, entry: dict[str, Any]) -> list[str]:
+        if "passes" not in entry:
+            return [""] * 8
+        ms, per_second = entry["passes"], entry["flop"] / entry["passes"] * 1e3
+        published = PUBLISHED.get((entry["stage"], entry["tokens"])) if self.published else None
+        share = f"{per_second / GPUS['h100'].rate:.0%}" if "H100" in entry["about"]["device"] else ""
+        return [
+            f"{ms:.0f}", f"{published[0]}" if published else "", f"{published[0] / ms:.2f}" if published else "",
+            f"{entry['host']:.0f}", f"{entry['update']:.1f}", f"{1e3 * entry['tokens'] / ms:,.0f}",
+            f"{per_second / 1e12:.3g}", share,
+        ]  # fmt: skip
+
+    def _memory(self, entry: dict[str, Any]) -> list[str]:
+        published = PUBLISHED.get((entry["stage"], entry["tokens"])) if self.published else None
+        said = f"{published[1]:.1f}" if published else ""
+        if entry["peak"] is None:
+            return ["did not fit", said, f"{entry['reckoned'] / 1e9:.2f}", ""]
+        difference = entry["reckoned"] / entry["peak"] - 1
+        return [f"{entry['peak'] / 1e9:.2f}", said, f"{entry['reckoned'] / 1e9:.2f}", f"{100 * difference:+.0f} %"]
+
+
+if __name__ == "__main__":
+    main()
