@@ -52,6 +52,12 @@ VERBS: Mapping[str, Verb | Mapping[str, Verb]] = {
         summary="measure what a model can do, alone or against another",
         example="mmmamba eval nano-linear --against nano-teacher",
     ),
+    "ablate": Verb(
+        function="mmmamba.ablation.ablate:ablate",
+        summary="find out what matters in a recipe: a table of cells, distilled, asked and compared over seeds",
+        example="mmmamba ablate nano-ablation --only placement",
+        go_on="run the same command to go on with the cell it was in",
+    ),
     "bench": Verb(
         function="mmmamba.benchmark.bench:bench",
         summary="measure what models cost: latency, prefill, memory, throughput, with plots",

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-import os
 import shutil
-import sys
-import threading
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
+from mmmamba.ablation.measure import logged
+from mmmamba.ablation.schedule import workers
 from mmmamba.checkpoints import builtin_names
 from mmmamba.device import cores
 from mmmamba.distill.distill import distill, seeded
@@ -97,46 +95,29 @@ def _stage3(out: Path, device: str, console: Console) -> dict[str, Path]:
 
     A step is so small here that two processes of one thread do half as much again as one of two threads.
     """
-    threads, before = max(1, cores() // len(STUDENTS)), torch.get_num_threads()
-    (here, *others) = STUDENTS.values()
-    context = multiprocessing.get_context("spawn")
-    running = {
-        recipe: context.Process(target=_apart, args=(recipe, out, device, threads, os.getpid()), daemon=True)
-        for recipe in others
-    }
-    for recipe, process in running.items():
-        console.print(f"{recipe} is distilled beside {here}; see {out / recipe}.log", highlight=False)
-        process.start()
-    torch.set_num_threads(threads)
-    try:
-        distill(here, out=out / here, resume=True, device=device)
-    finally:
-        torch.set_num_threads(before)
-    for recipe, process in running.items():
-        process.join()
-        if process.exitcode:
-            raise UserError(f"{recipe} failed: {_last_line(out / f'{recipe}.log')}")
+    here, *others = STUDENTS.values()
+    logs = {recipe: out / f"{recipe}.log" for recipe in others}
+    before = torch.get_num_threads()
+    with workers(len(STUDENTS)) as pool:
+        running = {recipe: pool.submit(_apart, recipe, out, device, log) for recipe, log in logs.items()}
+        for recipe, log in logs.items():
+            console.print(f"{recipe} is distilled beside {here}; see {log}", highlight=False)
+        torch.set_num_threads(max(1, cores() // len(STUDENTS)))
+        try:
+            distill(here, out=out / here, resume=True, device=device)
+        finally:
+            torch.set_num_threads(before)
+        for recipe, future in running.items():
+            try:
+                future.result()
+            except UserError as error:
+                raise UserError(f"{recipe} failed: {error}") from error
+            except BrokenProcessPool as error:
+                raise UserError(f"{recipe} failed: its process died (out of memory?); see {logs[recipe]}") from error
     return {label: out / recipe / "model" for label, recipe in STUDENTS.items()}
 
 
-def _apart(recipe: str, out: Path, device: str, threads: int, parent: int) -> None:
-    """A distillation in a process of its own, which writes to a log and ends when its parent does."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-    torch.set_num_threads(threads)
-    with (out / f"{recipe}.log").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        try:
-            distill(recipe, out=out / recipe, resume=True, device=device)
-        except UserError as error:
-            print(error, file=log)
-            sys.exit(1)
-
-
-def _last_line(file: Path) -> str:
-    lines = file.read_text(errors="replace").split("\n") if file.is_file() else []
-    return next((line for line in reversed(lines) if line.strip()), "it left no word")
+def _apart(recipe: str, out: Path, device: str, log: Path) -> None:
+    """A distillation that says what it has to say to a log."""
+    with logged(log):
+        distill(recipe, out=out / recipe, resume=True, device=device)

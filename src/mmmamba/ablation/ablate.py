@@ -1,0 +1,251 @@
+"""The ``ablate`` verb: a table of cells, each distilled, asked, written down; and the pages made of what came out."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from mmmamba.ablation.measure import Setting, forget, prepare
+from mmmamba.ablation.page import blocks, filled, plot_name
+from mmmamba.ablation.plan import Cell, Plan, cells_of, load_plan, overlaid, select
+from mmmamba.ablation.plots import dots
+from mmmamba.ablation.results import RESULTS, Journal, Result, Results, read
+from mmmamba.ablation.results import merge as merge_files
+from mmmamba.ablation.schedule import Unit, run, shard, units
+from mmmamba.ablation.tables import Measured, markdown
+from mmmamba.checkpoints import resolve
+from mmmamba.checkpoints.io import write_atomically
+from mmmamba.device import pick_device
+from mmmamba.errors import UserError
+from mmmamba.figures import render
+
+
+def ablate(
+    table: str,
+    *,
+    out: Path | None = None,
+    only: tuple[str, ...] = (),
+    seeds: tuple[int, ...] = (),
+    shard: str | None = None,
+    jobs: int = 1,
+    list: bool = False,
+    report: bool = False,
+    merge: tuple[Path, ...] = (),
+    into: tuple[Path, ...] = (),
+    set: tuple[str, ...] = (),
+    steps_scale: float = 1.0,
+    keep: bool = False,
+    device: str = "auto",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+) -> Path:
+    """Find out what matters in a recipe: distil every cell of a table, ask every student, compare over seeds.
+
+    Example: mmmamba ablate nano-ablation --only placement --jobs 2
+
+    A table file names cells, each a few changes to a recipe, and seeds. Every cell is one distillation and one
+    evaluation against its teacher, and leaves one line in OUT/results.jsonl: what was changed, what the student keeps
+    by ability, losses, seconds, machine, and two commands that repeat it. From those lines alone come tables, plots
+    and verdicts with 95 % intervals over seeds.
+
+    Run the same command again to go on: finished cells are known by a hash of all that decides their result, and the
+    cell that was killed goes on from its last checkpoint. What cells share is made once: the data, the teacher's
+    answers, stages 1 and 2 of cells that align alike, and the whole run of cells that ask for the same.
+
+        mmmamba ablate nano-ablation --list                       # what would run, and the commands of each cell
+        mmmamba ablate nano-ablation --steps-scale 0.01 --seeds 0 # a quick look, in a folder of its own
+        mmmamba ablate nano-ablation --shard 1/2                  # half of it here, --shard 2/2 on another machine
+        mmmamba ablate nano-ablation --merge runs/nano-ablation-shard2of2/results.jsonl
+        mmmamba ablate nano-ablation --report --into docs/results/nano.md
+
+    Args:
+        table: a table file, or the name of a built-in one.
+        out: the folder of results, tables, logs and runs under way (default: runs/NAME, with a part for --shard and
+            --steps-scale).
+        only: these tables or cells only, such as --only stages --only placement/tail-stacked.
+        seeds: these seeds only.
+        shard: part K/N of the runs, such as 2/8, for one command or machine of several; join their results by --merge.
+        jobs: cells at a time, each in a process of its own: small models do not fill a GPU.
+        list: say what would run, with steps and commands, instead of running it.
+        report: make tables, plots and pages of what is there, instead of running cells.
+        merge: take over the lines of these results files, instead of running cells.
+        into: Markdown pages whose marked blocks are made anew; results and plots are copied beside each.
+        set: recipe keys to change in every cell that does not change them itself, e.g. --set data.root=data/nano.
+        steps_scale: factor on the steps of every stage, for a quick look.
+        keep: leave the runs of finished cells in OUT/runs instead of removing them.
+        device: auto, cpu, cuda, cuda:1, ….
+        precision: of the distillation: fp32, or bf16 passes over fp32 weights; auto picks bf16 on a GPU.
+
+    Returns:
+        the results file.
+    """
+    plan, where = load_plan(table)
+    plan = overlaid(plan, set)
+    if jobs < 1:
+        raise UserError(f"--jobs must be at least 1, got {jobs}")
+    runs_none = "--merge" if merge else "--report" if report else ""
+    if runs_none and (list or only or seeds):
+        raise UserError(f"{runs_none} runs no cell: it goes without --list, --only and --seeds")
+    cells = cells_of(plan, where, steps_scale=steps_scale)
+    todo = _chosen(cells, only, seeds, shard)
+    folder = out if out is not None else Path("runs") / _folder_name(plan, shard, steps_scale)
+    file = folder / RESULTS
+    for page in into:
+        _check_page(page, plan)  # a mistake in a page is told before hours of work
+    if list:
+        _print_list(todo, read(file), pick_device(device).type if device == "auto" else device.partition(":")[0])
+        return file
+    setting = Setting(out=folder, device=device, precision=precision, steps_scale=steps_scale, keep=keep)
+    failed: dict[str, str] = {}
+    with _alone_in(folder):
+        if merge:
+            new = merge_files(file, merge)
+            print(f"{new} cells taken over from {len(merge)} file{'s' * (len(merge) > 1)}", file=sys.stderr)
+        journal = Journal(file)
+        journal.note_plan(plan, steps_scale)
+        if not runs_none:
+            failed = _run(todo, setting, jobs, journal)
+        _write_report(journal.results, folder)
+    for page in into:
+        _fill(page, journal.results, file)
+    print(file)
+    if failed:
+        name, reason = next(iter(failed.items()))
+        more = f" ({len(failed)} cells failed; {folder / 'logs'} has the others' reasons)" if len(failed) > 1 else ""
+        raise UserError(f"{name}: {reason}{more}")
+    return file
+
+
+def _chosen(cells: Sequence[Cell], only: tuple[str, ...], seeds: tuple[int, ...], part: str | None) -> list[Unit]:
+    """The runs that a command is about."""
+    whole = units(select(cells, only, seeds))
+    return whole if part is None else shard(whole, part)
+
+
+def _folder_name(plan: Plan, part: str | None, steps_scale: float) -> str:
+    scaled = f"-x{steps_scale:g}" if steps_scale != 1 else ""
+    return plan.name + scaled + (f"-shard{part.replace('/', 'of')}" if part else "")
+
+
+def _run(todo: Sequence[Unit], setting: Setting, jobs: int, journal: Journal) -> dict[str, str]:
+    """Bring the journal up to date with ``todo``; cell → reason of what failed."""
+    kind = pick_device(setting.device).type
+
+    def write(unit: Unit, result: Result) -> None:
+        for cell in unit.cells:
+            if journal.find(cell) is None:
+                journal.add(result.of(cell, kind))
+        if not setting.keep:
+            forget(unit.first, setting)
+
+    left = []
+    for unit in todo:
+        known = journal.same(unit.first)
+        if known is None:
+            left.append(unit)
+        else:
+            for cell in unit.cells:  # a new name of what is known
+                if journal.find(cell) is None:
+                    journal.add(known.of(cell, kind))
+    finished = len(todo) - len(left)
+    print(f"{len(todo)} runs: {finished} finished, {len(left)} to go; logs: {setting.out / 'logs'}", file=sys.stderr)
+    if not left:
+        return {}
+    for teacher in {unit.first.recipe.teacher for unit in left}:
+        resolve(teacher)
+    prepare([unit.first for unit in left], setting)
+    return run(left, setting, jobs, write)
+
+
+def _print_list(todo: Sequence[Unit], found: Results, kind: str) -> None:
+    known = {result.id for result in found.cells}
+    total = 0
+    aligned: set[str] = set()
+    for unit in todo:
+        cell = unit.first
+        shared = cell.alignment in aligned and cell.aligning > 0
+        done = cell.id in known
+        total += 0 if done else sum(cell.steps) - (cell.aligning if shared else 0)
+        aligned.add(cell.alignment)
+        print(
+            f"{', '.join(map(str, unit.cells))}: {' + '.join(f'{n:,}' for n in cell.steps)} steps"
+            f"{', stages 1 and 2 shared' if shared else ''}{', finished' if done else ''}"
+        )
+        for command in cell.commands(kind):
+            print(f"    {command}")
+    left = sum(unit.first.id not in known for unit in todo)
+    print(f"{sum(len(unit.cells) for unit in todo)} cells, {len(todo)} runs, {left} to go: {total:,} steps")
+
+
+# ---------------------------------------------------------------------------------------------- what is written
+
+
+def _write_report(results: Results, folder: Path) -> None:
+    """``tables.md`` and a plot of each table, from the results alone."""
+    assert results.plan is not None
+    lines = [f"# {results.plan.name}", ""]
+    for name in results.plan.tables:
+        drawn = _draw(results, name, folder / name, ("svg", "png"))
+        lines += [f"## {name}", "", markdown(results, name, image=f"{name}.svg" if drawn else "")]
+    content = "\n".join(lines)
+    write_atomically(folder / "tables.md", lambda temporary: temporary.write_text(content, encoding="utf-8"))
+
+
+def _draw(results: Results, table: str, stem: Path, formats: Sequence[Literal["svg", "png"]]) -> bool:
+    """Write a table's plot as ``STEM.svg`` and the like, if anything is measured."""
+    measured = Measured.of(results, table)
+    if not any(measured.cells.values()):
+        return False
+    figure = dots(measured)
+    for form in formats:
+        content = render(figure, form)
+        write_atomically(stem.with_name(f"{stem.name}.{form}"), functools.partial(_put, content))
+    return True
+
+
+def _put(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
+
+
+def _check_page(page: Path, plan: Plan) -> None:
+    if not any(name == f"{plan.name}.jsonl" for _, _, name in blocks(page)):
+        raise UserError(f"{page}: has no block <!-- ablation: TABLE of {plan.name}.jsonl --> to make anew")
+
+
+def _fill(page: Path, results: Results, file: Path) -> None:
+    """Make a page's blocks anew, with results and plots beside it."""
+    assert results.plan is not None
+    beside = page.parent / f"{results.plan.name}.jsonl"
+    if beside.resolve() != file.resolve():
+        write_atomically(beside, functools.partial(_put, file.read_bytes()))
+    for number, table, name in blocks(page):
+        if name == beside.name:
+            if table not in results.plan.tables:
+                raise UserError(f"{page}:{number}: no table '{table}'; known: {', '.join(results.plan.tables)}")
+            _draw(results, table, page.parent / plot_name(results.plan.name, table), ("svg",))
+    write_atomically(page, functools.partial(_put, filled(page).encode()))
+    print(f"{page}: made anew", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """One command a folder: two would train in the same runs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if os.name == "nt":  # has no such locks; nor can it open a folder
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed by the system when the process dies
+        except BlockingIOError as error:
+            raise UserError(f"{folder}: another mmmamba ablate works here; give another --out, or wait") from error
+        yield
+    finally:
+        os.close(handle)
