@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from mmmamba.benchmark.results import Results
 from mmmamba.benchmark.subjects import random_subjects
 from mmmamba.checkpoints import load, save_student
 from mmmamba.errors import UserError
+from mmmamba.inference.decoder import _QUANTIZED
 from mmmamba.model import MixerConfig
 from mmmamba.model.geometries import GEOMETRIES
 from tiny import make_config
@@ -75,10 +77,13 @@ def test_a_whole_report(ask, tmp_path):
     results = ask()
     assert results.complete
     assert {path.name for path in (tmp_path / "report").iterdir()} == FILES
-    labels = ["teacher", "teacher, published style", "teacher, published style, mask", "linear", "hybrid"]
+    labels = [
+        "teacher", "teacher, published style", "teacher, published style, mask", "teacher, int8 weights",
+        "linear", "linear, int8 weights", "hybrid", "hybrid, int8 weights",
+    ]  # fmt: skip
     assert [one.label for one in results.series] == labels
-    # Five series decode; three read text and pictures; teacher 1, students 2 kinds of state; at two contexts each.
-    assert len(results.points) == 2 * (5 + 3 * 2 + 1 + 2 * 2)
+    # Eight series decode; three read text and pictures; teacher 1, students 2 kinds of state; at two contexts each.
+    assert len(results.points) == 2 * (8 + 3 * 2 + 1 + 2 * 2)
     for point in results.points:
         assert point.measured is not None or (point.task.variant, point.task.context) == ("images", 8)
     page = (tmp_path / "report" / "report.html").read_text()
@@ -101,6 +106,26 @@ def test_what_is_written_is_what_was_found(ask, tmp_path):
     assert "bounded by 3 sequences" in (tmp_path / "report" / "report.md").read_text()
 
 
+def test_int8_weights_are_read_by_their_own_points_and_held_beside_the_models(ask, monkeypatch, unwritten):
+    seen = []
+
+    def decode(model, **options):
+        seen.append(model.int8_steps)
+        return real(model, **options)
+
+    gc.collect()
+    real, copies = verb.decode, len(_QUANTIZED)
+    monkeypatch.setattr(verb, "decode", decode)
+    results = ask(measure=("decode",))
+    assert seen == [False, False, True, True] * 3
+    ours, int8 = (results.measured(label, "decode", 8) for label in ("linear", "linear, int8 weights"))
+    assert ours is not None and int8 is not None
+    assert ours.bytes / 4 < int8.bytes < ours.bytes and ours.state_bytes == int8.state_bytes
+    assert 1 < int8.resident_bytes / ours.resident_bytes < 1.3
+    gc.collect()
+    assert len(_QUANTIZED) == copies  # they have gone with their models
+
+
 def test_out_of_memory_is_a_result(ask, monkeypatch, tmp_path):
     asked = []
 
@@ -115,7 +140,7 @@ def test_out_of_memory_is_a_result(ask, monkeypatch, tmp_path):
     results = ask(contexts="8,16,32", measure=("decode",))
     for label in ("teacher", "linear", "hybrid"):
         assert [results.find(label, "decode", context).oom for context in (8, 16, 32)] == [False, True, True]
-    assert asked == [8, 16] * 3  # what is longer than what did not fit is not tried
+    assert asked == [8, 16] * 6  # what is longer than what did not fit is not tried
     assert results.measured("teacher, published style", "decode", 32) is not None
     assert "out of memory" in (tmp_path / "report" / "report.md").read_text()
 
@@ -146,9 +171,23 @@ def test_an_interrupted_report_is_gone_on_with(ask, monkeypatch, tmp_path, unwri
     before = read(tmp_path / "report")
     assert len(before["points"]) == 1 and not before["complete"]
     results = ask(measure=("decode",), resume=True)
-    assert results.complete and len(results.points) == 10
+    assert results.complete and len(results.points) == 16
     assert read(tmp_path / "report")["points"][0] == before["points"][0]
     assert read(tmp_path / "report")["rates"] == before["rates"]
+
+
+def test_a_gpu_in_another_host_goes_on_with_a_report(ask, monkeypatch, refused, unwritten):
+    machine = {"device": "a GPU", "torch": "2", "triton": "3", "weights": "float32", "platform": "one"}
+    tiny = {"measure": ("decode",), "contexts": "8"}
+    for cuda in ({"cuda": "13"}, {}):
+        monkeypatch.setattr(verb, "environment", lambda *_, cuda=cuda: {**machine, **cuda})
+        ask(**tiny, overwrite=True)
+        monkeypatch.setattr(verb, "environment", lambda *_, cuda=cuda: {**machine, **cuda, "platform": "other"})
+        if cuda:
+            assert ask(**tiny, resume=True).environment["platform"] == "one"
+        else:
+            with pytest.raises(UserError, match=r"another machine or version \(platform: one, now other\)"):
+                ask(**tiny, resume=True)
 
 
 def test_what_would_take_too_long_or_too_much_is_skipped_and_said(ask, tmp_path):
@@ -166,12 +205,12 @@ def test_checkpoints_of_one_geometry(ask, teacher_folder, tmp_path, unwritten):
     student = mmmamba.seed(load(teacher_folder), mixer=MixerConfig(rope=True))
     linear = save_student(student, tmp_path / "mine", teacher=teacher_folder, delta=False)
     results = ask(models=(str(linear),), geometry=None, measure=("decode",), contexts="8")
-    assert [one.subject for one in results.series] == ["teacher (random weights)"] * 3 + ["mine"]
+    assert [one.subject for one in results.series] == ["teacher (random weights)"] * 4 + ["mine"] * 2
     assert [one.kind for one in results.series][-1] == "linear"
     both = ask(
         models=(str(teacher_folder), str(linear)), geometry=None, measure=("decode",), contexts="8", overwrite=True
     )
-    assert [one.subject for one in both.series] == [teacher_folder.name] * 3 + ["mine"]
+    assert [one.subject for one in both.series] == [teacher_folder.name] * 4 + ["mine"] * 2
     assert all(point.measured is not None for point in both.points)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmmamba.benchmark.limits import Cost, Rates, prefill_cost, state_bytes, step_cost
+from mmmamba.benchmark.limits import Cost, Rates, _matrices, int8_bytes, prefill_cost, state_bytes, step_cost
 from mmmamba.benchmark.measure import furnished
 from mmmamba.model import ATTENTION, MAMBA2, Model
 
@@ -62,6 +62,23 @@ def test_a_step_moves_weights_once_and_states_twice(model):
     assert one.bytes == read + 2 * state.recurrent + 10 * state.per_token
     assert three.bytes - read == 3 * (one.bytes - read)
     assert three.flops == 3 * one.flops
+
+
+def test_int8_weights_are_a_byte_an_element_and_a_scale_a_row(model):
+    state = state_bytes(model.config, torch.float32)
+    assert int8_bytes(model) == 0
+    own, read = step_cost(model, state, context=10), prefill_cost(model, state, length=10)
+    model.int8_steps = True
+    maps = _matrices(model)
+    decoder = furnished(model, context=10, batch=1, graph=False)
+    copies = [
+        decoder.head,
+        *(m for layer in decoder.layers for m in (layer.project, layer.out, layer.gate_up, layer.down)),
+    ]
+    assert int8_bytes(model) == sum(one.weight.nbytes + one.scale.nbytes for one in copies)
+    int8 = step_cost(model, state, context=10)
+    assert own.bytes - int8.bytes == sum(matrix.nbytes for matrix in maps) - int8_bytes(model)
+    assert int8.flops == own.flops and prefill_cost(model, state, length=10) == read
 
 
 def test_the_slower_of_moving_and_computing_is_the_limit():

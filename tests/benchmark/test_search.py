@@ -22,3 +22,15 @@ def test_found_up_to_a_sixteenth(truth: int, guess: int, most: int):
     assert best - found <= max(0, found // PRECISION)
     assert all(1 <= number <= most for number in tried)
     assert len(tried) == len(set(tried)) <= 22
+
+
+def test_a_guess_that_is_nearly_right_takes_a_try_or_two():
+    for truth, most, tries in ((1000, 1000, 1), (960, 1000, 1), (940, 1000, 3), (1000, 5000, 2)):
+        tried: list[int] = []
+
+        def fits(number: int, truth: int = truth, tried: list[int] = tried) -> bool:
+            tried.append(number)
+            return number <= truth
+
+        greatest(fits, guess=950, most=most)
+        assert len(tried) <= tries, (truth, most, tried)

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from rich.console import Console
 
+from mmmamba.benchmark.compare import comparison
 from mmmamba.benchmark.limits import measure_rates, prefill_cost, state_bytes
 from mmmamba.benchmark.machine import environment
 from mmmamba.benchmark.measure import (
@@ -25,7 +26,8 @@ from mmmamba.benchmark.measure import (
 from mmmamba.benchmark.memory import attempt, release
 from mmmamba.benchmark.paper import same_size
 from mmmamba.benchmark.report import write_report
-from mmmamba.benchmark.results import Point, Results, Task, What, earlier, save
+from mmmamba.benchmark.results import Point, Results, Task, What, earlier, read, save
+from mmmamba.benchmark.results_page import fill
 from mmmamba.benchmark.subjects import Series, Subject, given_subjects, random_subjects, series_of
 from mmmamba.benchmark.tables import print_results
 from mmmamba.device import pick_device, pick_dtype
@@ -35,7 +37,7 @@ from mmmamba.model.model import Model
 from mmmamba.progress import Progress
 
 CONTEXTS = {"cpu": "1k,4k,16k", "cuda": "1k,8k,32k,103424,262144,1m"}
-POINT_SECONDS = {"cpu": 8.0, "cuda": 45.0}
+POINT_SECONDS = {"cpu": 8.0, "cuda": 30.0}
 SAMPLE_SECONDS = {"cpu": 0.5, "cuda": 1.0}
 CPU_MEMORY = 1.0  # GB
 UNITS = {"k": 2**10, "m": 2**20}
@@ -53,16 +55,19 @@ def bench(
     prefill_chunk: int = 8192,
     resume: bool = False,
     overwrite: bool = False,
+    compare: tuple[Path, Path] | None = None,
+    into: tuple[Path, ...] = (),
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     seed: int = 0,
-) -> Results:
+) -> Results | None:
     """Measure what models cost on this machine: latency, prefill, memory and throughput against the context.
 
     Without a MODEL, teacher, linear and hybrid of a geometry are measured with random weights, which cost what trained
     ones do. The teacher is measured as this package serves it and, twice, in the published way (a cache concatenated
     anew for every token, no CUDA graph, without and with an attention mask), so that a student is never compared with
-    a slow teacher only. Beside every figure stands the least that the machine could take. For example:
+    a slow teacher only. All of them are measured with int8 weights too, which halve what a step of one sequence reads.
+    Beside every figure stands the least that the machine could take. For example:
 
         mmmamba bench --geometry nano --contexts 1k,4k
 
@@ -83,15 +88,24 @@ def bench(
         measure: Measure this only: decode (a token), prefill (time to the first token), batch (the greatest that fits).
             Repeat it for several.
         memory: Most memory that weights and states may take, in GB (1e9 bytes). Default: all of a GPU, 1 on a CPU.
-        point_seconds: Skip what would take longer than this once, as shorter contexts foretell. Default: 8 on a CPU, 45
+        point_seconds: Skip what would take longer than this once, as shorter contexts foretell. Default: 8 on a CPU, 30
             on a GPU.
         prefill_chunk: Read prompts in pieces of this many tokens, where they are not read at once.
         resume: Go on with the report in that folder.
         overwrite: Replace the report in that folder.
+        compare: Two results.json: print every figure of both with the difference in per cent, and measure nothing.
+        into: Make the marked blocks of this Markdown page anew, from the results that they name, and measure nothing.
+            Repeat it for several.
         device: Where to run, such as cpu or cuda. The default takes a GPU when there is one.
         dtype: Number format of the weights. The default is bfloat16 on a GPU and float32 elsewhere.
         seed: Draws the random weights and texts.
+
+    Returns:
+        what was measured; None for ``compare`` and ``into``, which measure nothing.
     """
+    if compare is not None or into:
+        _tell(compare, into)
+        return None
     check_positive(prefill_chunk=prefill_chunk)
     where = pick_device(device)
     kind = "cuda" if where.type == "cuda" else "cpu"
@@ -137,6 +151,21 @@ def bench(
     print_results(results, console)
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
     return results
+
+
+def _tell(compare: tuple[Path, Path] | None, into: Sequence[Path]) -> None:
+    """Print or write down what results say that are there already.
+
+    Raises:
+        UserError: when a page's prose has figures that its results do not hold.
+    """
+    if compare is not None:
+        first, second = (read(file) for file in compare)
+        print(comparison(first, second).markdown())
+    wrong = [line for page in into for line in fill(page)]
+    print(*wrong, sep="\n", end="\n" * bool(wrong))
+    if wrong:
+        raise UserError(f"{len(wrong)} of the pages' figures are not what their results hold")
 
 
 def parse_contexts(text: str) -> list[int]:
@@ -218,6 +247,7 @@ class _Runner:
     def _point(self, model: Model | None, task: Task, series: Series, results: Results) -> Point:
         if model is None or self._ran_out_before(task, results):
             return Point(task=task, oom=True)
+        model.int8_steps = series.style == "int8"
         reason = self._why_not(model, task, series, results)
         if reason:
             return Point(task=task, skipped=reason)
@@ -243,7 +273,7 @@ class _Runner:
                 budget=self.budget,
                 seconds=self.seconds / 2,
             )
-        if series.style == "engine":
+        if not series.published:
             return decode(model, context=task.context, seconds=self.seconds)
         mask = series.style == "published, mask"
         return decode_published(model, context=task.context, mask=mask, seconds=self.seconds)
@@ -254,7 +284,7 @@ class _Runner:
         if task.variant == "images" and vision is not None and task.context < vision.tokens_per_tile:
             return f"shorter than the {vision.tokens_per_tile} tokens of one tile"
         state = state_bytes(model.config, self.dtype, wide(self.dtype)).at(task.context)
-        copies = 1 if series.style == "engine" else 2
+        copies = 2 if series.published else 1
         needed = weight_bytes(model) + copies * state
         if self.budget is not None and needed > self.budget:
             return f"needs {needed / 1e9:.3g} GB, more than the {self.budget / 1e9:.3g} allowed by --memory"

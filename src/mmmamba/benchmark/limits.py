@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 from mmmamba.benchmark.clock import Clock
 from mmmamba.model.config import ATTENTION, ModelConfig
@@ -77,8 +78,11 @@ def state_bytes(config: ModelConfig, dtype: torch.dtype, state_dtype: torch.dtyp
 
 
 def step_cost(model: Model, state: StateBytes, *, context: int, batch: int = 1) -> Cost:
-    """Of one token for each of ``batch`` sequences behind ``context`` tokens."""
-    moved = _weight_bytes(model) + batch * (2 * state.recurrent + state.per_token * context)
+    """Of one token for each of ``batch`` sequences behind ``context`` tokens; int8 weights where steps read those."""
+    weights = _weight_bytes(model)
+    if model.int8_steps:
+        weights += int8_bytes(model) - sum(matrix.nbytes for matrix in _matrices(model))
+    moved = weights + batch * (2 * state.recurrent + state.per_token * context)
     head = model.head.weight.numel()
     flops = batch * (2 * (_matrix_elements(model) + head) + _mixing(model.config, behind=context))
     return Cost(bytes=moved, flops=flops)
@@ -89,6 +93,16 @@ def prefill_cost(model: Model, state: StateBytes, *, length: int) -> Cost:
     mixing = length * _mixing(model.config, behind=(length + 1) / 2)
     flops = 2 * (_matrix_elements(model) * length + model.head.weight.numel()) + mixing
     return Cost(bytes=_weight_bytes(model) + state.at(length), flops=flops)
+
+
+def int8_bytes(model: Model) -> int:
+    """Of the int8 copies that steps read where the model wants them so: a byte an element, a float32 scale a row."""
+    return sum(matrix.numel() + 4 * len(matrix) for matrix in _matrices(model)) if model.int8_steps else 0
+
+
+def _matrices(model: Model) -> list[Tensor]:
+    """What a step multiplies with: the maps of the layers, and the head."""
+    return [one.weight for one in (*model.layers.modules(), model.head) if isinstance(one, nn.Linear)]
 
 
 def _weight_bytes(model: Model) -> int:

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from mmmamba.benchmark import memory
 from mmmamba.benchmark.clock import Clock, Timing
-from mmmamba.benchmark.limits import Cost, StateBytes, prefill_cost, state_bytes, step_cost
+from mmmamba.benchmark.limits import Cost, StateBytes, int8_bytes, prefill_cost, state_bytes, step_cost
 from mmmamba.benchmark.published import PublishedDecoder
 from mmmamba.benchmark.search import greatest
 from mmmamba.data.processor import Encoded
 from mmmamba.inference.decoder import Decoder
+from mmmamba.inference.sampling import Sampler, Sampling
 from mmmamba.inference.steps import fixed_length, prefill
 from mmmamba.model.config import ModelConfig
 from mmmamba.model.model import Model
@@ -24,7 +25,7 @@ from mmmamba.model.model import Model
 STEPS = 256  # room behind the context for the tokens that are timed: more than a clock's samples and warm-up
 WORDS = 500  # text is drawn from that many ids
 MOST_SEQUENCES = {"cuda": 8192, "cpu": 32}  # in a batch: past these it is no longer memory that decides
-LESS = (1.0, 15 / 16, 7 / 8, 3 / 4)  # shares of the greatest batch to try, where its graph needs a little more
+STATES = 0.95  # share of the free memory that the states of the greatest batch are expected to take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +71,11 @@ def decode(
     decoder = furnished(model, context=context, batch=batch, state_dtype=state_dtype)
     slots = torch.arange(batch, device=model.device)
     tokens = torch.zeros(batch, dtype=torch.long, device=model.device)
+    sampler = Sampler(Sampling())
 
     def step() -> None:
-        tokens.copy_(decoder.step(tokens, slots).argmax(-1))
+        picked, _ = sampler.pick(decoder.step(tokens, slots))
+        tokens.copy_(picked)
 
     memory.reset_peak(model.device)
     timing = Clock(model.device).time(step, seconds=seconds)
@@ -224,7 +227,7 @@ def greatest_batch(
 ) -> Measured | None:
     """A step of the most sequences that fit; None when not even one does.
 
-    Found by trying, up to a sixteenth of itself; the first try is what the bytes of a state promise.
+    Found by measuring, up to a sixteenth of itself; the first try is what the bytes of a state promise.
 
     Args:
         budget: bytes that weights and states may take. Default: all that the device has; on a CPU it must be given.
@@ -240,44 +243,30 @@ def greatest_batch(
     if bound < 1:
         return None
 
+    found: dict[int, Measured | None] = {}
+
     def fits(batch: int) -> bool:
-        return memory.attempt(lambda: _tried(model, context, batch, state_dtype), device) is not None
+        found[batch] = memory.attempt(
+            lambda: decode(model, context=context, batch=batch, state_dtype=state_dtype, seconds=seconds), device
+        )
+        return found[batch] is not None
 
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        batch = greatest(fits, guess=int(0.9 * free / each), most=bound)
+        batch = greatest(fits, guess=int(STATES * free / each), most=min(bound, free // each))
     else:
-        batch = bound  # tried for real, a CPU's memory would take the machine with it
-    for share in LESS:
-        rows = int(batch * share)
-        if rows < 1:
-            break
-        found = memory.attempt(
-            lambda rows=rows: decode(model, context=context, batch=rows, state_dtype=state_dtype, seconds=seconds),  # type: ignore[misc]
-            device,
-        )
-        if found is not None:
-            reason = f"bounded by {most:,} sequences, not by memory" if rows == most else ""
-            return replace(found, note=reason)
-    return None
-
-
-def _tried(model: Model, context: int, batch: int, state_dtype: torch.dtype | None) -> bool:
-    """True once two steps of ``batch`` sequences have run, as they come; raises where memory runs out."""
-    decoder = furnished(model, context=context, batch=batch, state_dtype=state_dtype, graph=False)
-    tokens = torch.zeros(batch, dtype=torch.long, device=model.device)
-    for _ in range(2):
-        tokens.copy_(decoder.step(tokens, torch.arange(batch, device=model.device)).argmax(-1))
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return True
+        batch = bound if fits(bound) else 0  # tried for real, a CPU's memory would take the machine with it
+    best = found.get(batch)
+    reason = f"bounded by {most:,} sequences, not by memory" if batch == most else ""
+    return None if best is None else replace(best, note=reason)
 
 
 # ---------------------------------------------------------------------------------------------- sizes
 
 
 def weight_bytes(model: Model) -> int:
-    return sum(parameter.nbytes for parameter in model.parameters())
+    """Of the model's own weights, and of their int8 copies where steps read those: prompts still need the former."""
+    return sum(parameter.nbytes for parameter in model.parameters()) + int8_bytes(model)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -6,7 +6,7 @@ from html import escape
 
 from mmmamba.benchmark.plots import PLOTS, draw
 from mmmamba.benchmark.results import Results
-from mmmamba.benchmark.tables import notes, tables
+from mmmamba.benchmark.tables import HEADLINE, TABLES, notes, tables
 from mmmamba.evaluation.page import facts, figure, listed, page, table
 from mmmamba.figures import THEMES
 
@@ -14,10 +14,10 @@ from mmmamba.figures import THEMES
 def html(results: Results, title: str, summary: str) -> str:
     """The page: the claim, the plots (twice, for light and dark readers), every table, the machine."""
     body = [f"<h1>{escape(title)}</h1>", f'<p class="lead">{escape(summary)}</p>']
-    every = tables(results)
-    body += [table(one) for one in every[:1]]
+    body += [table(one) for one in tables(results, HEADLINE)]
     body += [_figure(results, name) for name in PLOTS]
-    body += ["<h2>All figures</h2>", *(table(one) for one in every[1:])]
+    rest = [name for name in TABLES if name not in HEADLINE]
+    body += ["<h2>All figures</h2>", *(table(one) for one in tables(results, rest))]
     body += listed("Notes", notes(results))
     body += facts("Machine", results.environment)
     return page(title, body)

@@ -6,18 +6,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mmmamba.benchmark.cells import held, limit_ms
 from mmmamba.benchmark.measure import Measured
 from mmmamba.benchmark.paper import CONTEXT, DEVICE, POINTS
 from mmmamba.benchmark.results import Results, Task, What
 from mmmamba.benchmark.subjects import Series
-from mmmamba.benchmark.tables import held, limit_ms
 from mmmamba.figures import GRID, INK, PALETTE, Theme, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LINES = {"engine": "-", "published": "--", "published, mask": ":"}
+LINES = {"engine": "-", "int8": "--", "published": "-.", "published, mask": ":"}
+MARKERS = {"engine": "o", "int8": "o", "published": "s", "published, mask": "s"}
 WIDTH, HEIGHT = 8.6, 4.8  # inches
 
 
@@ -45,7 +46,8 @@ class Plot:
 PLOTS: Mapping[str, Plot] = {
     "latency": Plot(
         title="Next-token latency, one sequence",
-        caption="Next-token latency against the context; thin dotted lines: the least that this machine could take",
+        caption="Next-token latency against the context; dashed: int8 weights; thin dotted: the least that this "
+        "machine could take, with the models' own weights",
         unit="ms",
         what="decode",
         variants={"": None},
@@ -55,7 +57,7 @@ PLOTS: Mapping[str, Plot] = {
     ),
     "memory": Plot(
         title="Memory while decoding, one sequence",
-        caption="Memory while decoding against the context, weights included",
+        caption="Memory while decoding against the context, weights included; dashed: with int8 copies beside them",
         unit="GB",
         what="decode",
         variants={"": None},
@@ -128,7 +130,10 @@ def _line(
 ) -> None:
     label = f"{series.label}, {variant}" if len(plot.variants) > 1 and variant != "cache" else series.label
     values = [plot.value(measured) for _, measured in found]
-    axis.plot([x for x, _ in found], values, line, color=colour, marker="o", markersize=4, linewidth=1.8, label=label)
+    marker = MARKERS[series.style]
+    axis.plot(
+        [x for x, _ in found], values, line, color=colour, marker=marker, markersize=4, linewidth=1.8, label=label
+    )
 
 
 def _mark_full(axis: Axes, full: list[tuple[Task, str]], theme: Theme) -> None:

@@ -42,18 +42,20 @@ def summary(results: Results) -> str:
 def markdown(results: Results) -> str:
     """The report as a Markdown page."""
     lines = [f"# {title(results)}", "", summary(results), ""]
-    lines += [f"Copied at {results.rates.bytes / 1e9:,.0f} GB/s and multiplied at {results.rates.flops / 1e12:,.3g} "]
-    lines[-1] += "TFLOP/s in the same run."
-    lines += [""]
     for name, plot in PLOTS.items():
         if any(p.task.what == plot.what and p.measured is not None for p in results.points):
             lines += [f"![{plot.caption}]({name}.svg)", ""]
-    for table in tables(results):
-        lines += [table.markdown()]
+    lines += [table.markdown() for table in tables(results)]
     said = notes(results)
     lines += ["### Notes", "", *(f"- {note}" for note in said), ""] if said else []
-    lines += ["### How this was made", "", "```", json.dumps(results.request, ensure_ascii=False), "```", ""]
-    lines += [f"- {name}: {value}" for name, value in results.environment.items()]
+    return "\n".join([*lines, "### How this was made", "", machine(results)])
+
+
+def machine(results: Results) -> str:
+    """On what a report was made and what was asked for, as Markdown."""
+    rates = f"copied {results.rates.bytes / 1e9:,.0f} GB/s, multiplied {results.rates.flops / 1e12:,.3g} TFLOP/s"
+    lines = [f"- {name}: {value}" for name, value in results.environment.items()]
+    lines += [f"- in the same run: {rates}", f"- asked for: `{json.dumps(results.request, ensure_ascii=False)}`"]
     return "\n".join(lines) + "\n"
 
 

@@ -93,6 +93,22 @@ def save(results: Results, folder: Path) -> Path:
     return write_atomically(folder / RESULTS, lambda temporary: temporary.write_text(content, encoding="utf-8"))
 
 
+def read(file: Path) -> Results:
+    """The results in a file.
+
+    Raises:
+        UserError: when there is no such file, or it holds something else.
+    """
+    return from_dict(Results, _raw(file), file)
+
+
+def _raw(file: Path) -> dict[str, Any]:
+    found = read_json(file)
+    if "rates" not in found or "points" not in found:
+        raise UserError(f"{file} is of something else than mmmamba bench")
+    return found
+
+
 def earlier(
     folder: Path, request: Mapping[str, Any], environment: Mapping[str, str], *, resume: bool, overwrite: bool
 ) -> Results | None:
@@ -111,14 +127,14 @@ def earlier(
         if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{folder} holds something that is no report of mmmamba bench; choose another --report")
         return None
-    found = read_json(file)
-    if "rates" not in found or "points" not in found:
-        raise UserError(f"{file} is of something else than mmmamba bench; choose another --report")
+    found = _raw(file)
     if overwrite:
         return None
     if not resume:
         raise UserError(f"{folder} holds a report; pass --resume to go on with it, or --overwrite to replace it")
     results = from_dict(Results, found, file)
+    if "cuda" in environment:  # a GPU that is borrowed anew stands in another host, whose kernel its times do not show
+        environment = {**environment, "platform": results.environment.get("platform", "")}
     for name, ours, theirs in (
         ("request", request, results.request),
         ("machine or version", environment, results.environment),

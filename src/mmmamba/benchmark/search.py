@@ -12,22 +12,21 @@ def greatest(fits: Callable[[int], bool], *, guess: int, most: int) -> int:
 
     Args:
         fits: whether a number of at least 1 fits; if it does, so does every smaller one.
-        guess: where to begin: doubled while it fits, halved until it does, then bisected.
+        guess: where to begin: from there in growing strides, up while it fits or down until it does, then bisected.
+            A guess that is right to a sixteenth takes two tries, or one if it is as near to ``most``.
         most: nothing above this is asked for.
     """
-    fitting, failing, number = 0, most + 1, max(1, min(guess, most))
-    while fitting < most and failing > 1:
+    fitting, failing = 0, most + 1
+    number = max(1, min(guess, most))
+    stride = max(1, number // PRECISION)
+    while failing - fitting > max(1, fitting // PRECISION):
         if fits(number):
             fitting = number
-            if failing <= most:
-                break
-            number = min(2 * number, most)
         else:
             failing = number
-            if fitting:
-                break
-            number = max(number // 2, 1)
-    while failing - fitting > max(1, fitting // PRECISION):
-        middle = (fitting + failing) // 2
-        fitting, failing = (middle, failing) if fits(middle) else (fitting, middle)
+        if fitting and failing <= most:
+            number = (fitting + failing) // 2
+        else:
+            number = min(fitting + stride, most) if fitting else max(failing - stride, 1)
+            stride *= 2
     return fitting

@@ -16,7 +16,7 @@ from mmmamba.model.geometries import geometry
 from mmmamba.model.model import Model
 
 Kind = Literal["teacher", "linear", "hybrid"]
-Style = Literal["engine", "published", "published, mask"]
+Style = Literal["engine", "published", "published, mask", "int8"]
 
 KINDS: tuple[Kind, ...] = ("teacher", "linear", "hybrid")
 SOFTMAX_EVERY = 4  # a hybrid keeps layers 0, 4, 8, …: the paper's 8 of 32
@@ -46,13 +46,18 @@ class Series:
     """A line of the plots: a subject, run in one style.
 
     ``engine``: as this package serves it. ``published``: the teacher with a cache that is concatenated anew for every
-    token, no graph; ``published, mask``: the same, called with an attention mask.
+    token, no graph; ``published, mask``: the same, called with an attention mask. ``int8``: the engine again, whose
+    decoding steps read int8 copies of the matrices.
     """
 
     label: str
     subject: str
     kind: Kind
     style: Style = "engine"
+
+    @property
+    def published(self) -> bool:
+        return self.style.startswith("published")
 
 
 def random_subjects(name: str) -> list[Subject]:
@@ -89,15 +94,22 @@ def given_subjects(models: Sequence[str]) -> list[Subject]:
 
 
 def series_of(subjects: Sequence[Subject]) -> list[Series]:
-    """Each subject as the engine serves it, and behind each teacher the two published styles."""
-    found: list[Series] = []
-    for subject in subjects:
-        found.append(Series(label=subject.label, subject=subject.label, kind=subject.kind))
-        if subject.kind == "teacher":
-            for style in ("published", "published, mask"):
-                label = f"{subject.label}, {style.replace('published', 'published style')}"
-                found.append(Series(label=label, subject=subject.label, kind="teacher", style=style))  # type: ignore[arg-type]
-    return found
+    """Each subject as the engine serves it; behind that a teacher in the two published styles, and each in int8.
+
+    int8 comes last: its copies of the matrices stay in memory until their model goes, beside no other style's points.
+    """
+    names: dict[Style, str] = {
+        "engine": "",
+        "published": ", published style",
+        "published, mask": ", published style, mask",
+        "int8": ", int8 weights",
+    }
+    return [
+        Series(label=subject.label + name, subject=subject.label, kind=subject.kind, style=style)
+        for subject in subjects
+        for style, name in names.items()
+        if subject.kind == "teacher" or style in ("engine", "int8")
+    ]
 
 
 def kind_of(config: ModelConfig) -> Kind:

@@ -2,112 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 from rich.console import Console
 
-from mmmamba.benchmark.limits import Cost
+from mmmamba.benchmark.cells import absent, held, limit_ms, measured_points, number
+from mmmamba.benchmark.headline import growth, optimised, protocol
 from mmmamba.benchmark.measure import Measured
-from mmmamba.benchmark.paper import CONTEXT, DEVICE, POINTS
-from mmmamba.benchmark.results import Point, Results, What
-from mmmamba.benchmark.subjects import Series
+from mmmamba.benchmark.results import Point, Results
 from mmmamba.evaluation.tables import EMPTY, Table
 from mmmamba.progress import table
-
-FULL = "out of memory"
-SKIPPED = "skipped"
-
-
-def tables(results: Results) -> list[Table]:
-    """Everything that a report says, most wanted first; tables without any figure are left out."""
-    found = [
-        claim(results),
-        _by_context(
-            results,
-            "Next-token latency, ms",
-            "One sequence. The median of single steps, with their quartiles.",
-            "decode",
-            "",
-            lambda m: number(m.timing.ms),
-            lambda m: f"[{number(m.timing.low)}, {number(m.timing.high)}]",
-        ),
-        _steps(results),
-        *(_first_token(results, variant) for variant in ("text", "images")),
-        _by_context(
-            results,
-            "Memory while decoding, GB",
-            "One sequence: the most that tensors held during the steps, weights included; in brackets what lies there "
-            "between steps."
-            if _counted(results)
-            else "One sequence: weights, states and room for more. PyTorch counts no peak on a CPU.",
-            "decode",
-            "",
-            lambda m: number(held(m) / 1e9),
-            lambda m: "" if m.peak_bytes is None else f"[{number(m.resident_bytes / 1e9)}]",
-        ),
-        _by_context(
-            results,
-            "State of one sequence, MB",
-            "What a sequence leaves behind its context: caches of softmax layers, states of the others.",
-            "decode",
-            "",
-            lambda m: number(m.state_bytes / 1e6),
-        ),
-        _batches(results),
-    ]
-    if results.paper:
-        found.append(_paper())
-    return [one for one in found if one.rows]
-
-
-def claim(results: Results) -> Table:
-    """How much faster and smaller each student is than each way of running the teacher, at one context."""
-    context = claim_context(results)
-    teachers = [one for one in results.series if one.kind == "teacher"]
-    columns, rows = ["model", "ms a token", "GB"], []
-    for teacher in teachers:
-        columns += [f"× {teacher.label}", "memory"]
-    for student in (one for one in results.series if one.kind != "teacher"):
-        ours = results.measured(student.label, "decode", context)
-        if ours is None:
-            continue
-        row = [student.label, number(ours.timing.ms), number(held(ours) / 1e9)]
-        for teacher in teachers:
-            point = results.find(teacher.label, "decode", context)
-            theirs = None if point is None else point.measured
-            if theirs is None:
-                row += [_absent(point)] * 2
-            else:
-                row += [
-                    f"{theirs.timing.ms / ours.timing.ms:.1f}",
-                    f"{100 * (held(ours) / held(theirs) - 1):+.1f} %".replace("-", "−"),
-                ]
-        rows.append(row)
-    note = "How many times a teacher's step takes longer, and how the student's memory differs from the teacher's."
-    if results.paper:
-        note += f" The paper says 20.6 and −75.8 % (linear), 13.5 and −60.2 % (hybrid) on one {DEVICE}."
-    return Table(title=f"The claim, behind {context:,} tokens", columns=columns, rows=rows, note=note)
-
-
-def claim_context(results: Results) -> int:
-    """The paper's context where it was measured, else the longest at which a student was."""
-    students = {one.label for one in results.series if one.kind != "teacher"}
-    known = [
-        point.task.context
-        for point in results.points
-        if point.task.what == "decode" and point.task.series in students and point.measured is not None
-    ]
-    return CONTEXT if CONTEXT in known else max(known, default=0)
-
-
-def held(measured: Measured) -> int:
-    """The memory to compare: the peak, or what lies there between steps where no peak is counted."""
-    return measured.resident_bytes if measured.peak_bytes is None else measured.peak_bytes
-
-
-def number(value: float) -> str:
-    """Three significant digits at least, thousands apart."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def notes(results: Results) -> list[str]:
@@ -127,31 +32,63 @@ def title(point: Point) -> str:
 
 
 def print_results(results: Results, console: Console) -> None:
-    """The short form: the claim and the latencies."""
-    for one in tables(results)[:2]:
+    """The short form: the students beside the published way of running the teacher, and beside the best."""
+    for one in tables(results, HEADLINE[:2]):
         table(one.title, one.columns, one.rows, console=console if console.is_terminal else None)
 
 
 # ---------------------------------------------------------------------------------------------- one by one
 
 
+def _latency(results: Results) -> Table:
+    return _by_context(
+        results,
+        "Next-token latency, ms",
+        "One sequence. The median of single steps, with their quartiles.",
+        lambda m: number(m.timing.ms),
+        lambda m: f"[{number(m.timing.low)}, {number(m.timing.high)}]",
+    )
+
+
+def _memory(results: Results) -> Table:
+    counted = any(measured.peak_bytes is not None for _, _, measured in measured_points(results, "decode"))
+    return _by_context(
+        results,
+        "Memory while decoding, GB",
+        "One sequence: the most that tensors held during the steps, weights included; in brackets what lies there "
+        "between steps."
+        if counted
+        else "One sequence: weights, states and room for more. PyTorch counts no peak on a CPU.",
+        lambda m: number(held(m) / 1e9),
+        lambda m: "" if m.peak_bytes is None else f"[{number(m.resident_bytes / 1e9)}]",
+    )
+
+
+def _state(results: Results) -> Table:
+    each = tuple(one for one in results.series if one.style == "engine")  # what a state holds is the same in any style
+    return _by_context(
+        replace(results, series=each),
+        "State of one sequence, MB",
+        "What a sequence leaves behind its context: caches of softmax layers, states of the others.",
+        lambda m: number(m.state_bytes / 1e6),
+    )
+
+
 def _by_context(
     results: Results,
     title: str,
     note: str,
-    what: What,
-    variant: str,
     show: Callable[[Measured], str],
     detail: Callable[[Measured], str] | None = None,
 ) -> Table:
-    """A row a series, a column a context."""
+    """Of decoding: a row a series, a column a context."""
     contexts = results.contexts
     rows, details = [], []
     for one in results.series:
-        points = [results.find(one.label, what, context, variant) for context in contexts]
+        points = [results.find(one.label, "decode", context) for context in contexts]
         if all(point is None for point in points):
             continue
-        cells = [_absent(p) if p is None or p.measured is None else show(p.measured) for p in points]
+        cells = [absent(p) if p is None or p.measured is None else show(p.measured) for p in points]
         small = ["" if p is None or p.measured is None or detail is None else detail(p.measured) for p in points]
         rows.append([one.label, *cells])
         details.append(["", *small])
@@ -159,14 +96,10 @@ def _by_context(
     return Table(title=title, columns=columns, rows=rows, note=note, details=details)
 
 
-def _absent(point: Point | None) -> str:
-    return EMPTY if point is None else FULL if point.oom else SKIPPED
-
-
 def _steps(results: Results) -> Table:
     """Percentiles, cold and warm, and the limit of each decoding point."""
     rows = []
-    for one, point, found in _measured(results, "decode"):
+    for one, point, found in measured_points(results, "decode"):
         limit = limit_ms(results, found)
         rows.append(
             [
@@ -186,7 +119,7 @@ def _steps(results: Results) -> Table:
 
 def _first_token(results: Results, variant: str) -> Table:
     rows = []
-    for one, point, found in _measured(results, "prefill"):
+    for one, point, found in measured_points(results, "prefill"):
         if point.task.variant != variant:
             continue
         limit = limit_ms(results, found)
@@ -218,7 +151,7 @@ def _batches(results: Results) -> Table:
                 continue
             row = [one.label, task.variant, f"{task.context:,}"]
             if found is None:
-                rows.append([*row, _absent(point), *[EMPTY] * 4])
+                rows.append([*row, absent(point), *[EMPTY] * 4])
                 continue
             share = f"{100 * limit_ms(results, found) / found.timing.ms:.0f} %"
             rows.append(
@@ -232,25 +165,23 @@ def _batches(results: Results) -> Table:
     return Table(title="The greatest batch", columns=columns, rows=rows, note=note)
 
 
-def _paper() -> Table:
-    rows = [[point.model, number(point.ms), f"{point.gigabytes:.2f}"] for point in POINTS]
-    note = f"Not measured here: one {DEVICE}, {CONTEXT:,} tokens; the teacher without CUDA graphs, the students with."
-    return Table(title="The paper's own points", columns=["model", "ms a token", "GB"], rows=rows, note=note)
+#: What a report says, by the name under which a page asks for it, most wanted first.
+TABLES: Mapping[str, Callable[[Results], Table]] = {
+    "protocol": protocol,
+    "optimised": optimised,
+    "growth": growth,
+    "latency": _latency,
+    "steps": _steps,
+    "prefill": lambda results: _first_token(results, "text"),
+    "prefill-images": lambda results: _first_token(results, "images"),
+    "memory": _memory,
+    "state": _state,
+    "batch": _batches,
+}
+
+HEADLINE = ("protocol", "optimised", "growth")
 
 
-def _measured(results: Results, what: What) -> list[tuple[Series, Point, Measured]]:
-    return [
-        (one, point, point.measured)
-        for one in results.series
-        for point in results.points
-        if point.task.series == one.label and point.task.what == what and point.measured is not None
-    ]
-
-
-def limit_ms(results: Results, found: Measured) -> float:
-    return results.rates.ms(Cost(bytes=found.bytes, flops=found.flops))
-
-
-def _counted(results: Results) -> bool:
-    found: Sequence[tuple[Series, Point, Measured]] = _measured(results, "decode")
-    return any(measured.peak_bytes is not None for _, _, measured in found)
+def tables(results: Results, names: Iterable[str] = tuple(TABLES)) -> list[Table]:
+    """The tables of those names; any without a figure is left out."""
+    return [made for name in names if (made := TABLES[name](results)).rows]
