@@ -209,7 +209,7 @@ def test_on_a_gpu_whole_rows_have_gradients(layer, length):
     x = torch.randn(1, length, 256, generator=torch.Generator().manual_seed(1)).to("cuda")
     found = []
     for dtype in (torch.float32, torch.bfloat16):
-        leaf = x.to(dtype).requires_grad_()
+        leaf = x.detach().to(dtype, copy=True).requires_grad_()
         y = in_pieces(layer.to("cuda", dtype), leaf, [length])
         y.float().square().sum().backward()
         found.append(leaf.grad.float())

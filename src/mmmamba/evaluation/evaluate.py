@@ -101,8 +101,8 @@ def evaluate(
     request = {
         "models": {name: str(path) for name, path in models.items()},
         "questions": str(data) if data else suite, "metric": metric, "abilities": list(abilities), "limit": limit,
-        "blind": blind, "int8": int8, "max_new_tokens": max_new_tokens, "on_bad_sample": on_bad_sample, "device": device,
-        "dtype": dtype, "seed": seed,
+        "blind": blind, "int8": int8, "max_new_tokens": max_new_tokens, "on_bad_sample": on_bad_sample,
+        "device": device, "dtype": dtype, "seed": seed,
     }  # fmt: skip
     check_folder(folder, request, overwrite)
     for path in models.values():
@@ -118,8 +118,9 @@ def evaluate(
             max_new_tokens=16 if max_new_tokens is None else max_new_tokens, on_bad_sample=on_bad_sample,
         )  # fmt: skip
     report = compare(
-        models, questions, against={label: list(models)[1]} if against else {}, blind=blind, int8=[label] if int8 else (),
-        on_bad_sample=on_bad_sample, batch_tokens=batch_tokens, device=device, dtype=dtype, seed=seed, request=request,
+        models, questions, against={label: list(models)[1]} if against else {}, blind=blind,
+        int8=[label] if int8 else (), on_bad_sample=on_bad_sample, batch_tokens=batch_tokens, device=device,
+        dtype=dtype, seed=seed, request=request,
     )  # fmt: skip
     results = write_report(report, folder)
     console = Console()

@@ -126,7 +126,8 @@ class Decoder:
         self.longest += 1
         if not self.graph:
             return self._step(tokens, slots)
-        rows = 1 << (len(tokens) - 1).bit_length()  # a graph for each power of two, filled up with idle rows
+        # A graph for each power of two and one for the whole pool, filled up with idle rows.
+        rows = max(len(tokens), min(1 << (len(tokens) - 1).bit_length(), self.slots))
         if rows not in self._graphs:
             self._graphs[rows] = _Graph(rows, self.model.device)
         return self._graphs[rows](self, tokens, slots)[: len(tokens)]

@@ -166,7 +166,7 @@ def chunks(model: Model, encoded: Encoded, size: int) -> Iterator[dict[str, torc
         if model.merges_late and pixel_values is not None:
             yield {"input_ids": ids, "pixel_values": pixel_values}
         else:
-            for piece in model.embed(ids, pixel_values).split(size, dim=1):
+            for piece in model.embed(ids, pixel_values, spare_tiles=True).split(size, dim=1):  # they were counted
                 yield {"inputs_embeds": piece}
 
 
@@ -178,13 +178,14 @@ def _spans(model: Model, encoded: Encoded, size: int) -> Iterator[tuple[torch.Te
     before = np.concatenate([[0], np.cumsum(ids == model.config.img_context_token_id)])  # image tokens, by position
     check_slots(int(before[-1]), len(encoded.tiles) * per_tile, len(encoded.tiles))
     borders = np.flatnonzero(before % per_tile == 0)
+    on_device = torch.from_numpy(ids.astype(np.int64))[None].to(model.device)  # at once: each copy waits for the device
     start = 0
     while start < len(ids):
         wanted, next_one = np.searchsorted(borders, [start + size, start], side="right")
         end = int(borders[max(wanted - 1, next_one)])
         own = list(islice(tiles, int(before[end] - before[start]) // per_tile))
         stacked = torch.from_numpy(np.stack(own) if own else np.empty((0,)))
-        yield torch.from_numpy(ids[start:end].astype(np.int64))[None].to(model.device), pixels(model, stacked)
+        yield on_device[:, start:end], pixels(model, stacked)
         start = end
 
 

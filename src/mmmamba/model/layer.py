@@ -101,4 +101,4 @@ def finish_layer(
     """
     x = linear_add(x, heads.flatten(-2), out, out_bias)
     u = rms_norm(x, norm, eps).to(compute_dtype(x))
-    return linear_add(x, swiglu(F.linear(u, gate), F.linear(u, up)), down)
+    return linear_add(x, swiglu(F.linear(u, gate), F.linear(u, up)), down, fresh=True)

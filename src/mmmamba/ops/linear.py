@@ -140,12 +140,19 @@ def joined_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor 
     return out.view(*x.shape[:-1], out.shape[1])
 
 
-def linear_add(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """residual (…, n) + W·x + bias, for x (…, k): one pass less over memory without gradients on a GPU."""
+def linear_add(
+    residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, fresh: bool = False
+) -> Tensor:
+    """residual (…, n) + W·x + bias, for x (…, k): fewer passes over memory without gradients on a GPU.
+
+    ``fresh``: nobody else has the residual, so that the sum may take its place.
+    """
     if torch.is_grad_enabled() or _casts(residual, x, weight) or not x.is_cuda or bias is not None:
         return residual + F.linear(x, weight, bias)
     n, k = weight.shape
-    return torch.addmm(residual.reshape(-1, n), x.reshape(-1, k), weight.t()).view_as(residual)
+    rows = residual.reshape(-1, n)
+    add = rows.addmm_ if fresh else rows.addmm
+    return add(x.reshape(-1, k), weight.t()).view_as(residual)
 
 
 def linear_wide(x: Tensor, weight: Tensor) -> Tensor:
