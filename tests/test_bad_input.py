@@ -28,7 +28,8 @@ class Setup:
     def __init__(self, folder: Path, teacher: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self.folder, self.capsys = folder, capsys
         self.teacher = shutil.copytree(teacher, folder / "teacher")
-        self.data = shutil.copytree(data.parent, folder / "data") / data.name
+        cached = shutil.ignore_patterns(".cache")  # by other tests of the same data
+        self.data = shutil.copytree(data.parent, folder / "data", ignore=cached) / data.name
         self.out = folder / "runs" / "run"
         self.plan = small_run.recipe(**{f"stage{i}__steps": 3 for i in (1, 2, 3)})
 
