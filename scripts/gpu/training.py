@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import json
 import statistics
 import sys
@@ -39,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 from mmmamba.checkpoints import read_safetensors
 from mmmamba.data.batching import Batch, Skipped
 from mmmamba.data.processor import UNSCORED
-from mmmamba.device import pick_device, pick_precision
+from mmmamba.device import pick_device, pick_precision, release
 from mmmamba.distill.dry_run import Allocated, passes_of, random_models
 from mmmamba.distill.objectives import AlignHeads, MatchLogits
 from mmmamba.distill.plan import GPUS, stage_memory, step_work, student_config
@@ -140,7 +139,7 @@ def main() -> None:
             failed += resume_check(arguments, stage, min(max(arguments.lengths), TIMED), results)
         else:
             failed += measure(arguments, stage, results)
-        release()
+        release(pick_device(arguments.device))
     print(results.markdown())
     if failed:
         sys.exit("\n".join(failed))
@@ -162,7 +161,7 @@ def measure(arguments: argparse.Namespace, stage: str, results: Results) -> list
             except torch.OutOfMemoryError:
                 entry = {"peak": None}
                 step.optimizers.zero_grad()
-                release()
+                release(pick_device(arguments.device))
             entry |= {"reckoned": trial.reckoned(tokens), "recompute": trial.config.recompute}
             results.add(stage, tokens, entry)
             print(f"{stage}, {tokens} tokens: {entry} in {time.perf_counter() - began:.0f} s", file=sys.stderr)
@@ -254,14 +253,6 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def release() -> None:
-    """Give back what nothing holds any more."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
 # ---------------------------------------------------------------------------------------------- resuming
 
 
@@ -288,7 +279,7 @@ def resume_check(arguments: argparse.Namespace, stage: str, tokens: int, results
     with tempfile.TemporaryDirectory(dir=arguments.out and arguments.out.resolve().parent) as place:
         for name, ends in (("whole", (None,)), ("cut", (die, None))):
             for end in ends:
-                release()
+                release(pick_device(arguments.device))
                 trial = Trial(arguments, stage)
                 trial.config = replace(trial.config, steps=steps, checkpoint_every=every, log_every=1)
                 run = RunFolder(Path(place) / name, {"stage": stage}, {"kind": "check"}, resume=True)

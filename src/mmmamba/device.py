@@ -59,6 +59,14 @@ def is_full(error: BaseException) -> bool:
     return before is not None and is_full(before)
 
 
+def release(device: torch.device) -> None:
+    """Give back what no tensor holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
 @contextmanager
 def uncollected() -> Iterator[None]:
     """Without collecting garbage: while a CUDA graph is captured, freeing an older one would break the capture."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import small_run
 from mmmamba.ablation.plan import Plan
-from mmmamba.ablation.results import Ability, Result
+from mmmamba.ablation.results import Ability, Journal, Result
 from mmmamba.config import from_dict
 
 ABILITIES = ["easy", "read", "recall-4x"]
@@ -31,6 +32,15 @@ def plan_data(base: str, **changes: Any) -> dict[str, Any]:
         },
     }
     return small_run.changed(plan, **changes)
+
+
+def journal(path: Path) -> Journal:
+    """A file with the made-up plan and its six results."""
+    found = Journal(path)
+    found.note_plan(plan(), 1.0)
+    for result in three_seeds():
+        found.add(result)
+    return found
 
 
 def plan(**changes: Any) -> Plan:

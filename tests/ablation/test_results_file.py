@@ -17,11 +17,7 @@ from mmmamba.errors import UserError
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
     """A file with a plan and six results."""
-    journal = Journal(tmp_path / "results.jsonl")
-    journal.note_plan(made_up.plan(), 1.0)
-    for result in made_up.three_seeds():
-        journal.add(result)
-    return journal.path
+    return made_up.journal(tmp_path / "results.jsonl").path
 
 
 def lines(path: Path) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 
 from mmmamba.ablation.page import blocks, filled
 from mmmamba.ablation.plots import dots
-from mmmamba.ablation.results import Journal, Result, Results
+from mmmamba.ablation.results import Result, Results
 from mmmamba.ablation.tables import Measured, markdown
 from mmmamba.errors import UserError
 from mmmamba.figures import render
@@ -89,10 +89,7 @@ def test_a_plot_shows_every_cell_that_is_measured() -> None:
 
 @pytest.fixture
 def page(tmp_path: Path) -> Path:
-    journal = Journal(tmp_path / "made-up.jsonl")
-    journal.note_plan(made_up.plan(), 1.0)
-    for result in made_up.three_seeds():
-        journal.add(result)
+    made_up.journal(tmp_path / "made-up.jsonl")
     file = tmp_path / "page.md"
     file.write_text("# Before\n\n<!-- ablation: rotation of made-up.jsonl -->\nold\n<!-- /ablation -->\n\nAfter\n")
     return file

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import json
 import math
 import shutil
@@ -21,7 +20,7 @@ from mmmamba.ablation.results import Ability, Result
 from mmmamba.benchmark.machine import commit
 from mmmamba.checkpoints import fingerprint, resolve
 from mmmamba.checkpoints.io import read_json, write_atomically
-from mmmamba.device import pick_device, pick_precision
+from mmmamba.device import pick_device, pick_precision, release
 from mmmamba.distill.distill import distill
 from mmmamba.distill.feed import prepare_root
 from mmmamba.distill.run import digest, versions
@@ -63,7 +62,7 @@ def align(cell: Cell, setting: Setting) -> None:
     with logged(setting.out / "logs" / f"aligned-{cell.alignment}.log"):
         distill(plan.base, set=plan.set, out=setting.runs(cell) / ALIGNED, resume=True,
                 device=setting.device, precision=setting.precision)  # fmt: skip
-    _let_go()
+    release(pick_device(setting.device))
 
 
 def measure(cell: Cell, setting: Setting) -> Result:
@@ -79,7 +78,7 @@ def measure(cell: Cell, setting: Setting) -> Result:
         asked = time.monotonic()
     manifest = read_json(run / "manifest.json")
     where = pick_device(setting.device)
-    _let_go()
+    release(where)
     return Result(
         table=cell.table,
         cell=cell.name,
@@ -161,7 +160,7 @@ def _teacher_answers(cell: Cell, setting: Setting, ask: bool = False) -> Answers
         scores = {i: [score.nll, score.tokens] for i, score in said.likelihood.items()}
         content = json.dumps({"texts": said.texts, "likelihood": scores}, ensure_ascii=False)
         write_atomically(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
-        _let_go()
+        release(pick_device(setting.device))
     found = read_json(path)
     answers = Answers(texts={int(i): text for i, text in found["texts"].items()})
     answers.likelihood = {int(i): Score(nll=nll, tokens=tokens) for i, (nll, tokens) in found["likelihood"].items()}
@@ -201,10 +200,3 @@ def logged(log: Path) -> Iterator[None]:
         except UserError as error:
             print(f"error: {error}", file=file)
             raise
-
-
-def _let_go() -> None:
-    """Free what a finished model held before the next one comes."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 
-from mmmamba.device import is_full
+from mmmamba.device import is_full, release
 
 __all__ = ["attempt", "is_full", "peak", "release", "reset_peak"]
 
@@ -26,18 +25,9 @@ def attempt(call: Callable[[], T | None], device: torch.device) -> T | None:
     except (RuntimeError, MemoryError) as error:
         if not is_full(error):
             raise
-    # Outside the handler: the error holds the frames that it passed, and they the tensors that filled the memory. After
-    # a success too: a pool and its layers hold one another, so that only collecting garbage frees them.
+    # Outside the handler: the error holds the frames that it passed, and they the tensors that filled the memory.
     release(device)
     return found
-
-
-def release(device: torch.device) -> None:
-    """Give back what no tensor holds any more."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
 
 
 def reset_peak(device: torch.device) -> None:

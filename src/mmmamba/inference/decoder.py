@@ -8,6 +8,7 @@ for each size of batch.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -64,6 +65,8 @@ class Decoder:
         # One slot more than asked for: idle rows of a batch write there.
         self.positions = torch.zeros(slots + 1, dtype=torch.long, device=model.device)
         self.embedded = torch.zeros_like(self.positions) if model.merges_late else self.positions
+        # What is counted: one tensor, or two where the embedding stack reads patches in place of tokens.
+        self._counts = [self.positions, self.embedded] if model.merges_late else [self.positions]
         self.longest = 0  # no sequence of the pool is longer; known on the host
         self.layers: list[_Mamba2Layer | _AttentionLayer] = []
         for layer in model.layers:
@@ -136,13 +139,13 @@ class Decoder:
         model = self.model
         safe = torch.where(slots < 0, self.slots, slots)
         x = model.embed(tokens[None])[0]
-        at = {id(counts): counts[safe] for counts in (self.positions, self.embedded)}
+        at = {id(counts): counts[safe] for counts in self._counts}
         # The host knows how long the longest sequence is, but a graph is made for all lengths.
         longest = None if self.graph else self.longest
         for layer in self.layers:
             x = layer.step(x, slots, at[id(layer.counts)], longest)
         logits = self.head(x, norm=model.norm)
-        for counts in {id(t): t for t in (self.positions, self.embedded)}.values():
+        for counts in self._counts:
             counts.index_add_(0, safe, torch.ones_like(safe))
             counts[self.slots].zero_()
         self.seeds += len(self.layers)
@@ -201,7 +204,7 @@ class _Map:
         return linear_step(x, self.weight, self.bias, scale=self.scale, chained=chained, **before, **options)
 
 
-class _Layer:
+class _Layer(ABC):
     """What every layer has around its mixer. ``counts``: the tokens that its stack has seen of each slot."""
 
     def __init__(self, layer: Layer, decoder: Decoder, projections: Sequence[nn.Linear]) -> None:
@@ -224,9 +227,9 @@ class _Layer:
         inner = self.gate_up(x, norm=self.mlp_norm, swiglu=True)
         return self.down(inner, residual=x)
 
+    @abstractmethod
     def heads(self, projected: Tensor, slots: Tensor, at: Tensor, longest: int | None) -> Tensor:
         """The mixer's heads (b, h·p) from its projections, and its state on."""
-        raise NotImplementedError
 
 
 class _Mamba2Layer(_Layer):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -11,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from mmmamba.device import is_full
+from mmmamba.device import is_full, release
 from mmmamba.errors import UserError
 
 T = TypeVar("T")
@@ -29,9 +28,7 @@ def within_memory(call: Callable[[], T], device: torch.device, doing: str) -> T:
         if not is_full(error):
             raise
     # Outside the handler, for the error holds the frames that it passed, and they the tensors that filled the memory.
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    release(device)
     raise UserError(f"out of memory on {device} while {doing}")
 
 

@@ -61,8 +61,7 @@ def attend_step(
     Raises:
         ValueError: for shapes that do not fit together; the message names the tensor.
     """
-    check_attend(qkv, k, v, slots, positions, frequencies)
-    if serves(qkv, k, v, slots, positions, frequencies, head_dim=k.shape[3]):
+    if serves(qkv, k, v, slots, positions, frequencies, head_dim=k.shape[-1]):
         from mmmamba.ops.triton.attend import attend_step as kernel
 
         return kernel(qkv, k, v, slots, positions, frequencies, chained=chained)

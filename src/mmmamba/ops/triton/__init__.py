@@ -82,9 +82,14 @@ def serves(first: Tensor, *tensors: Tensor | None, **sizes: int) -> bool:
     return reason is None
 
 
-def chains(tensor: Tensor) -> bool:
-    """Whether a launch may begin before the one in front of it has ended (programmatic dependent launch)."""
-    return tensor.is_cuda and torch.version.hip is None and _capability(tensor.device) >= (9, 0)
+def chain(tensor: Tensor, chained: bool) -> dict[str, bool]:
+    """The options of a launch that may be part of a chain (programmatic dependent launch).
+
+    ``CHAINS``: the kernel may say that the next launch can begin, and wait for the one in front. ``launch_pdl``: this
+    launch begins before the one in front has ended (``chained``).
+    """
+    can = tensor.is_cuda and torch.version.hip is None and _capability(tensor.device) >= (9, 0)
+    return {"CHAINS": True, "launch_pdl": chained} if can else {"CHAINS": False}
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:

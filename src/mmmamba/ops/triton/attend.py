@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mmmamba.ops.attend import check_attend
-from mmmamba.ops.triton import chains, interpreted, on_device
+from mmmamba.ops.triton import chain, interpreted, on_device
 
 BLOCK, WARPS, STAGES = 64, 4, 3
 FULL = 528  # programs that fill a GPU
@@ -133,17 +133,14 @@ def _attend(
     half = qkv.dtype in (torch.bfloat16, torch.float16)
     # Triton's interpreter cannot multiply bfloat16; float32 holds the operands exactly.
     dot = tl.float32 if interpreted() or not half else tl.bfloat16 if qkv.dtype == torch.bfloat16 else tl.float16
-    can = chains(qkv)
     with on_device(qkv):
         _split_kernel[(b * g, splits)](
             qkv, k, v, slots, positions, frequencies, partial, top, total, qkv.stride(0), capacity,
             math.log2(math.e) / math.sqrt(p), splits, G=g, R=h // g, P=p, PAD_R=max(16, triton.next_power_of_2(h // g)),
-            BLOCK=BLOCK, DOT=dot, PRECISION="ieee", CHAINS=can, num_warps=WARPS, num_stages=STAGES,
-            **({"launch_pdl": chained} if can else {}),
+            BLOCK=BLOCK, DOT=dot, PRECISION="ieee", num_warps=WARPS, num_stages=STAGES, **chain(qkv, chained),
         )  # fmt: skip
         _join_kernel[(b * h,)](
-            partial, top, total, out, splits, P=p, PAD=triton.next_power_of_2(splits), CHAINS=can, num_warps=4,
-            **({"launch_pdl": True} if can else {}),
+            partial, top, total, out, splits, P=p, PAD=triton.next_power_of_2(splits), num_warps=4, **chain(qkv, True),
         )  # fmt: skip
     return out
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mmmamba.ops.triton import chains, on_device
+from mmmamba.ops.triton import chain, on_device
 
 BYTES, WARPS = 16384, 4  # of the matrix, a program: eight loads of 16 bytes a thread
 
@@ -88,11 +88,10 @@ def _linear(
     rows = max(1, BYTES // weight.element_size() // (2 if swiglu else 1) // pad)
     x, weight = x.contiguous(), weight.contiguous()
     scale, bias, norm = (None if t is None else t.contiguous() for t in (scale, bias, norm))
-    can = chains(x)
     with on_device(x):
         _linear_kernel[(triton.cdiv(n, rows),)](
             x, weight, scale, bias, norm, out if add else None, out, k, n, EPS=eps, ROWS=rows, PAD=pad, SWIGLU=swiglu,
-            CHAINS=can, num_warps=WARPS, **({"launch_pdl": chained} if can else {}),
+            num_warps=WARPS, **chain(x, chained),
         )  # fmt: skip
 
 

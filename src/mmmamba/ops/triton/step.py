@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mmmamba.ops.step import check_step
-from mmmamba.ops.triton import chains, on_device
+from mmmamba.ops.triton import chain, on_device
 
 ROUNDS = tl.constexpr(7)  # of Philox, whose authors found 7 to pass every test
 FULL = 264  # programs that fill a GPU: two for each of an H100's multiprocessors
@@ -287,14 +287,12 @@ def _step(
     if b:
         tile = _tile(b * g, h // g, p, ssm_state.dtype == torch.bfloat16)
         wide = vkq.dtype == torch.float64
-        can = chains(vkq)
         with on_device(vkq):
             _step_kernel[(b * g, h // g // tile["HEADS"])](
                 vkq, gate, dt_raw, *parameters, conv_state, ssm_state, *rest,
                 seed if ssm_state.dtype == torch.bfloat16 else None, out, arrived, vkq.stride(0),
                 gate.stride(0), dt_raw.stride(0), EPS=eps, G=g, R=h // g, P=p, K=conv_weight.shape[1], SILU=silu,
-                NORMALISE=qk_norm, WIDE=tl.float64 if wide else tl.float32, CHAINS=can, **tile,
-                **({"launch_pdl": chained} if can else {}),
+                NORMALISE=qk_norm, WIDE=tl.float64 if wide else tl.float32, **tile, **chain(vkq, chained),
             )  # fmt: skip
     return out
 
