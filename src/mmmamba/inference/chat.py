@@ -95,7 +95,7 @@ def chat(
         device: Where to run, such as cpu or cuda. The default takes a GPU when there is one.
         dtype: Number format of the weights. The default is bfloat16 on a GPU and float32 elsewhere.
         int8: Round the weights to int8 for the tokens of an answer (what is asked is read with the weights as they
-            are). A GPU then needs about two thirds of the time a token; a CPU gains nothing.
+            are). A GPU then reads half the bytes for a token, which is what it waits for; a CPU gains nothing.
     """
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed
