@@ -28,6 +28,7 @@ from mmmamba.ops import attend_step, linear_step, mixer_step, quantize_rows
 from mmmamba.ops.triton import why_not
 
 WARM_UP = 2  # steps of a batch size before it is captured
+PARTS = 8  # of a head of a single row
 
 _FUSED: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 _QUANTIZED: WeakKeyDictionary[nn.Module, tuple[list[int], Tensor, Tensor, Tensor]] = WeakKeyDictionary()
@@ -223,13 +224,13 @@ class _Layer(ABC):
         ``at`` (b,): how many tokens each row's slot has seen. ``longest``: none has seen more than that with this one.
         """
         projected = self.project(x, norm=self.input_norm, chained=not self.first)
-        x = self.out(self.heads(projected, slots, at, longest), residual=x)
+        x = self.out(**self.heads(projected, slots, at, longest), residual=x)
         inner = self.gate_up(x, norm=self.mlp_norm, swiglu=True)
         return self.down(inner, residual=x)
 
     @abstractmethod
-    def heads(self, projected: Tensor, slots: Tensor, at: Tensor, longest: int | None) -> Tensor:
-        """The mixer's heads (b, h·p) from its projections, and its state on."""
+    def heads(self, projected: Tensor, slots: Tensor, at: Tensor, longest: int | None) -> dict[str, Any]:
+        """The mixer's heads from its projections, as x (b, h·p) and options of the map behind them; its state on."""
 
 
 class _Mamba2Layer(_Layer):
@@ -248,6 +249,7 @@ class _Mamba2Layer(_Layer):
         pool = decoder.slots + 1
         self.conv = weight.new_zeros(pool, config.conv_kernel - 1, channels)
         self.ssm = weight.new_zeros(pool, h, p, p, dtype=decoder.state_dtype or wide)
+        self.squares = weight.new_empty(1, h, PARTS, dtype=wide)
         self.seed = decoder.seeds[layer.index : layer.index + 1]
         self.frequencies = inverse_frequencies(stack, decoder.max_length, weight.device, wide) if config.rope else None
 
@@ -260,10 +262,12 @@ class _Mamba2Layer(_Layer):
         wide = torch.promote_types(self.ssm.dtype, torch.float32)
         return MambaState(self.conv[slots], self.ssm[slots].to(wide))
 
-    def heads(self, projected: Tensor, slots: Tensor, at: Tensor, longest: int | None) -> Tensor:
-        mixer = self.mixer
+    def heads(self, projected: Tensor, slots: Tensor, at: Tensor, longest: int | None) -> dict[str, Any]:
+        mixer, eps = self.mixer, self.mixer.config.norm_eps
         vkq, gate, dt = projected.split(self.sizes, dim=-1)
-        return mixer_step(
+        # A single row's heads are worked on in parts, side by side: the norm waits for the map that reads them all.
+        squares = self.squares if len(vkq) == 1 else None
+        heads = mixer_step(
             vkq,
             gate,
             dt,
@@ -275,14 +279,16 @@ class _Mamba2Layer(_Layer):
             conv_state=self.conv,
             ssm_state=self.ssm,
             slots=slots,
-            eps=mixer.config.norm_eps,
+            eps=eps,
             activation=mixer.config.conv_activation,
             qk_norm=mixer.config.qk_norm,
             positions=None if self.frequencies is None else at,
             frequencies=self.frequencies,
             seed=self.seed,
+            squares=squares,
             chained=True,
         )
+        return {"x": heads} if squares is None else {"x": heads, "squares": squares, "eps": eps}
 
 
 class _AttentionLayer(_Layer):
@@ -312,8 +318,9 @@ class _AttentionLayer(_Layer):
         filled = torch.arange(width, device=counts.device) < counts[:, None]
         return KVState(self.k[slots, :width], self.v[slots, :width], filled)
 
-    def heads(self, projected: Tensor, slots: Tensor, at: Tensor, longest: int | None) -> Tensor:
-        return attend_step(projected, self.k, self.v, slots, at, self.frequencies, longest=longest, chained=True)
+    def heads(self, projected: Tensor, slots: Tensor, at: Tensor, longest: int | None) -> dict[str, Any]:
+        pool = self.k, self.v
+        return {"x": attend_step(projected, *pool, slots, at, self.frequencies, longest=longest, chained=True)}
 
 
 def fused(owner: nn.Module, weights: Sequence[Tensor]) -> Tensor:

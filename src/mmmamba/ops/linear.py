@@ -8,6 +8,7 @@ launch; and a matrix of half the bytes takes half the time.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from mmmamba.ops.norm import rms_norm
 from mmmamba.ops.swiglu import swiglu as gated
-from mmmamba.ops.triton import serves
+from mmmamba.ops.triton import SIZES, serves
 
 WIDEST = 16_384  # inputs of a map: a program of the kernel holds whole rows
 
@@ -37,6 +38,7 @@ def linear_step(
     *,
     scale: Tensor | None = None,
     norm: Tensor | None = None,
+    squares: Tensor | None = None,
     eps: float = 1e-6,
     residual: Tensor | None = None,
     swiglu: bool = False,
@@ -48,10 +50,14 @@ def linear_step(
         x: (b, k).  weight: (n, k), in x's dtype, or int8 with a ``scale``.  bias: (n,) or None.
         scale: (n,) float32 that each row of int8 weights is multiplied by (:func:`quantize_rows`).
         norm: (k,) weight of the RMSNorm in front, none when absent.  eps: of the norm.
+        squares: (b, h, parts) sums of squares of the h heads that x is made of, in parts that add up: x is in their
+            dtype, and each head still to be divided by its root mean square (:func:`mmmamba.ops.step.mixer_step`).
+            There is no norm then, and there is a residual.
         residual: (b, n) that is added to, in place; it is returned then.
         swiglu: ``weight`` holds n/2 rows of the gate, then n/2 of the other half; there is no residual then.
-        chained: only x and the residual may come from the kernel that was launched last: on a GPU that can, the launch
-            overlaps its end, and weights are on their way before x is there (programmatic dependent launch).
+        chained: only x, its squares and the residual may come from the kernel that was launched last: on a GPU that
+            can, the launch overlaps its end, and weights are on their way before x is there (programmatic dependent
+            launch).
 
     Returns:
         (b, n), or (b, n/2) with ``swiglu``.
@@ -59,6 +65,9 @@ def linear_step(
     Raises:
         ValueError: for shapes that do not fit together; the message names the tensor.
     """
+    options: dict[str, Any] = {
+        "scale": scale, "norm": norm, "squares": squares, "eps": eps, "residual": residual, "swiglu": swiglu
+    }  # fmt: skip
     (b, k), n = x.shape, weight.shape[0]
     expected = {
         "weight": (weight, (n, k)),
@@ -70,19 +79,26 @@ def linear_step(
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"linear_step: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+    if squares is not None:
+        heads = squares.shape[1]
+        if squares.ndim != 3 or len(squares) != b or not heads or k % heads or x.dtype != squares.dtype:
+            raise ValueError(
+                f"linear_step: squares is {str(squares.dtype)[6:]} {tuple(squares.shape)}, x {str(x.dtype)[6:]} {b, k}"
+            )
+        if norm is not None or residual is None:
+            raise ValueError("linear_step: squares stand for the norm, and need a residual")
     if swiglu and (n % 2 or residual is not None):
         raise ValueError("linear_step: swiglu needs an even number of rows and no residual")
     if (scale is None) != weight.is_floating_point():
         raise ValueError(f"linear_step: weight is {str(weight.dtype)[6:]}, a scale belongs to int8 and to nothing else")
     # From two rows on, the library's products are as good.
-    alike = x.dtype == weight.dtype or scale is not None
-    if b == 1 and k <= WIDEST and x.is_cuda and alike and serves(x, weight, bias, scale, norm, residual):
+    alike = (x if residual is None else residual).dtype == weight.dtype or scale is not None
+    whole = squares is None or k // squares.shape[1] in SIZES["head_dim"]
+    if b == 1 and k <= WIDEST and x.is_cuda and alike and whole and serves(x, weight, bias, scale, norm, residual):
         from mmmamba.ops.triton.linear import linear_step as kernel
 
-        return kernel(
-            x, weight, bias, scale=scale, norm=norm, eps=eps, residual=residual, swiglu=swiglu, chained=chained
-        )
-    return linear_step_torch(x, weight, bias, scale=scale, norm=norm, eps=eps, residual=residual, swiglu=swiglu)
+        return kernel(x, weight, bias, **options, chained=chained)
+    return linear_step_torch(x, weight, bias, **options)
 
 
 def linear_step_torch(
@@ -92,6 +108,7 @@ def linear_step_torch(
     *,
     scale: Tensor | None = None,
     norm: Tensor | None = None,
+    squares: Tensor | None = None,
     eps: float = 1e-6,
     residual: Tensor | None = None,
     swiglu: bool = False,
@@ -99,6 +116,10 @@ def linear_step_torch(
     """The same in PyTorch's operators, for any number of rows. Same contract as :func:`linear_step`."""
     if norm is not None:
         x = rms_norm(x, norm, eps)
+    if squares is not None and residual is not None:
+        heads = squares.shape[1]
+        inverse = (squares.sum(-1, keepdim=True) * heads / x.shape[1] + eps).rsqrt()
+        x = (x.unflatten(1, (heads, -1)) * inverse).flatten(1).to(residual.dtype)
     if scale is not None:
         weight = (weight.to(torch.promote_types(x.dtype, scale.dtype)) * scale[:, None]).to(x.dtype)
     if residual is not None and bias is None:

@@ -37,6 +37,7 @@ def check_step(
     rotation: tuple[Tensor, Tensor] | None,
     positions: Tensor | None,
     frequencies: Tensor | None,
+    squares: Tensor | None,
     activation: str,
 ) -> None:
     """Refuse what does not fit together (ValueError naming the tensor)."""
@@ -56,6 +57,7 @@ def check_step(
         "slots": (slots, (b,)),
         "positions": (positions, (b,)),
         "frequencies": (frequencies, (p // 2,)),
+        "squares": (squares, (b, h, 0 if squares is None else squares.shape[-1])),
         **{f"rotation[{i}]": (t, (b, p // 2)) for i, t in enumerate(rotation or ())},
     }
     for name, (tensor, shape) in expected.items():
@@ -67,6 +69,8 @@ def check_step(
         raise ValueError(f"mixer_step: {b} rows and no slots, but ssm_state holds {pool}")
     if (positions is None) != (frequencies is None) or (positions is not None and rotation is not None):
         raise ValueError("mixer_step: give rotation, or positions and frequencies, or none of them")
+    if squares is not None and squares.dtype != torch.promote_types(torch.float32, vkq.dtype):
+        raise ValueError(f"mixer_step: squares is {str(squares.dtype)[6:]}, sums of squares need float32 at least")
     if ssm_state.dtype == torch.float16:
         raise ValueError("mixer_step: ssm_state is float16, whose range a state can leave; give float32 or bfloat16")
     if activation not in ("silu", "none"):
@@ -93,6 +97,7 @@ def mixer_step(
     positions: Tensor | None = None,
     frequencies: Tensor | None = None,
     seed: Tensor | None = None,
+    squares: Tensor | None = None,
     chained: bool = False,
 ) -> Tensor:
     """One token of each row of a running batch: conv, rotation, recurrence, norm and gate.
@@ -112,10 +117,13 @@ def mixer_step(
         positions, frequencies: instead of the rotation, (b,) and (p/2,): the angles are their products.
         seed: (1,) int64 on the device: a bfloat16 ssm_state is rounded stochastically, with other noise for every other
             seed (change it every step, also between the replays of a graph). None rounds to the nearest.
+        squares: (b, h, parts) float32 at least, written: each head's sum of squares, in parts that add up to it. Where
+            given, the norm's division is left to who reads the heads (``linear_step``), which come in its format: so
+            that no part of a head has to wait for the others.
         chained: only vkq, gate and dt_raw may come from the kernel that was launched last; see ``linear_step``.
 
     Returns:
-        the gated heads (b, h·p) in vkq's dtype.
+        the gated heads (b, h·p) in vkq's dtype; with ``squares`` in theirs, not divided by their root mean square.
 
     Raises:
         ValueError: for shapes that do not fit together, or a float16 ssm_state; the message names the tensor.
@@ -131,7 +139,13 @@ def mixer_step(
         "slots": slots,
     }
     angles: dict[str, Any] = {"rotation": rotation, "positions": positions, "frequencies": frequencies}
-    options: dict[str, Any] = {"eps": eps, "activation": activation, "qk_norm": qk_norm, "seed": seed}
+    options: dict[str, Any] = {
+        "eps": eps,
+        "activation": activation,
+        "qk_norm": qk_norm,
+        "seed": seed,
+        "squares": squares,
+    }
     if serves(vkq, gate, dt_raw, *parameters.values(), *(rotation or ()), positions, frequencies):
         from mmmamba.ops.triton.step import mixer_step as kernel
 
@@ -159,11 +173,12 @@ def mixer_step_torch(
     positions: Tensor | None = None,
     frequencies: Tensor | None = None,
     seed: Tensor | None = None,
+    squares: Tensor | None = None,
 ) -> Tensor:
     """The step in PyTorch's operators. Same contract as :func:`mixer_step`."""
     check_step(
         vkq, gate, dt_raw, conv_weight, conv_bias, dt_bias, A_log, norm_weight, conv_state, ssm_state, slots, rotation,
-        positions, frequencies, activation,
+        positions, frequencies, squares, activation,
     )  # fmt: skip
     h, p = A_log.shape[0], norm_weight.shape[0]
     g = (vkq.shape[1] // p - h) // 2
@@ -189,6 +204,11 @@ def mixer_step_torch(
         ssm = round_stochastically(ssm, generator)
     conv_state.index_copy_(0, places, conv.to(conv_state.dtype))
     ssm_state.index_copy_(0, places, ssm.to(ssm_state.dtype))
-    heads = gated_norm(y, gate[rows].unflatten(-1, (h, p)), norm_weight, eps)
-    out = vkq.new_zeros(vkq.shape[0], h * p)
+    gates = gate[rows].unflatten(-1, (h, p))
+    if squares is None:
+        heads = gated_norm(y, gates, norm_weight, eps)
+    else:
+        heads = y.to(wide) * norm_weight.to(wide) * F.silu(gates.to(wide))
+        squares.zero_()[rows, :, 0] = y.to(wide).square().sum(-1)
+    out = vkq.new_zeros(vkq.shape[0], h * p, dtype=vkq.dtype if squares is None else wide)
     return out.index_copy(0, rows, heads.flatten(1).to(out.dtype))

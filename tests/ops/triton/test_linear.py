@@ -46,8 +46,23 @@ def test_equals_the_twin(device, k, n, biased, normed, behind, int8, dtype):
     assert (ours.double() - truth).norm() <= LIMITS[dtype] * truth.norm() + 1e-6
 
 
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize(("heads", "p", "parts"), [(4, 32, 4), (3, 16, 1), (1, 64, 2)])
+def test_heads_that_are_still_to_be_normalised(heads, p, parts, int8, device):
+    torch.manual_seed(heads)
+    x, weight = torch.randn(1, heads * p, device=device), torch.randn(9, heads * p, device=device)
+    squares, residual = torch.rand(1, heads, parts, device=device), torch.randn(1, 9, device=device)
+    weight, scale = quantize_rows(weight) if int8 else (weight, None)
+    plain = linear_step_torch(
+        (x.view(1, heads, p) / (squares.sum(-1, keepdim=True) / p + 1e-5).sqrt()).view(1, -1), weight, scale=scale
+    )
+    for function in (linear_step_torch, kernels.linear_step):
+        ours = function(x, weight, scale=scale, squares=squares, eps=1e-5, residual=residual.clone())
+        torch.testing.assert_close(ours, plain + residual, rtol=1e-5, atol=1e-5)
+
+
 def test_is_a_sound_custom_op(device):
-    tensors = torch.randn(1, 40, device=device), torch.randn(6, 40, device=device), None, None, None
+    tensors = torch.randn(1, 40, device=device), torch.randn(6, 40, device=device), None, None, None, None
     checks = ("test_schema", "test_faketensor")
     options = (1e-5, False, True, False)
     torch.library.opcheck(kernels._linear, (*tensors, torch.empty(1, 3, device=device), *options), test_utils=checks)
@@ -95,6 +110,12 @@ def test_refuses_what_does_not_fit():
         linear_step(x, weight, norm=torch.ones(3))
     with pytest.raises(ValueError, match="even"):
         linear_step(x, weight, swiglu=True)
+    with pytest.raises(ValueError, match="squares is float32"):
+        linear_step(x, weight, squares=torch.ones(1, 3, 1), residual=torch.ones(1, 3))
+    with pytest.raises(ValueError, match="stand for the norm"):
+        linear_step(x, weight, squares=torch.ones(1, 2, 1))
+    with pytest.raises(ValueError, match="powers of two"):
+        kernels.linear_step(x, weight, squares=torch.ones(1, 2, 3), residual=torch.ones(1, 3))
     with pytest.raises(ValueError, match="int8"):
         linear_step(x, weight.to(torch.int8))
     with pytest.raises(ValueError, match="one row"):

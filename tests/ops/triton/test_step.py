@@ -86,13 +86,31 @@ def test_every_option(k, activation, qk_norm, turned, biased, slots, shift):
     compare((vkq, gate, dt_raw + shift), named, 1e-11)
 
 
+@pytest.mark.parametrize("parts", [1, 2, 8])
+@pytest.mark.parametrize(("h", "g", "p", "k"), [(4, 2, 32, 2), (3, 1, 24, 4), (2, 2, 16, 3)])
+def test_heads_in_parts_and_the_norm_left_to_the_next_map(h, g, p, k, parts, device):
+    inputs, named = draw(h=h, g=g, p=p, k=k, device=device)
+    named["slots"] = torch.tensor([3, -1, 0], device=device)
+    normed, *states = run(kernel, inputs, named)
+    squares = torch.full((3, h, parts), torch.nan, device=device)
+    heads, *others = run(kernel, inputs, {**named, "squares": squares})
+    for one, other in zip(states, others, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    expected = torch.empty_like(squares[..., :1])
+    truth, *_ = run(twin, inputs, {**named, "squares": expected})
+    torch.testing.assert_close(heads, truth, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(squares.sum(-1), expected[..., 0], rtol=1e-5, atol=0)
+    inverse = (squares.sum(-1, keepdim=True) / p + 1e-5).rsqrt()
+    torch.testing.assert_close((heads.unflatten(1, (h, p)) * inverse).flatten(1), normed, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("programs", "half", "size"), [(1, False, (1, 64)), (1000, False, (2, 32)), (1000, True, (2, 16))]
 )
 def test_blocks_of_any_size_and_slices_of_a_wider_projection(programs, half, size, monkeypatch, device):
     from mmmamba.ops.triton import step
 
-    chosen = step._tile(programs, 2, 64, half)
+    chosen = step._tile(programs, 2, 64, half, 1)
     assert (chosen["HEADS"], chosen["D"]) == size
     monkeypatch.setattr(step, "_tile", lambda *_: chosen)
     (vkq, gate, dt_raw), named = draw(b=2, h=2, g=1, p=64, device=device)
@@ -101,16 +119,30 @@ def test_blocks_of_any_size_and_slices_of_a_wider_projection(programs, half, siz
     compare(sliced, named, TOLERANCE[torch.float32])
 
 
-def test_step_after_step_head_by_head(device):
-    """The heads of a group count themselves; the count is back at zero behind every step."""
+@pytest.mark.parametrize("parts", [0, 4])
+def test_step_after_step_head_by_head(parts, device):
+    """The programs of a group count themselves; the count is back at zero behind every step."""
     (vkq, gate, dt_raw), named = draw(b=2, h=2, g=1, p=64, device=device)
     truth = {name: wide(value) for name, value in named.items()}
     truth |= {name: truth[name].clone() for name in ("conv_state", "ssm_state")}
     for scale in (1.0, 0.5, -2.0):
-        ours = kernel(vkq * scale, gate, dt_raw, **named)
-        expected = twin((vkq * scale).double(), gate.double(), dt_raw.double(), **truth)
+        squares = torch.empty(2, 2, parts, device=device) if parts else None
+        ours = kernel(vkq * scale, gate, dt_raw, **named, squares=squares)
+        expected = twin((vkq * scale).double(), gate.double(), dt_raw.double(), **truth, squares=wide(squares))
         assert (ours - expected).norm() <= 1e-5 * expected.norm()
     assert (named["ssm_state"] - truth["ssm_state"]).norm() <= 1e-5 * truth["ssm_state"].norm()
+
+
+def test_the_count_stays_where_graphs_remember_it(device):
+    """A larger batch of the same pool must not move what a graph of a smaller one has captured."""
+    from mmmamba.ops.triton.step import _COUNTERS
+
+    inputs, named = draw(b=3, device=device)
+    places = []
+    for rows in (1, 3, 2):
+        kernel(*(t[:rows] for t in inputs), **{**named, "slots": named["slots"][:rows]})
+        places.append(_COUNTERS[named["ssm_state"]].data_ptr())
+    assert len(set(places)) == 1
 
 
 def test_changes_its_slots_alone_and_gives_zeros_for_padding(device):
@@ -164,10 +196,11 @@ def test_is_a_sound_custom_op(device):
     order = ["conv_weight", "conv_bias", "dt_bias", "A_log", "norm_weight", "conv_state", "ssm_state"]
     rest = [named[name] for name in order]
     nothing = [None] * 6
+    out, squares = torch.empty(1, gate.shape[1], device=device), torch.empty(1, 4, 2, device=device)
     arrived = torch.zeros(2, dtype=torch.int32, device=device)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(
-        _step, (vkq, gate, dt_raw, *rest, *nothing, arrived, 1e-5, True, False, False), test_utils=checks
+        _step, (vkq, gate, dt_raw, *rest, *nothing, out, squares, arrived, 1e-5, True, False, False), test_utils=checks
     )
 
 
@@ -177,3 +210,10 @@ def test_refuses_what_does_not_fit(device):
         kernel(*inputs, **{**named, "slots": named["slots"][:2]})
     with pytest.raises(ValueError, match="contiguous"):
         kernel(*inputs, **{**named, "ssm_state": named["ssm_state"].transpose(2, 3)})
+    for squares, message in (
+        (torch.empty(3, 2, 4), "squares has shape"),
+        (torch.empty(3, 4, 3), "power of two"),
+        (torch.empty(3, 4, 4, dtype=torch.bfloat16), "float32 at least"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kernel(*inputs, **named, squares=squares.to(device))

@@ -39,8 +39,8 @@ def _product(w, x, inverse, row, mask, scale, bias):
 
 @triton.jit
 def _linear_kernel(
-    x, weight, scale, bias, norm, residual, out, K, N, EPS: tl.constexpr, ROWS: tl.constexpr, PAD: tl.constexpr,
-    SWIGLU: tl.constexpr, CHAINS: tl.constexpr,
+    x, weight, scale, bias, norm, squares, residual, out, K, N, EPS: tl.constexpr, ROWS: tl.constexpr,
+    PAD: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, SWIGLU: tl.constexpr, CHAINS: tl.constexpr,
 ):  # fmt: skip
     if CHAINS:
         gdc_launch_dependents()
@@ -54,8 +54,16 @@ def _linear_kernel(
         shape = tl.load(norm + column, mask=column < K, other=0.0).to(tl.float32)
     if CHAINS:
         gdc_wait()  # what follows reads what the kernel in front has written
-    value = tl.load(x + column, mask=column < K, other=0.0).to(tl.float32)
     inverse = 1.0
+    if squares is not None:  # heads of P channels, each with its own statistics
+        head = tl.arange(0, PAD // P)
+        at = head[:, None] * P + tl.arange(0, P)[None, :]
+        parts = head[:, None] * PARTS + tl.arange(0, PARTS)[None, :]
+        square = tl.sum(tl.load(squares + parts, mask=(head < K // P)[:, None], other=0.0).to(tl.float32), 1)
+        value = tl.load(x + at, mask=at < K, other=0.0).to(tl.float32)
+        value = tl.reshape(value * (1 / tl.sqrt(square / P + EPS))[:, None], (PAD,))
+    else:
+        value = tl.load(x + column, mask=column < K, other=0.0).to(tl.float32)
     if norm is not None:  # a row's products are linear in its norm: they need not wait for it
         inverse = 1 / tl.sqrt(tl.sum(value * value, 0) / K + EPS)
         value *= shape
@@ -77,6 +85,7 @@ def _linear(
     bias: Tensor | None,
     scale: Tensor | None,
     norm: Tensor | None,
+    squares: Tensor | None,
     out: Tensor,
     eps: float,
     add: bool,
@@ -87,11 +96,12 @@ def _linear(
     pad = triton.next_power_of_2(k)
     rows = max(1, BYTES // weight.element_size() // (2 if swiglu else 1) // pad)
     x, weight = x.contiguous(), weight.contiguous()
-    scale, bias, norm = (None if t is None else t.contiguous() for t in (scale, bias, norm))
+    scale, bias, norm, squares = (None if t is None else t.contiguous() for t in (scale, bias, norm, squares))
+    heads, parts = (1, 1) if squares is None else squares.shape[1:]
     with on_device(x):
         _linear_kernel[(triton.cdiv(n, rows),)](
-            x, weight, scale, bias, norm, out if add else None, out, k, n, EPS=eps, ROWS=rows, PAD=pad, SWIGLU=swiglu,
-            num_warps=WARPS, **chain(x, chained),
+            x, weight, scale, bias, norm, squares, out if add else None, out, k, n, EPS=eps, ROWS=rows, PAD=pad,
+            P=k // heads, PARTS=parts, SWIGLU=swiglu, num_warps=WARPS, **chain(x, chained),
         )  # fmt: skip
 
 
@@ -102,6 +112,7 @@ def linear_step(
     *,
     scale: Tensor | None = None,
     norm: Tensor | None = None,
+    squares: Tensor | None = None,
     eps: float = 1e-6,
     residual: Tensor | None = None,
     swiglu: bool = False,
@@ -109,9 +120,14 @@ def linear_step(
 ) -> Tensor:
     """One row of :func:`mmmamba.ops.linear.linear_step`, whose contract this keeps; the residual must be contiguous.
 
+    With ``squares``, a head's channels and its parts are powers of two.
+
     Raises:
-        ValueError: for more rows, or a residual that is not contiguous.
+        ValueError: for more rows, a residual that is not contiguous, or heads of other sizes.
     """
+    for size in () if squares is None else (x.shape[1] // squares.shape[1], squares.shape[2]):
+        if size & (size - 1):
+            raise ValueError(f"linear_step: the kernel's heads have powers of two of channels and parts, not {size}")
     if x.shape[0] != 1:
         raise ValueError(f"linear_step: the kernel takes one row, x has {x.shape[0]}")
     if residual is None:
@@ -120,5 +136,5 @@ def linear_step(
         out = residual
     else:
         raise ValueError(f"linear_step: the residual must be contiguous, it has strides {residual.stride()}")
-    _linear(x, weight, bias, scale, norm, out, eps, residual is not None, swiglu, chained)
+    _linear(x, weight, bias, scale, norm, squares, out, eps, residual is not None, swiglu, chained)
     return out

@@ -2,9 +2,9 @@
 
 Nearly all bytes are the SSM state's, read and written once. In a large batch a program owns all heads of one key/value
 group of one row, and walks over their state in blocks of channels, with whole rows of directions, asking for the next
-block before it works on this one. In a small batch a program owns a single head, whose whole state it asks for at once:
-in a chain of launches before the kernel in front has ended. Heads of a group share the conv state of k and v: the last
-of them to have read it moves it on.
+block before it works on this one. In a small batch a program owns a single head, or some channels of one where the
+norm's statistics are left to the reader. It asks for all of its state at once: in a chain of launches before the kernel
+in front has ended. Programs of a group share conv states: the last of them to have read moves them on.
 """
 
 from __future__ import annotations
@@ -72,6 +72,19 @@ def _shift(x, state, channel, mask, C, K: tl.constexpr):
 
 
 @triton.jit
+def _shift_group(
+    x, state, group, C, G: tl.constexpr, R: tl.constexpr, P: tl.constexpr, PAD: tl.constexpr, GROUP: tl.constexpr,
+    K: tl.constexpr,
+):  # fmt: skip
+    """The conv state of a group's v, k and q moved on."""
+    n = tl.arange(0, PAD)
+    q = tl.arange(0, GROUP)[:, None] * P + n[None, :]
+    _shift(x, state, group * P + n, n < P, C, K)
+    _shift(x, state, G * P + group * P + n, n < P, C, K)
+    _shift(x, state, 2 * G * P + group * R * P + q, (q < R * P) & (n < P)[None, :], C, K)
+
+
+@triton.jit
 def _noise(seed, slot, row, R: tl.constexpr, D: tl.constexpr, N: tl.constexpr):
     """16 random bits for each element of the rows (R, D) of a state, (R, D, N): one draw serves 8 neighbours."""
     low = (row[:, :, None] * (N // 8) + tl.arange(0, N // 8)[None, None, :]).to(tl.uint32)
@@ -84,14 +97,15 @@ def _noise(seed, slot, row, R: tl.constexpr, D: tl.constexpr, N: tl.constexpr):
 @triton.jit
 def _step_kernel(
     vkq, gate, dt_raw, conv_weight, conv_bias, dt_bias, A_log, norm_weight, conv_state, ssm_state, slots, cos, sin,
-    positions, frequencies, seed, out, arrived, vkq_stride, gate_stride, dt_stride, EPS: tl.constexpr,
+    positions, frequencies, seed, out, squares, arrived, vkq_stride, gate_stride, dt_stride, EPS: tl.constexpr,
     G: tl.constexpr, R: tl.constexpr, P: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr, NORMALISE: tl.constexpr,
-    HEADS: tl.constexpr, PAD_R: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
-    EARLY: tl.constexpr, CHAINS: tl.constexpr,
+    HEADS: tl.constexpr, PARTS: tl.constexpr, PAD_R: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr,
+    GROUP: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr, CHAINS: tl.constexpr,
 ):  # fmt: skip
-    """Programs (row × group, part): HEADS of the group's R heads each, all or one.
+    """Programs (row × group, some of its heads, part): HEADS of the group's R heads each, all or one.
 
-    EARLY: ask for all that does not come from the kernel in front before waiting for it, which takes registers.
+    EARLY: ask for all that does not come from the kernel in front before waiting for it, which takes registers. Each
+    of PARTS programs then has its share of the heads' channels; more than one must not be asked for the norm.
     """
     if CHAINS:
         gdc_launch_dependents()
@@ -99,14 +113,17 @@ def _step_kernel(
     group = tl.program_id(0) % G
     H: tl.constexpr = G * R
     C: tl.constexpr = (H + 2 * G) * P
-    BLOCKS: tl.constexpr = PAD // D
+    BLOCKS: tl.constexpr = PAD // PARTS // D
+    SHARERS: tl.constexpr = R // HEADS * PARTS  # programs of a group
     ROTATE: tl.constexpr = cos is not None or positions is not None
     n = tl.arange(0, PAD)
-    local = tl.arange(0, D)  # v's channels of the first block
+    part = tl.program_id(2)
+    local = part * (PAD // PARTS) + tl.arange(0, D)  # v's channels of the first block
     member = tl.arange(0, PAD_R)  # of the program's heads
     real = member < HEADS
     head = group * R + tl.program_id(1) * HEADS + member
     channel = tl.arange(0, BLOCKS)[:, None] * D + local[None, :]  # (blocks, d)
+    squares_at = (row * H + head) * PARTS + part
     result_at = head[:, None, None] * P + channel[None, :, :]
     result_mask = real[:, None, None] & (channel < P)[None, :, :]
 
@@ -118,6 +135,8 @@ def _step_kernel(
             gdc_wait()  # all that a chain has written is there when its last kernel ends
         nothing = tl.zeros((PAD_R, BLOCKS, D), dtype=WIDE)
         tl.store(out + row * (H * P) + result_at, nothing, mask=result_mask)
+        if squares is not None:
+            tl.store(squares + squares_at, tl.sum(tl.sum(nothing, axis=2), axis=1), mask=real)
         return
 
     whole = ssm_state + slot * (H * P * P)
@@ -157,6 +176,10 @@ def _step_kernel(
     slope = tl.exp(tl.load(A_log + head, mask=real, other=0.0).to(WIDE))
     if EARLY:
         scale = tl.load(norm_weight + channel, mask=channel < P, other=0.0).to(WIDE)
+    last = 0
+    if EARLY and SHARERS > 1:
+        tl.debug_barrier()  # all threads have read
+        last = tl.atomic_add(arrived + slot * G + group, 1, sem="acq_rel")
     if CHAINS and EARLY:
         gdc_wait()  # what follows reads what the kernel in front has written
     x = vkq + row * vkq_stride
@@ -167,6 +190,11 @@ def _step_kernel(
         q_partner = _present(q_partner, q_partner_last, x, q_at + other[None, :], q_mask, SILU, WIDE)
     k = _direction(k, k_partner, n, cosine, sine, P, NORMALISE, ROTATE)
     q = _direction(q, q_partner, n, cosine, sine, P, NORMALISE, ROTATE)
+    if EARLY and last == SHARERS - 1:
+        if SHARERS > 1:
+            tl.store(arrived + slot * G + group, 0)  # for the next step
+        tl.debug_barrier()
+        _shift_group(x, conv, group, C, G, R, P, PAD, GROUP, K)
     raw = tl.load(dt_raw + row * dt_stride + head, mask=real, other=0.0).to(WIDE) + shift
     if EARLY:
         gates = tl.load(gate + row * gate_stride + result_at, mask=result_mask, other=0.0).to(WIDE)
@@ -198,62 +226,62 @@ def _step_kernel(
             state = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
         tl.store(whole + place, state, mask=inside)
 
-    tl.debug_barrier()  # several threads may hold the same channel: none moves the conv state on before all have read
-    last = 0
-    if HEADS < R:
-        last = tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel")
     if not EARLY:
         scale = tl.load(norm_weight + channel, mask=channel < P, other=0.0).to(WIDE)
         gates = tl.load(gate + row * gate_stride + result_at, mask=result_mask, other=0.0).to(WIDE)
-    inverse = 1 / tl.sqrt(tl.sum(tl.sum(y * y, axis=2), axis=1) / P + EPS)
-    result = y * inverse[:, None, None] * scale[None, :, :] * gates * tl.sigmoid(gates)
+    square = tl.sum(tl.sum(y * y, axis=2), axis=1)
+    result = y * scale[None, :, :] * gates * tl.sigmoid(gates)
+    if squares is not None:
+        tl.store(squares + squares_at, square, mask=real)
+    else:
+        result *= (1 / tl.sqrt(square / P + EPS))[:, None, None]
     tl.store(out + row * (H * P) + result_at, result, mask=result_mask)
-    _shift(x, conv, q_at + n[None, :], q_mask, C, K)
-    if last == R // HEADS - 1:
-        if HEADS < R:
-            tl.store(arrived + tl.program_id(0), 0)  # for the next step
-        _shift(x, conv, group * P + n, n < P, C, K)
-        _shift(x, conv, G * P + group * P + n, n < P, C, K)
+    if not EARLY:
+        tl.debug_barrier()  # several threads may hold the same channel: none moves it on before all have read
+        _shift_group(x, conv, group, C, G, R, P, PAD, GROUP, K)
 
 
-def _tile(programs: int, heads: int, p: int, half: bool) -> dict[str, Any]:
-    """Heads of a program, channels of a block and warps, for so many rows and groups of so many heads.
+def _tile(programs: int, heads: int, p: int, half: bool, parts: int) -> dict[str, Any]:
+    """Heads of a program, parts of a head, channels of a block and warps, for so many rows and groups of so many heads.
 
-    A batch that fills the GPU hides latency with many programs, a small one by asking for all of a head at once. With
-    half the bytes (``half``) it is instructions that bound the former: few warps repeat fewer of them.
+    A batch that fills the GPU hides latency with many programs, a small one by asking for all of a head at once. Small
+    programs begin while the kernel in front still holds most of each multiprocessor: those of ``parts`` of a head. With
+    half the bytes (``half``) it is instructions that bound a large batch: few warps repeat fewer of them.
     """
     pad = triton.next_power_of_2(p)
-    alone = programs * heads <= FULL
+    alone = parts > 1 or programs * heads <= FULL
     own = 1 if alone else heads
     pad_heads = triton.next_power_of_2(own)
-    block = pad if alone else min(pad, 16 if half else 32)
+    block = pad // parts if alone else min(pad, 16 if half else 32)
     elements = pad_heads * block * pad
     # At least 16 elements a thread: an element of the state that two threads shared would be read after it is written.
     return {
         "HEADS": own,
+        "PARTS": parts,
         "PAD_R": pad_heads,
         "PAD": pad,
         "D": block,
         "EARLY": alone,
-        "num_warps": max(1, min(8 if alone or not half else 4, elements // (16 * 32))),
+        "num_warps": max(1, min(4 if parts > 1 or (not alone and half) else 8, elements // (16 * 32))),
         **({} if alone or torch.version.hip else {"maxnreg": 128}),  # two programs of a multiprocessor, or four
     }
 
 
-def _counters(ssm_state: Tensor, programs: int) -> Tensor:
-    """Zeros, one for each row and group, with which the heads of a group find out which of them is the last.
+def _counters(ssm_state: Tensor, groups: int) -> Tensor:
+    """Zeros, one for each slot and group, with which the programs of a group find out which of them is the last.
 
-    Every pool of states has its own, remembered while it lives: no two steps may change one pool at the same time.
+    Every pool of states has its own, for as long as it lives, since graphs remember where they lie: no two steps may
+    change one pool at the same time.
     """
     counters = _COUNTERS.get(ssm_state)
-    if counters is None or counters.shape[0] < programs:
-        counters = torch.zeros(programs, dtype=torch.int32, device=ssm_state.device)
+    if counters is None:
+        counters = torch.zeros(len(ssm_state), groups, dtype=torch.int32, device=ssm_state.device)
         if not (ssm_state.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph's memory is its own
             _COUNTERS[ssm_state] = counters
     return counters
 
 
-@torch.library.custom_op("mmmamba::mixer_step", mutates_args=("conv_state", "ssm_state", "arrived"))
+@torch.library.custom_op("mmmamba::mixer_step", mutates_args=("conv_state", "ssm_state", "out", "squares", "arrived"))
 def _step(
     vkq: Tensor,
     gate: Tensor,
@@ -271,35 +299,31 @@ def _step(
     positions: Tensor | None,
     frequencies: Tensor | None,
     seed: Tensor | None,
+    out: Tensor,
+    squares: Tensor | None,
     arrived: Tensor,
     eps: float,
     silu: bool,
     qk_norm: bool,
     chained: bool,
-) -> Tensor:
+) -> None:
     b, h, p = vkq.shape[0], A_log.shape[0], norm_weight.shape[0]
     g = (vkq.shape[1] // p - h) // 2
     vkq, gate, dt_raw = (t if t.stride(1) == 1 else t.contiguous() for t in (vkq, gate, dt_raw))
     parameters: list[Any] = [conv_weight, conv_bias, dt_bias, A_log, norm_weight]
     parameters = [None if t is None else t.contiguous() for t in parameters]
     rest = [None if t is None else t.contiguous() for t in (slots, cos, sin, positions, frequencies)]
-    out = torch.empty(b, h * p, dtype=vkq.dtype, device=vkq.device)
     if b:
-        tile = _tile(b * g, h // g, p, ssm_state.dtype == torch.bfloat16)
+        tile = _tile(b * g, h // g, p, ssm_state.dtype == torch.bfloat16, 1 if squares is None else squares.shape[2])
         wide = vkq.dtype == torch.float64
         with on_device(vkq):
-            _step_kernel[(b * g, h // g // tile["HEADS"])](
+            _step_kernel[(b * g, h // g // tile["HEADS"], tile["PARTS"])](
                 vkq, gate, dt_raw, *parameters, conv_state, ssm_state, *rest,
-                seed if ssm_state.dtype == torch.bfloat16 else None, out, arrived, vkq.stride(0),
+                seed if ssm_state.dtype == torch.bfloat16 else None, out, squares, arrived, vkq.stride(0),
                 gate.stride(0), dt_raw.stride(0), EPS=eps, G=g, R=h // g, P=p, K=conv_weight.shape[1], SILU=silu,
-                NORMALISE=qk_norm, WIDE=tl.float64 if wide else tl.float32, **tile, **chain(vkq, chained),
+                NORMALISE=qk_norm, GROUP=triton.next_power_of_2(h // g), WIDE=tl.float64 if wide else tl.float32,
+                **tile, **chain(vkq, chained),
             )  # fmt: skip
-    return out
-
-
-@_step.register_fake
-def _(vkq, gate, *_):
-    return vkq.new_empty(gate.shape)
 
 
 def mixer_step(
@@ -322,26 +346,32 @@ def mixer_step(
     positions: Tensor | None = None,
     frequencies: Tensor | None = None,
     seed: Tensor | None = None,
+    squares: Tensor | None = None,
     chained: bool = False,
 ) -> Tensor:
     """One token of each row of a running batch: see :func:`mmmamba.ops.step.mixer_step`, whose contract this keeps.
 
-    The states must be contiguous. The noise of the stochastic rounding differs from the twin's; it depends on the seed
-    and on the state's place in the pool alone.
+    The states must be contiguous; a head has a power of two of ``squares``. The noise of the stochastic rounding
+    differs from the twin's; it depends on the seed and on the state's place in the pool alone.
 
     Raises:
-        ValueError: for shapes that do not fit together, or states that are not contiguous.
+        ValueError: for shapes that do not fit together, or states or squares that are not contiguous.
     """
     check_step(
         vkq, gate, dt_raw, conv_weight, conv_bias, dt_bias, A_log, norm_weight, conv_state, ssm_state, slots, rotation,
-        positions, frequencies, activation,
+        positions, frequencies, squares, activation,
     )  # fmt: skip
-    for name, state in (("conv_state", conv_state), ("ssm_state", ssm_state)):
-        if not state.is_contiguous():
-            raise ValueError(f"mixer_step: {name} must be contiguous, it has strides {state.stride()}")
+    for name, tensor in (("conv_state", conv_state), ("ssm_state", ssm_state), ("squares", squares)):
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"mixer_step: {name} must be contiguous, it has strides {tensor.stride()}")
+    if squares is not None and squares.shape[2] & (squares.shape[2] - 1):
+        raise ValueError(f"mixer_step: a head has {squares.shape[2]} squares, the kernel needs a power of two")
     cos, sin = rotation if rotation is not None else (None, None)
-    return _step(
+    groups = (vkq.shape[1] // norm_weight.shape[0] - ssm_state.shape[1]) // 2
+    out = gate.new_empty(gate.shape, dtype=vkq.dtype if squares is None else squares.dtype)
+    _step(
         vkq, gate, dt_raw, conv_weight, conv_bias, dt_bias, A_log, norm_weight, conv_state, ssm_state, slots, cos, sin,
-        positions, frequencies, seed, _counters(ssm_state, vkq.shape[0] * ssm_state.shape[1]), eps,
+        positions, frequencies, seed, out, squares, _counters(ssm_state, groups), eps,
         activation == "silu", qk_norm, chained,
     )  # fmt: skip
+    return out
