@@ -77,6 +77,11 @@ def check_step(
         raise ValueError(f"conv activation must be 'silu' or 'none', got {activation!r}")
 
 
+def heads_dtype(vkq: Tensor, squares: Tensor | None) -> torch.dtype:
+    """The format in which :func:`mixer_step` gives the heads."""
+    return torch.float32 if squares is not None and vkq.dtype == torch.float16 else vkq.dtype
+
+
 def mixer_step(
     vkq: Tensor,
     gate: Tensor,
@@ -118,12 +123,13 @@ def mixer_step(
         seed: (1,) int64 on the device: a bfloat16 ssm_state is rounded stochastically, with other noise for every other
             seed (change it every step, also between the replays of a graph). None rounds to the nearest.
         squares: (b, h, parts) float32 at least, written: each head's sum of squares, in parts that add up to it. Where
-            given, the norm's division is left to who reads the heads (``linear_step``), which come in its format: so
-            that no part of a head has to wait for the others.
+            given, the norm's division is left to who reads the heads (``linear_step``), so that no part of a head has
+            to wait for the others.
         chained: only vkq, gate and dt_raw may come from the kernel that was launched last; see ``linear_step``.
 
     Returns:
-        the gated heads (b, h·p) in vkq's dtype; with ``squares`` in theirs, not divided by their root mean square.
+        the gated heads (b, h·p) in vkq's dtype. With ``squares`` they are not divided by their root mean square, and
+        float32 instead of float16, whose range they may leave.
 
     Raises:
         ValueError: for shapes that do not fit together, or a float16 ssm_state; the message names the tensor.
@@ -210,5 +216,5 @@ def mixer_step_torch(
     else:
         heads = y.to(wide) * norm_weight.to(wide) * F.silu(gates.to(wide))
         squares.zero_()[rows, :, 0] = y.to(wide).square().sum(-1)
-    out = vkq.new_zeros(vkq.shape[0], h * p, dtype=vkq.dtype if squares is None else wide)
+    out = vkq.new_zeros(vkq.shape[0], h * p, dtype=heads_dtype(vkq, squares))
     return out.index_copy(0, rows, heads.flatten(1).to(out.dtype))

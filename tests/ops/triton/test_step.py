@@ -86,6 +86,17 @@ def test_every_option(k, activation, qk_norm, turned, biased, slots, shift):
     compare((vkq, gate, dt_raw + shift), named, 1e-11)
 
 
+def test_rotates_by_the_angles_of_a_long_context(device):
+    """As exactly a million tokens behind the beginning as at it: against float64 of the same float32 angles."""
+    inputs, named = draw(device=device)
+    positions = torch.tensor([1_048_575, 9_999_991, 3], device=device)
+    frequencies = (1 / 1e4 ** (torch.arange(8) / 8)).to(device)
+    angles = (positions.float()[:, None] * frequencies).double()
+    ours, *_ = run(kernel, inputs, {**named, "positions": positions, "frequencies": frequencies})
+    truth, *_ = run(twin, inputs, {**named, "rotation": (angles.cos(), angles.sin())}, widened=True)
+    assert (ours - truth).norm() <= TOLERANCE[torch.float32] * truth.norm()
+
+
 @pytest.mark.parametrize("parts", [1, 2, 8])
 @pytest.mark.parametrize(("h", "g", "p", "k"), [(4, 2, 32, 2), (3, 1, 24, 4), (2, 2, 16, 3)])
 def test_heads_in_parts_and_the_norm_left_to_the_next_map(h, g, p, k, parts, device):
@@ -100,6 +111,7 @@ def test_heads_in_parts_and_the_norm_left_to_the_next_map(h, g, p, k, parts, dev
     truth, *_ = run(twin, inputs, {**named, "squares": expected})
     torch.testing.assert_close(heads, truth, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(squares.sum(-1), expected[..., 0], rtol=1e-5, atol=0)
+    assert run(kernel, [t.half() for t in inputs], {**named, "squares": squares.clone()})[0].dtype == torch.float32
     inverse = (squares.sum(-1, keepdim=True) / p + 1e-5).rsqrt()
     torch.testing.assert_close((heads.unflatten(1, (h, p)) * inverse).flatten(1), normed, rtol=1e-5, atol=1e-6)
 

@@ -18,8 +18,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mmmamba.ops.attend import check_attend
 from mmmamba.ops.triton import chain, interpreted, on_device
+from mmmamba.ops.triton.angle import cos_sin
 
-BLOCK, WARPS, STAGES = 64, 4, 3
+BLOCK, WARPS, STAGES = 64, 4, 2
 FULL = 528  # programs that fill a GPU
 SPLITS = 128  # at most
 
@@ -53,8 +54,8 @@ def _split_kernel(
     at_p = tl.arange(0, P)
     angle = tl.load(frequencies + at_p % (P // 2)).to(tl.float32)
     angle *= position.to(tl.float32)
-    cosine = tl.cos(angle)
-    sine = tl.where(at_p < P // 2, -tl.sin(angle), tl.sin(angle))
+    cosine, sine = cos_sin(angle)
+    sine = tl.where(at_p < P // 2, -sine, sine)
     if CHAINS:
         gdc_wait()  # what follows reads what the kernel in front has written
     new = qkv + row.to(tl.int64) * qkv_stride

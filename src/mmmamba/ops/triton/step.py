@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mmmamba.ops.step import check_step
+from mmmamba.ops.step import check_step, heads_dtype
 from mmmamba.ops.triton import chain, on_device
+from mmmamba.ops.triton.angle import cos_sin
 
 ROUNDS = tl.constexpr(7)  # of Philox, whose authors found 7 to pass every test
 FULL = 264  # programs that fill a GPU: two for each of an H100's multiprocessors
@@ -165,8 +166,7 @@ def _step_kernel(
     if positions is not None:
         angle = tl.load(frequencies + n % (P // 2), mask=n < P, other=0.0)
         angle *= tl.load(positions + row).to(angle.dtype)
-        cosine = tl.cos(angle)
-        sine = tl.sin(angle)
+        cosine, sine = cos_sin(angle)
     elif cos is not None:
         cosine = tl.load(cos + row * (P // 2) + n % (P // 2), mask=n < P, other=0.0).to(WIDE)
         sine = tl.load(sin + row * (P // 2) + n % (P // 2), mask=n < P, other=0.0).to(WIDE)
@@ -368,7 +368,7 @@ def mixer_step(
         raise ValueError(f"mixer_step: a head has {squares.shape[2]} squares, the kernel needs a power of two")
     cos, sin = rotation if rotation is not None else (None, None)
     groups = (vkq.shape[1] // norm_weight.shape[0] - ssm_state.shape[1]) // 2
-    out = gate.new_empty(gate.shape, dtype=vkq.dtype if squares is None else squares.dtype)
+    out = gate.new_empty(gate.shape, dtype=heads_dtype(vkq, squares))
     _step(
         vkq, gate, dt_raw, conv_weight, conv_bias, dt_bias, A_log, norm_weight, conv_state, ssm_state, slots, cos, sin,
         positions, frequencies, seed, out, squares, _counters(ssm_state, groups), eps,
