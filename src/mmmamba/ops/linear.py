@@ -1,8 +1,8 @@
 """Linear maps: several of the same tokens side by side; and of one token, with what stands before and behind it.
 
-A decoding step is little else than the latter. With a single row a product reads its whole matrix for two operations an
-element. Whatever else the step does with the row (norm, bias, residual, SwiGLU) is then free, if it is done in the same
-launch; and a matrix of half the bytes takes half the time.
+A decoding step is little else than the latter. With a token, or a few, a product reads its whole matrix for a few
+operations an element. Whatever else the step does with them (norm, bias, residual, SwiGLU) is then free, if it is done
+in the same launch; and a matrix of half the bytes takes half the time.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from mmmamba.ops.swiglu import swiglu as gated
 from mmmamba.ops.triton import SIZES, serves
 
 WIDEST = 16_384  # inputs of a map: a program of the kernel holds whole rows
+TOKENS = 2  # that the kernel serves: with more, the library's products are as good
+INT8_TOKENS = 8  # the same of int8 weights, which the library has no product for
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,9 +52,9 @@ def linear_step(
         x: (b, k).  weight: (n, k), in x's dtype, or int8 with a ``scale``.  bias: (n,) or None.
         scale: (n,) float32 that each row of int8 weights is multiplied by (:func:`quantize_rows`).
         norm: (k,) weight of the RMSNorm in front, none when absent.  eps: of the norm.
-        squares: (b, h, parts) sums of squares of the h heads that x is made of, in parts that add up: x is in their
-            dtype, and each head still to be divided by its root mean square (:func:`mmmamba.ops.step.mixer_step`).
-            There is no norm then, and there is a residual.
+        squares: (b, h, parts) sums of squares of the h heads that x is made of, in parts that add up: each head is
+            still to be divided by its root mean square (:func:`mmmamba.ops.step.mixer_step`). There is no norm then,
+            and there is a residual, whose dtype need not be x's.
         residual: (b, n) that is added to, in place; it is returned then.
         swiglu: ``weight`` holds n/2 rows of the gate, then n/2 of the other half; there is no residual then.
         chained: only x, its squares and the residual may come from the kernel that was launched last: on a GPU that
@@ -81,20 +83,18 @@ def linear_step(
             raise ValueError(f"linear_step: {name} has shape {tuple(tensor.shape)}, expected {shape}")
     if squares is not None:
         heads = squares.shape[1]
-        if squares.ndim != 3 or len(squares) != b or not heads or k % heads or x.dtype != squares.dtype:
-            raise ValueError(
-                f"linear_step: squares is {str(squares.dtype)[6:]} {tuple(squares.shape)}, x {str(x.dtype)[6:]} {b, k}"
-            )
+        if squares.ndim != 3 or len(squares) != b or not heads or k % heads:
+            raise ValueError(f"linear_step: squares has shape {tuple(squares.shape)}, x {(b, k)}")
         if norm is not None or residual is None:
             raise ValueError("linear_step: squares stand for the norm, and need a residual")
     if swiglu and (n % 2 or residual is not None):
         raise ValueError("linear_step: swiglu needs an even number of rows and no residual")
     if (scale is None) != weight.is_floating_point():
         raise ValueError(f"linear_step: weight is {str(weight.dtype)[6:]}, a scale belongs to int8 and to nothing else")
-    # From two rows on, the library's products are as good.
     alike = (x if residual is None else residual).dtype == weight.dtype or scale is not None
     whole = squares is None or k // squares.shape[1] in SIZES["head_dim"]
-    if b == 1 and k <= WIDEST and x.is_cuda and alike and whole and serves(x, weight, bias, scale, norm, residual):
+    few = 1 <= b <= (TOKENS if scale is None else INT8_TOKENS) and k <= WIDEST
+    if few and alike and whole and serves(x, weight, bias, scale, norm, residual):
         from mmmamba.ops.triton.linear import linear_step as kernel
 
         return kernel(x, weight, bias, **options, chained=chained)

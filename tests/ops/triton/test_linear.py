@@ -1,4 +1,4 @@
-"""The one-row linear map against the twin in float64."""
+"""The linear map of few tokens against the twin in float64."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ LIMITS = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 1e-3}
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
+    tokens=st.integers(1, 8),
     k=st.one_of(st.integers(1, 600), st.sampled_from([2048, 5000])),
     n=st.integers(3, 40),
     biased=st.booleans(),
@@ -23,18 +24,18 @@ LIMITS = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 1e-3}
     int8=st.booleans(),
     dtype=st.sampled_from(list(LIMITS)),
 )
-def test_equals_the_twin(device, k, n, biased, normed, behind, int8, dtype):
+def test_equals_the_twin(device, tokens, k, n, biased, normed, behind, int8, dtype):
     n += n % 2 if behind == "swiglu" else 0
     generator = torch.Generator().manual_seed(k * 97 + n)
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
-    x, weight = draw(1, k), draw(n, k)
+    x, weight = draw(tokens, k), draw(n, k)
     options = {
         "bias": draw(n) if biased else None,
         "norm": draw(k) if normed else None,
-        "residual": draw(1, n) if behind == "residual" else None,
+        "residual": draw(tokens, n) if behind == "residual" else None,
     }
     if int8:
         weight, options["scale"] = quantize_rows(weight)
@@ -50,11 +51,11 @@ def test_equals_the_twin(device, k, n, biased, normed, behind, int8, dtype):
 @pytest.mark.parametrize(("heads", "p", "parts"), [(4, 32, 4), (3, 16, 1), (1, 64, 2)])
 def test_heads_that_are_still_to_be_normalised(heads, p, parts, int8, device):
     torch.manual_seed(heads)
-    x, weight = torch.randn(1, heads * p, device=device), torch.randn(9, heads * p, device=device)
-    squares, residual = torch.rand(1, heads, parts, device=device), torch.randn(1, 9, device=device)
+    x, weight = torch.randn(2, heads * p, device=device), torch.randn(9, heads * p, device=device)
+    squares, residual = torch.rand(2, heads, parts, device=device), torch.randn(2, 9, device=device)
     weight, scale = quantize_rows(weight) if int8 else (weight, None)
     plain = linear_step_torch(
-        (x.view(1, heads, p) / (squares.sum(-1, keepdim=True) / p + 1e-5).sqrt()).view(1, -1), weight, scale=scale
+        (x.view(2, heads, p) / (squares.sum(-1, keepdim=True) / p + 1e-5).sqrt()).view(2, -1), weight, scale=scale
     )
     for function in (linear_step_torch, kernels.linear_step):
         ours = function(x, weight, scale=scale, squares=squares, eps=1e-5, residual=residual.clone())
@@ -110,7 +111,7 @@ def test_refuses_what_does_not_fit():
         linear_step(x, weight, norm=torch.ones(3))
     with pytest.raises(ValueError, match="even"):
         linear_step(x, weight, swiglu=True)
-    with pytest.raises(ValueError, match="squares is float32"):
+    with pytest.raises(ValueError, match="squares has shape"):
         linear_step(x, weight, squares=torch.ones(1, 3, 1), residual=torch.ones(1, 3))
     with pytest.raises(ValueError, match="stand for the norm"):
         linear_step(x, weight, squares=torch.ones(1, 2, 1))
@@ -118,5 +119,5 @@ def test_refuses_what_does_not_fit():
         kernels.linear_step(x, weight, squares=torch.ones(1, 2, 3), residual=torch.ones(1, 3))
     with pytest.raises(ValueError, match="int8"):
         linear_step(x, weight.to(torch.int8))
-    with pytest.raises(ValueError, match="one row"):
-        kernels.linear_step(x.repeat(2, 1), weight)
+    with pytest.raises(ValueError, match="1 to 8 tokens"):
+        kernels.linear_step(x.repeat(9, 1), weight)
