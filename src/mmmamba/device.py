@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from mmmamba.errors import UserError
 
 #: How an allocation that failed says so, where it is no OutOfMemoryError: cuBLAS's workspace, the CPU's allocator.
 FULL = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory", "not enough memory")
+
+
+TOGETHER = 64 * 2**20  # bytes that travel at once: so much is gathered on the device, and pinned on the host
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -57,6 +61,39 @@ def is_full(error: BaseException) -> bool:
         return True
     before = error.__cause__ or error.__context__
     return before is not None and is_full(before)
+
+
+def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of one device on the CPU: small ones travel together, since each journey takes its time."""
+    found: dict[int, Tensor] = {}
+    for journey in _journeys(tensors):
+        load = [tensors[i].detach().contiguous().reshape(-1).view(torch.uint8) for i in journey]
+        whole = load[0] if len(load) == 1 else torch.cat(load)
+        here = host_bytes(whole.numel()).copy_(whole)
+        for i, part in zip(journey, here.split([part.numel() for part in load]), strict=True):
+            found[i] = part.view(tensors[i].dtype).view(tensors[i].shape)
+    return [found[i] for i in range(len(tensors))]
+
+
+def host_bytes(count: int) -> Tensor:
+    """So many bytes on the CPU, of any value; next to a GPU those that it reaches fastest, if they are not too many.
+
+    PyTorch keeps such memory when it is let go: the next who asks need not wait until the system has found new pages.
+    """
+    return torch.empty(count, dtype=torch.uint8, pin_memory=torch.cuda.is_initialized() and count <= TOGETHER)
+
+
+def _journeys(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
+    """The numbers of tensors that travel together: wide ones first, so that each begins where its kind may."""
+    order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())
+    load: list[int] = []
+    for i in order:
+        if load and sum(tensors[j].nbytes for j in [*load, i]) > TOGETHER:
+            yield load
+            load = []
+        load.append(i)
+    if load:
+        yield load
 
 
 def release(device: torch.device) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mmmamba.checkpoints import fingerprint, load, read_json, read_safetensors, save_hovle, write_atomically
-from mmmamba.checkpoints.io import write_safetensors
+from mmmamba.checkpoints.io import read_with_metadata, write_safetensors
 from mmmamba.errors import UserError
 
 
@@ -134,6 +135,22 @@ def test_tensors_that_share_memory_are_written_apart(tmp_path: Path) -> None:
     read = read_safetensors(tmp_path / "x.safetensors")
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
     assert (tmp_path / "x.safetensors").stat().st_size < 1000
+
+
+def test_a_file_of_ours_is_read_by_the_formats_own_library_and_the_other_way_round(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    dtypes = (torch.bool, torch.int8, torch.bfloat16, torch.float32, torch.int64, torch.float64)
+    tensors = {f"x.{i}": torch.randint(0, 2, (3, i)).to(dtype) for i, dtype in enumerate(dtypes)}
+    tensors["scalar"] = torch.tensor(2.5)
+    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
+    write_safetensors(ours, tensors, {"a": "é\n"})
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, theirs, {"a": "é\n"})
+    for path in (ours, theirs):
+        for found in (load_file(path), read_with_metadata(path)[0]):
+            assert found.keys() == tensors.keys()
+            for name, tensor in tensors.items():
+                assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+        assert read_with_metadata(path)[1] == {"a": "é\n"}
 
 
 def test_a_folder_with_other_things_in_it_is_not_replaced(tiny_model, tmp_path: Path) -> None:

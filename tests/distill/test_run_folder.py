@@ -165,7 +165,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(io, "save_file", full)
+    monkeypatch.setattr(io, "_write", full)
     with pytest.raises(UserError, match="stage1-step0000004: not written: No space left on device"):
         run.save_step("stage1", 4, tensors(4))
     with pytest.raises(UserError, match="stage1: not written"):

@@ -12,13 +12,14 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from mmmamba.device import host_bytes
 from mmmamba.errors import UserError
 
 CONFIG = "config.json"
@@ -63,9 +64,24 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_with_metadata(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of one safetensors file, each in memory of its own, and the texts in its header."""
-    with _opened(Path(path)) as stored:
-        return {name: stored.get_tensor(name).clone() for name in stored.keys()}, stored.metadata() or {}
+    """The tensors of one safetensors file, read at once into memory that they share, and the texts in its header."""
+    path = Path(path)
+    with _opened(path) as stored:  # the header is sound, and the file as long as it says
+        texts = stored.metadata() or {}
+        whole = host_bytes(path.stat().st_size)
+        with path.open("rb", buffering=0) as file:  # quicker than page by page through the map
+            unread = whole.numpy().data
+            while unread and (count := file.readinto(unread)):
+                unread = unread[count:]
+    begin = 8 + int.from_bytes(whole[:8].numpy().tobytes(), "little")
+    tensors = {}
+    for name, entry in json.loads(whole[8:begin].numpy().tobytes()).items():
+        if name != "__metadata__":
+            dtype, (first, last) = _DTYPES[entry["dtype"]], entry["data_offsets"]
+            part = whole[begin + first : begin + last]
+            part = part.clone() if (begin + first) % dtype.itemsize else part
+            tensors[name] = part.view(dtype).view(entry["shape"])
+    return tensors, texts
 
 
 class Weights(Mapping[str, Tensor]):
@@ -140,6 +156,7 @@ _DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @contextlib.contextmanager
@@ -351,22 +368,31 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors in order of their names; each gets its own storage, as the format asks.
+    """Write tensors as the format has them: a header of JSON, then the bytes, the widest numbers first.
 
     ``metadata`` are texts for the header, by default the mark by which transformers knows a file of PyTorch tensors.
     """
-    seen: set[int] = set()
-    own: dict[str, Tensor] = {}
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        storage = tensor.untyped_storage()
-        alone = storage.data_ptr() not in seen and storage.nbytes() == tensor.numel() * tensor.element_size()
-        own[name] = tensor if alone else tensor.clone()
-        seen.add(own[name].untyped_storage().data_ptr())
-    path.touch()
-    mode = path.stat().st_mode  # as the user's umask has it: safetensors would let nobody else read the file
-    save_file(own, path, metadata={"format": "pt"} if metadata is None else dict(metadata))
-    path.chmod(mode)
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # each begins where its kind may
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} if metadata is None else dict(metadata)}
+    end = 0
+    for name in order:
+        begin, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        entry = {"dtype": _NAMES[tensors[name].dtype], "shape": list(tensors[name].shape)}
+        header[name] = {**entry, "data_offsets": [begin, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb", buffering=0) as file:
+        _write(file, len(text).to_bytes(8, "little"))
+        _write(file, text)
+        for name in order:
+            _write(file, tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _write(file: IO[bytes], data: bytes | memoryview) -> None:
+    """All of some bytes: one call may write less."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 class ShardWriter:

@@ -137,7 +137,8 @@ def save_session(path: str | Path, chat: Chat) -> Path:
     )
     content, tensors = {"version": VERSION, **to_dict(header)}, _tensors(past.state.to("cpu"))
     text = _json({**content, "sha256": digest([_json(content)], tensors)})
-    size = len(_json(text).encode())  # as a text in the header, which is JSON too
+    # As a text in the header, which is JSON too. A character takes six bytes at most: no need to look at short ones.
+    size = len(_json(text).encode()) if 6 * len(text) > MAX_HEADER else 0
     if size > MAX_HEADER:
         raise UserError(f"{path}: not saved: the transcript takes {size:,} bytes, at most {MAX_HEADER:,} fit")
     return write_atomically(path, lambda temporary: write_safetensors(temporary, tensors, {HEADER: text}))

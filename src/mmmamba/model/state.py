@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmmamba.device import to_host
+
 
 @dataclass(frozen=True)
 class KVState:
@@ -68,9 +70,7 @@ class State:
     @property
     def nbytes(self) -> int:
         """Bytes that the state holds."""
-        tensors = [getattr(layer, f.name) for layer in self.layers for f in fields(layer)]
-        tensors += [self.positions] if self.embedded is None else [self.positions, self.embedded]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(t.nbytes for t in self._tensors())
 
     def select(self, rows: Tensor) -> State:
         """The state of some of the sequences: ``rows`` are indices (or a boolean mask) over s."""
@@ -79,7 +79,15 @@ class State:
         return self._map(lambda t: t.index_select(0, rows.to(t.device)))
 
     def to(self, device: torch.device | str) -> State:
+        if torch.device(device).type == "cpu" and self.positions.device.type != "cpu":
+            found = iter(to_host(self._tensors()))
+            return self._map(lambda _: next(found))
         return self._map(lambda t: t.to(device))
+
+    def _tensors(self) -> list[Tensor]:
+        """All tensors, in the order in which :meth:`_map` goes through them."""
+        found = [getattr(layer, f.name) for layer in self.layers for f in fields(layer)]
+        return [*found, self.positions] if self.embedded is None else [*found, self.positions, self.embedded]
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> State:
         return replace(
