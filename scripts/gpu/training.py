@@ -7,13 +7,13 @@
     python scripts/gpu/training.py --geometry nano --device cpu --recipe nano-linear --lengths 256 512 --steps 4
 
 Random weights in the recipe's number formats; rows of one sequence with a tile (256 image tokens) for each 2,048
-tokens, random pixels, random text of which the second half is scored. Up to 8,192 tokens a row is timed: a forward and
-backward pass, and the optimizer's step (clipping and update) apart. The peak is that of a whole step of two rows, with
-gradients and the optimizer's state in memory; beside it stands what ``mmmamba distill --dry-run`` reckons. At the
-greatest timed length steps are taken that must lower the loss. FLOP counted are those of the matrix products that a
-step needs: a frozen matrix 2 a parameter and token forward and 2 for the gradient of its input, a trained one 2 more,
-the causal half of softmax's scores and the recurrence's chunks; what is computed anew is not counted. Prints its table
-last, of all that ``--out`` holds.
+tokens, random pixels, random text of which the second half is scored. Up to 8,192 tokens a row is timed: a forward
+and backward pass, and the optimizer's step (clipping and update) apart. The peak is that of a whole step of two
+rows, with gradients and the optimizer's state in memory; beside it stands what ``mmmamba distill --dry-run``
+reckons. At the greatest timed length the first steps of the recipe, at its rising rate, must lower the loss. FLOP
+counted are those of the matrix products that a step needs: a frozen matrix 2 a parameter and token forward and 2 for
+the gradient of its input, a trained one 2 more, the causal half of softmax's scores and the recurrence's chunks;
+what is computed anew is not counted. Prints its table last, of all that ``--out`` holds.
 """
 
 from __future__ import annotations
@@ -224,11 +224,11 @@ def clock(call: Callable[[], object], device: torch.device, before: Callable[[],
 
 
 def learn(trial: Trial, step: Step, tokens: int, steps: int) -> list[float]:
-    """The losses of so many steps at the recipe's rate, over a few rows in turn."""
+    """The losses of the recipe's first steps, whose rate still rises, over a few rows in turn."""
     rows = [trial.row(tokens, number) for number in range(ROWS)]
     losses = []
     for number in range(steps):
-        found, _ = step([rows[number % len(rows)]], trial.config.lr)
+        found, _ = step([rows[number % len(rows)]], trial.config.lr * trial.config.factor(number))
         losses.append(float(found["loss"]))
     return losses
 
