@@ -86,6 +86,7 @@ def main() -> None:
         print(kind, label, values.get("timing", values), flush=True)
 
     length = 512 if small else 103_424
+    call: Callable[[], Any] | None = None
     subjects = {subject.kind: subject for subject in random_subjects(args.geometry)}
     with torch.no_grad():
         for kind in kinds:
@@ -97,10 +98,6 @@ def main() -> None:
             if "decode" in what:
                 for context in contexts:
                     note(f"decode, batch 1, context {context:,}", partial(decode, model, context=context))
-            if "int8" in what:
-                model.int8_steps = True
-                note(f"decode, batch 1, context {length:,}, int8", partial(decode, model, context=length))
-                model.int8_steps = False
             if "batch" in what and kind == "linear":
                 for batch in (8,) if small else (256, 1024):
                     for state in (torch.float32, torch.bfloat16):
@@ -115,7 +112,11 @@ def main() -> None:
             if "session" in what and kind == "linear":
                 call = partial(time_session, model, length=length, chunk=args.chunk)
                 note(f"session of {length:,}", call)
-            del model
+            if "int8" in what:  # the last: its copies of the weights stay as long as the model
+                model.int8_steps = True
+                note(f"decode, batch 1, context {length:,}, int8", partial(decode, model, context=length))
+            del model, note
+            call = None  # it holds the model too
             release(device)
     if args.out:
         name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
