@@ -182,20 +182,35 @@ def test_mme_retention_is_the_ratio_of_scores(
     assert report.model("s").mean.extra["perception"] == pytest.approx(125)
 
 
-def test_int8_weights_get_a_row_of_their_own_which_decodes_with_them(
-    nano_data: Path, teacher: Loaded, student: Loaded, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("attribute", "option", "row"),
+    [("int8_steps", "int8", "s, int8"), ("half_states", "half_states", "s, bfloat16 states")],
+)
+def test_cheaper_steps_get_a_row_of_their_own_which_decodes_with_them(
+    attribute: str,
+    option: str,
+    row: str,
+    nano_data: Path,
+    teacher: Loaded,
+    student: Loaded,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    scripted(monkeypatch, lambda loaded, prompt: "1" if loaded.model.int8_steps else "2")
+    scripted(monkeypatch, lambda loaded, prompt: "1" if getattr(loaded.model, attribute) else "2")
     suite = nano_suite(nano_data, limit=1)
-    report = compare({"t": teacher, "s": student}, suite, against={"s": "t"}, int8=["s"])
-    assert [(m.label, m.against) for m in report.models] == [("t", None), ("s", "t"), ("s, int8", "t"), ("blind", "t")]
-    assert not student.model.int8_steps
-    rounded, own = report.model("s, int8"), report.model("s")
+    report = compare({"t": teacher, "s": student}, suite, against={"s": "t"}, **{option: ["s"]})
+    assert [(m.label, m.against) for m in report.models] == [("t", None), ("s", "t"), (row, "t"), ("blind", "t")]
+    assert not getattr(student.model, attribute)
+    rounded, own = report.model(row), report.model("s")
     assert rounded.mean.nll == own.mean.nll  # likelihoods come from a pass
     said = {label: {one.prediction for one in given} for label, given in report.predictions.items()}
-    assert said == {"t": {"2"}, "s": {"2"}, "s, int8": {"1"}, "blind": {"2"}}
-    with pytest.raises(UserError, match="int8"):
-        compare({"s": student}, suite, int8=["x"])
+    assert said == {"t": {"2"}, "s": {"2"}, row: {"1"}, "blind": {"2"}}
+    with pytest.raises(UserError, match="cannot ask 'x' with"):
+        compare({"s": student}, suite, **{option: ["x"]})
+
+
+def test_a_network_without_states_has_none_in_bfloat16(nano_data: Path, teacher: Loaded) -> None:
+    with pytest.raises(UserError, match="'t' with bfloat16 states: it has no Mamba-2 layer"):
+        compare({"t": teacher}, nano_suite(nano_data, limit=1), half_states=["t"])
 
 
 def test_several_teachers_get_a_blind_row_each(

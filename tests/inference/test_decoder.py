@@ -118,7 +118,10 @@ def test_an_exported_state_goes_on_alone_and_is_changed_by_no_step(model):
 def test_states_in_bfloat16_stay_near_the_others():
     model = build("linear, rotated").float()
     state = begun(model)
-    wide, narrow = (Decoder(model, 4, 60, max_length=40, state_dtype=dtype) for dtype in (None, torch.bfloat16))
+    wide = Decoder(model, 4, 60, max_length=40)
+    model.half_states = True
+    narrow = Decoder(model, 4, 60, max_length=40)
+    assert narrow.layers[0].ssm.dtype == torch.bfloat16
     for decoder in (wide, narrow):
         decoder.admit(torch.arange(4), state)
     for step in range(40):

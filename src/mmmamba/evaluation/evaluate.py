@@ -37,6 +37,7 @@ def evaluate(
     limit: int | None = None,
     blind: bool = True,
     int8: bool = False,
+    half_states: bool = False,
     out: Path | None = None,
     overwrite: bool = False,
     max_new_tokens: int | None = None,
@@ -81,6 +82,8 @@ def evaluate(
         blind: Also ask the teacher (or the model itself) with the pictures blanked, to show what guessing gives.
         int8: Ask the model once more with the tokens of its answers decoded from weights rounded to int8, to show what
             that costs.
+        half_states: Ask the model once more with the states of its Mamba-2 layers kept in bfloat16 between the tokens
+            of an answer, which large batches gain from, to show what that costs.
         out: The folder for the results. Default: runs/eval-MODEL.
         overwrite: Replace another evaluation's results in that folder.
         max_new_tokens: Longest answer, in tokens. Default: 16 in the nano suite, 64 for your own data.
@@ -101,8 +104,8 @@ def evaluate(
     request = {
         "models": {name: str(path) for name, path in models.items()},
         "questions": str(data) if data else suite, "metric": metric, "abilities": list(abilities), "limit": limit,
-        "blind": blind, "int8": int8, "max_new_tokens": max_new_tokens, "on_bad_sample": on_bad_sample,
-        "device": device, "dtype": dtype, "seed": seed,
+        "blind": blind, "int8": int8, "half_states": half_states, "max_new_tokens": max_new_tokens,
+        "on_bad_sample": on_bad_sample, "device": device, "dtype": dtype, "seed": seed,
     }  # fmt: skip
     check_folder(folder, request, overwrite)
     for path in models.values():
@@ -119,8 +122,8 @@ def evaluate(
         )  # fmt: skip
     report = compare(
         models, questions, against={label: list(models)[1]} if against else {}, blind=blind,
-        int8=[label] if int8 else (), on_bad_sample=on_bad_sample, batch_tokens=batch_tokens, device=device,
-        dtype=dtype, seed=seed, request=request,
+        int8=[label] if int8 else (), half_states=[label] if half_states else (), on_bad_sample=on_bad_sample,
+        batch_tokens=batch_tokens, device=device, dtype=dtype, seed=seed, request=request,
     )  # fmt: skip
     results = write_report(report, folder)
     console = Console()
@@ -136,6 +139,7 @@ def compare(
     against: Mapping[str, str] | None = None,
     blind: bool | Sequence[str] = True,
     int8: Sequence[str] = (),
+    half_states: Sequence[str] = (),
     on_bad_sample: OnBadSample = "stop",
     batch_tokens: int = 8192,
     device: str = "auto",
@@ -153,6 +157,7 @@ def compare(
         blind: labels to ask once more with the pictures blanked. True: every teacher, or the first model where there
             is none. The rows are called "blind", or "LABEL, blind" where there are several.
         int8: labels to ask once more with the tokens of answers decoded from weights rounded to int8: "LABEL, int8".
+        half_states: labels to ask once more with SSM states in bfloat16 between those tokens: "LABEL, bfloat16 states".
         request: what was asked for, kept in the results; the arguments of this call when omitted.
 
     Returns:
@@ -166,19 +171,25 @@ def compare(
     if not suite.items:
         raise UserError(f"{suite.source}: no question to ask")
     blinded = _blinded(models, against, blind)
-    if strangers := [label for label in int8 if label not in models]:
-        raise UserError(f"cannot ask '{strangers[0]}' with int8 weights: models are {', '.join(models)}")
+    for what, labels in (("int8 weights", int8), ("bfloat16 states", half_states)):
+        if strangers := [label for label in labels if label not in models]:
+            raise UserError(f"cannot ask '{strangers[0]}' with {what}: models are {', '.join(models)}")
     rows: list[Row] = []
     for label, model in models.items():
         loaded = model if isinstance(model, Loaded) else load_model(model, device=device, dtype=dtype)
         path = "(in memory)" if isinstance(model, Loaded) else str(model)
-        rounded = loaded.model.int8_steps
-        runs = [(label, against.get(label), False, rounded)]
+        net, its_teacher = loaded.model, against.get(label)
+        own = net.int8_steps, net.half_states
+        runs = [(label, its_teacher, False, own)]
         if label in int8:
-            runs.append((f"{label}, int8", against.get(label), False, True))
+            runs.append((f"{label}, int8", its_teacher, False, (True, own[1])))
+        if label in half_states:
+            if not net.config.mamba2_layers:
+                raise UserError(f"cannot ask '{label}' with bfloat16 states: it has no Mamba-2 layer")
+            runs.append((f"{label}, bfloat16 states", its_teacher, False, (own[0], True)))
         if label in blinded:
-            runs.append((_blind_label(label, blinded), label, True, rounded))
-        for name, teacher_label, is_blind, loaded.model.int8_steps in runs:
+            runs.append((_blind_label(label, blinded), label, True, own))
+        for name, teacher_label, is_blind, (net.int8_steps, net.half_states) in runs:
             with Progress(name, len(suite.items), console=console) as bar:
                 answers = answer(
                     loaded, suite, blind=is_blind, batch_tokens=batch_tokens, on_bad_sample=on_bad_sample,
@@ -188,16 +199,17 @@ def compare(
             rows.append(
                 Row(label=name, path=path, layers=layers, answers=answers, against=teacher_label, blind=is_blind)
             )
-        loaded.model.int8_steps = rounded
+        net.int8_steps, net.half_states = own
         environment = _environment(loaded)
-        del loaded  # before the next model is read
+        del loaded, net  # before the next model is read
         gc.collect()
     rows.sort(key=lambda row: row.blind)  # blind rows come last; the sort is stable
     return assemble(
         suite, rows, seed=seed, environment=environment,
         request=dict(request) if request is not None else {
             "models": {label: "(in memory)" if isinstance(m, Loaded) else str(m) for label, m in models.items()},
-            "against": against, "blind": blinded, "int8": list(int8), "device": device, "dtype": dtype, "seed": seed,
+            "against": against, "blind": blinded, "int8": list(int8), "half_states": list(half_states),
+            "device": device, "dtype": dtype, "seed": seed,
         },
     )  # fmt: skip
 

@@ -44,8 +44,9 @@ class Decoder:
         capacity: most tokens that a sequence will hold: the length of the softmax layers' caches.
         max_length: the length that dynamic RoPE scaling was fixed for when the sequences' states were made.
         graph: replay steps as CUDA graphs; by default wherever that can be done.
-        state_dtype: of the SSM states (default: float32 at least). bfloat16 halves what a step moves in a large batch;
-            it is rounded stochastically, so that a state does not drift.
+        state_dtype: of the SSM states (default: what the model's ``half_states`` says, else float32 at least).
+            bfloat16 halves what a step moves in a large batch; it is rounded stochastically, so that a state does not
+            drift.
     """
 
     def __init__(
@@ -60,7 +61,8 @@ class Decoder:
     ) -> None:
         config = model.config
         self.model, self.slots, self.capacity, self.max_length = model, slots, capacity, max_length
-        self.graph, self.state_dtype = graphable(model) if graph is None else graph, state_dtype
+        self.graph = graphable(model) if graph is None else graph
+        self.state_dtype = torch.bfloat16 if state_dtype is None and model.half_states else state_dtype
         # A seed for each layer's rounding, another one in every step.
         self.seeds = torch.arange(config.num_layers, device=model.device)
         # One slot more than asked for: idle rows of a batch write there.

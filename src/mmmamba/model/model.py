@@ -52,6 +52,7 @@ class Model(nn.Module):
         if config.tie_word_embeddings:
             self.head.weight = self.text_embeddings.weight
         self.int8_steps = False  # whether decoding steps read the matrices rounded to int8, half the bytes
+        self.half_states = False  # whether they keep the SSM states in bfloat16, half the bytes
 
     def mixer(self, layer: int) -> Attention | Mamba2:
         """The mixer of global layer ``layer``."""
