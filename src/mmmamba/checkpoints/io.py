@@ -381,6 +381,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         header[name] = {**entry, "data_offsets": [begin, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    path.unlink(missing_ok=True)  # emptied instead, it would take with it tensors that are mapped from it
     with path.open("wb", buffering=0) as file:
         _write(file, len(text).to_bytes(8, "little"))
         _write(file, text)
