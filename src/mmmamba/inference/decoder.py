@@ -65,8 +65,7 @@ class Decoder:
         self.state_dtype = torch.bfloat16 if state_dtype is None and model.half_states else state_dtype
         # A seed for each layer's rounding, another one in every step.
         self.seeds = torch.arange(config.num_layers, device=model.device)
-        self._one = torch.ones(1, dtype=torch.long, device=model.device)
-        # One slot more than asked for: idle rows of a batch count there, which nobody reads.
+        # One slot more than asked for: idle rows of a batch write there.
         self.positions = torch.zeros(slots + 1, dtype=torch.long, device=model.device)
         self.embedded = torch.zeros_like(self.positions) if model.merges_late else self.positions
         # What is counted: one tensor, or two where the embedding stack reads patches in place of tokens.
@@ -150,9 +149,9 @@ class Decoder:
             x = layer.step(x, slots, at[id(layer.counts)], longest)
         logits = self.head(x, norm=model.norm)
         for counts in self._counts:
-            counts.index_add_(0, safe, self._one.expand(len(safe)))
-        if self.state_dtype == torch.bfloat16:
-            self.seeds += len(self.layers)
+            counts.index_add_(0, safe, torch.ones_like(safe))
+            counts[self.slots].zero_()
+        self.seeds += len(self.layers)
         return logits
 
 
