@@ -86,7 +86,6 @@ def main() -> None:
         print(kind, label, values.get("timing", values), flush=True)
 
     length = 512 if small else 103_424
-    call: Callable[[], Any] | None = None
     subjects = {subject.kind: subject for subject in random_subjects(args.geometry)}
     with torch.no_grad():
         for kind in kinds:
@@ -101,22 +100,20 @@ def main() -> None:
             if "batch" in what and kind == "linear":
                 for batch in (8,) if small else (256, 1024):
                     for state in (torch.float32, torch.bfloat16):
-                        call = partial(decode, model, context=1024, batch=batch, state_dtype=state)
-                        note(f"decode, batch {batch}, {str(state)[6:]} state", call)
+                        label = f"decode, batch {batch}, {str(state)[6:]} state"
+                        note(label, partial(decode, model, context=1024, batch=batch, state_dtype=state))
             if "batch" in what and kind == "teacher":
-                call = partial(greatest_batch, model, context=length, budget=None if device.type == "cuda" else 10**9)
-                note(f"decode, greatest batch, context {length:,}", call)
+                label, budget = f"decode, greatest batch, context {length:,}", None if device.type == "cuda" else 10**9
+                note(label, partial(greatest_batch, model, context=length, budget=budget))
             if "prefill" in what:
-                call = partial(read_prompt, model, length=length, chunk=args.chunk, seconds=3.0)
-                note(f"prefill of {length:,}", call)
+                label = f"prefill of {length:,}"
+                note(label, partial(read_prompt, model, length=length, chunk=args.chunk, seconds=3.0))
             if "session" in what and kind == "linear":
-                call = partial(time_session, model, length=length, chunk=args.chunk)
-                note(f"session of {length:,}", call)
+                note(f"session of {length:,}", partial(time_session, model, length=length, chunk=args.chunk))
             if "int8" in what:  # the last: its copies of the weights stay as long as the model
                 model.int8_steps = True
                 note(f"decode, batch 1, context {length:,}, int8", partial(decode, model, context=length))
-            del model, note
-            call = None  # it holds the model too
+            del model
             release(device)
     if args.out:
         name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"

@@ -35,6 +35,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
 from mmmamba import ops
+from mmmamba.inference.decoder import PARTS
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -414,7 +415,7 @@ def run_step(bench: Bench) -> None:
             slots = torch.arange(pool, device=DEVICE, dtype=torch.int32).view(-1, batch)
             calls = max(len(slots), 8)
             # A single row's heads as the decoder wants them: in parts, the norm left to the map behind.
-            shared = {"": None, ", norm left": torch.empty(1, h, 8, device=DEVICE)} if batch == 1 else {"": None}
+            shared = {"": None, ", norm left": torch.empty(1, h, PARTS, device=DEVICE)} if batch == 1 else {"": None}
             pools = options["ssm_state"].view(-1, batch, h, p, p)
             peers = step_peers(update, recurrent, pools) if state == torch.float32 else {}
             goal = {(256, torch.float32): 0.20, (1, torch.float32): 0.004}.get((batch, state))

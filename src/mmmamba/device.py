@@ -87,11 +87,13 @@ def _journeys(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
     """The numbers of tensors that travel together: wide ones first, so that each begins where its kind may."""
     order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())
     load: list[int] = []
+    size = 0
     for i in order:
-        if load and sum(tensors[j].nbytes for j in [*load, i]) > TOGETHER:
+        if load and size + tensors[i].nbytes > TOGETHER:
             yield load
-            load = []
+            load, size = [], 0
         load.append(i)
+        size += tensors[i].nbytes
     if load:
         yield load
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmmamba.checkpoints import fingerprint, load, read_json, read_safetensors, save_hovle, write_atomically
-from mmmamba.checkpoints.io import read_with_metadata, write_safetensors
+from mmmamba.checkpoints.io import Weights, read_with_metadata, write_safetensors
 from mmmamba.errors import UserError
 
 
@@ -151,6 +151,15 @@ def test_a_file_of_ours_is_read_by_the_formats_own_library_and_the_other_way_rou
             for name, tensor in tensors.items():
                 assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
         assert read_with_metadata(path)[1] == {"a": "é\n"}
+
+
+def test_a_number_format_that_is_not_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"odd": torch.zeros(2, dtype=torch.uint16)}, path)
+    for read in (read_with_metadata, lambda file: Weights(file, [file])):
+        with pytest.raises(UserError, match=r"x\.safetensors: tensor 'odd' is U16") as error:
+            read(path)
+        one_line(error)
 
 
 def test_a_folder_with_other_things_in_it_is_not_replaced(tiny_model, tmp_path: Path) -> None:

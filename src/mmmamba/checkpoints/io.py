@@ -69,15 +69,13 @@ def read_with_metadata(path: str | Path) -> tuple[dict[str, Tensor], dict[str, s
     with _opened(path) as stored:  # the header is sound, and the file as long as it says
         texts = stored.metadata() or {}
         whole = host_bytes(path.stat().st_size)
-        with path.open("rb", buffering=0) as file:  # quicker than page by page through the map
-            unread = whole.numpy().data
-            while unread and (count := file.readinto(unread)):
-                unread = unread[count:]
+        with path.open("rb") as file:  # quicker than page by page through the map
+            file.readinto(whole.numpy().data)
     begin = 8 + int.from_bytes(whole[:8].numpy().tobytes(), "little")
     tensors = {}
     for name, entry in json.loads(whole[8:begin].numpy().tobytes()).items():
         if name != "__metadata__":
-            dtype, (first, last) = _DTYPES[entry["dtype"]], entry["data_offsets"]
+            dtype, (first, last) = _dtype(path, name, entry["dtype"]), entry["data_offsets"]
             part = whole[begin + first : begin + last]
             part = part.clone() if (begin + first) % dtype.itemsize else part
             tensors[name] = part.view(dtype).view(entry["shape"])
@@ -143,7 +141,10 @@ class Weights(Mapping[str, Tensor]):
             return {name: (tensor.shape, tensor.dtype) for name, tensor in self._unpickled(file).items()}
         with _opened(file) as stored:
             parts = {name: stored.get_slice(name) for name in stored.keys()}
-            return {name: (torch.Size(part.get_shape()), _DTYPES[part.get_dtype()]) for name, part in parts.items()}
+            return {
+                name: (torch.Size(part.get_shape()), _dtype(file, name, part.get_dtype()))
+                for name, part in parts.items()
+            }
 
     def _unpickled(self, file: Path) -> dict[str, Tensor]:
         if self._pickle is None or self._pickle[0] != file:
@@ -157,6 +158,12 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def _dtype(path: Path, name: str, told: str) -> torch.dtype:
+    if told not in _DTYPES:
+        raise UserError(f"{path}: tensor '{name}' is {told}, which this mmmamba does not read")
+    return _DTYPES[told]
 
 
 @contextlib.contextmanager
