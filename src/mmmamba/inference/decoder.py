@@ -24,7 +24,7 @@ from mmmamba.model.mamba2 import Mamba2
 from mmmamba.model.model import Model
 from mmmamba.model.rope import inverse_frequencies
 from mmmamba.model.state import KVState, LayerState, MambaState, State
-from mmmamba.ops import attend_step, linear_step, mixer_step, quantize_rows
+from mmmamba.ops import attend_step, begin_step, linear_step, mixer_step, quantize_rows
 from mmmamba.ops.triton import why_not
 
 WARM_UP = 2  # steps of a batch size before it is captured
@@ -65,11 +65,9 @@ class Decoder:
         self.state_dtype = torch.bfloat16 if state_dtype is None and model.half_states else state_dtype
         # A seed for each layer's rounding, another one in every step.
         self.seeds = torch.arange(config.num_layers, device=model.device)
-        # One slot more than asked for: idle rows of a batch write there.
-        self.positions = torch.zeros(slots + 1, dtype=torch.long, device=model.device)
-        self.embedded = torch.zeros_like(self.positions) if model.merges_late else self.positions
-        # What is counted: one tensor, or two where the embedding stack reads patches in place of tokens.
-        self._counts = [self.positions, self.embedded] if model.merges_late else [self.positions]
+        # What is counted of each slot; in a row of its own where the embedding stack reads patches in place of tokens.
+        self._counts = torch.zeros(1 + model.merges_late, slots, dtype=torch.long, device=model.device)
+        self.positions, self.embedded = self._counts[0], self._counts[-1]
         self.longest = 0  # no sequence of the pool is longer; known on the host
         self.layers: list[_Mamba2Layer | _AttentionLayer] = []
         for layer in model.layers:
@@ -140,18 +138,15 @@ class Decoder:
 
     def _step(self, tokens: Tensor, slots: Tensor) -> Tensor:
         model = self.model
-        safe = torch.where(slots < 0, self.slots, slots)
-        x = model.embed(tokens[None])[0]
-        at = {id(counts): counts[safe] for counts in self._counts}
+        special = None if model.special_embeddings is None else model.special_embeddings.weight
+        x, at = begin_step(tokens, slots, model.text_embeddings.weight, self._counts, special=special)
         # The host knows how long the longest sequence is, but a graph is made for all lengths.
         longest = None if self.graph else self.longest
         for layer in self.layers:
-            x = layer.step(x, slots, at[id(layer.counts)], longest)
+            x = layer.step(x, slots, at[layer.stack], longest)
         logits = self.head(x, norm=model.norm)
-        for counts in self._counts:
-            counts.index_add_(0, safe, torch.ones_like(safe))
-            counts[self.slots].zero_()
-        self.seeds += len(self.layers)
+        if self.state_dtype == torch.bfloat16:
+            self.seeds += len(self.layers)
         return logits
 
 
@@ -208,7 +203,7 @@ class _Map:
 
 
 class _Layer(ABC):
-    """What every layer has around its mixer. ``counts``: the tokens that its stack has seen of each slot."""
+    """What every layer has around its mixer. ``counts``: the tokens that its stack (0, or -1) has seen of each slot."""
 
     def __init__(self, layer: Layer, decoder: Decoder, projections: Sequence[nn.Linear]) -> None:
         model, mixer, mlp = decoder.model, layer.mixer, layer.mlp
@@ -218,7 +213,8 @@ class _Layer(ABC):
         self.gate_up = _Map(model, [mlp.gate, mlp.up])
         self.down = _Map(model, [mlp.down])
         self.first = layer.index == 0  # behind the embedding, which is no part of the chain
-        self.counts = decoder.embedded if layer.index < model.config.embedding.num_layers else decoder.positions
+        self.stack = -1 if layer.index < model.config.embedding.num_layers else 0
+        self.counts = decoder._counts[self.stack]
 
     def step(self, x: Tensor, slots: Tensor, at: Tensor, longest: int | None) -> Tensor:
         """Rows x (b, d) through the layer, in place.
@@ -248,9 +244,8 @@ class _Mamba2Layer(_Layer):
         self.sizes = [channels, h * p, h]
         weight = mixer.q_proj.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
-        pool = decoder.slots + 1
-        self.conv = weight.new_zeros(pool, config.conv_kernel - 1, channels)
-        self.ssm = weight.new_zeros(pool, h, p, p, dtype=decoder.state_dtype or wide)
+        self.conv = weight.new_zeros(decoder.slots, config.conv_kernel - 1, channels)
+        self.ssm = weight.new_zeros(decoder.slots, h, p, p, dtype=decoder.state_dtype or wide)
         self.squares = weight.new_empty(1, h, PARTS, dtype=wide)
         self.seed = decoder.seeds[layer.index : layer.index + 1]
         self.frequencies = inverse_frequencies(stack, decoder.max_length, weight.device, wide) if config.rope else None

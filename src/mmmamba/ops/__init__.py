@@ -1,6 +1,7 @@
 """Pure functions of the state space layers: each a PyTorch twin, Triton kernels, and one dispatch by device."""
 
 from mmmamba.ops.attend import attend_step, attend_step_torch
+from mmmamba.ops.begin import begin_step, begin_step_torch
 from mmmamba.ops.conv import causal_conv, causal_conv_step, causal_conv_torch
 from mmmamba.ops.kl import chunked_kl, chunked_kl_torch
 from mmmamba.ops.layout import Layout, layout_of
@@ -23,6 +24,8 @@ __all__ = [
     "Layout",
     "attend_step",
     "attend_step_torch",
+    "begin_step",
+    "begin_step_torch",
     "causal_conv",
     "causal_conv_step",
     "causal_conv_torch",

@@ -2,11 +2,14 @@
 
 The matrix is read once, at the rate of the memory. A program holds some whole rows of it: all its loads are in flight
 before the first is used, and no loop waits. In a chain of launches (programmatic dependent launch) they are in flight
-before the kernel in front has ended. The tokens x, their norm's weight and their statistics are worked out by every
-program anew, from the caches: which is why they must be few.
+before the kernel in front has ended; and when it has, the first programs ask for the rows of those that will take their
+places. The tokens x, their norm's weight and their statistics are worked out by every program anew, from the caches:
+which is why they must be few.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -17,7 +20,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from mmmamba.ops.linear import INT8_TOKENS
 from mmmamba.ops.triton import chain, on_device
 
-BYTES, WARPS = 16384, 4  # of the matrix, a program: eight loads of 16 bytes a thread
+WARPS = 4
+RESIDENT = 4  # programs of a multiprocessor that begin together, about
 SPAN = 8  # columns side by side in a thread, of int8 as of bfloat16: x need not move between threads to meet either
 
 
@@ -48,10 +52,29 @@ def _inverse(squares, K, P: tl.constexpr, PARTS: tl.constexpr, PAD: tl.constexpr
 
 
 @triton.jit
+def _expect(weight, row, K, N, ROWS: tl.constexpr):
+    """Have whole rows from ``row`` on brought to the L2 cache, as far as there are any; nothing waits for them."""
+    size = tl.maximum(tl.minimum(N - row, ROWS), 0) * K * (weight.dtype.element_ty.primitive_bitwidth // 8)
+    at = weight + row.to(tl.int64) * K
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        .reg .u32 thread;
+        mov.u32 thread, %tid.x;
+        setp.eq.u32 p, thread, 0;
+        setp.gt.and.s32 p, $2, 0, p;
+        @p cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r", [at.to(tl.int64), size.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def _linear_kernel(
     x, weight, scale, bias, norm, squares, residual, out, K, N, EPS: tl.constexpr, TOKENS: tl.constexpr,
     SPAN: tl.constexpr, ROWS: tl.constexpr, PAD: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr,
-    SWIGLU: tl.constexpr, CHAINS: tl.constexpr,
+    SWIGLU: tl.constexpr, AHEAD: tl.constexpr, CHAINS: tl.constexpr,
 ):  # fmt: skip
     if CHAINS:
         gdc_launch_dependents()
@@ -69,6 +92,12 @@ def _linear_kernel(
         shape = tl.load(norm + column, mask=column < K, other=0.0).to(tl.float32)
     if CHAINS:
         gdc_wait()  # what follows reads what the kernel in front has written
+        # Programs that began together wait together: while they work, the memory is to bring what comes after them.
+        next_row = (tl.program_id(0) + AHEAD) * ROWS
+        if tl.program_id(0) < AHEAD:
+            _expect(weight, next_row, K, N, ROWS)
+            if SWIGLU:
+                _expect(weight + N.to(tl.int64) * K, next_row, K, N, ROWS)
     following = tl.load(x + column, mask=column < K, other=0.0)
     for token in tl.static_range(TOKENS):
         value = following.to(tl.float32)
@@ -91,6 +120,21 @@ def _linear_kernel(
         tl.store(out + token * N + row, y, mask=mask)
 
 
+def _bytes(weight: Tensor, tokens: int) -> int:
+    """Of the matrix, a program: eight loads of 16 bytes a thread, or sixteen where the registers are free for them."""
+    return 32768 if tokens == 1 and weight.dtype != torch.int8 else 16384
+
+
+@functools.cache
+def _resident(device: torch.device) -> int:
+    return RESIDENT * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _in_sixteens(weight: Tensor) -> bool:
+    """Whether each row begins and ends where a prefetch may: at a multiple of 16 bytes."""
+    return weight.data_ptr() % 16 == 0 and weight.shape[1] * weight.element_size() % 16 == 0
+
+
 @torch.library.custom_op("mmmamba::linear_step", mutates_args=("out",))
 def _linear(
     x: Tensor,
@@ -108,14 +152,16 @@ def _linear(
     (b, k), n = x.shape, weight.shape[0] // (2 if swiglu else 1)
     # Two products a thread at least: a single one could be fused with the sum of the rest, in each thread its own way.
     pad = max(2 * 32 * WARPS, triton.next_power_of_2(k))
-    rows = max(1, BYTES // weight.element_size() // (2 if swiglu else 1) // pad)
+    rows = max(1, _bytes(weight, b) // weight.element_size() // (2 if swiglu else 1) // pad)
     x, weight = x.contiguous(), weight.contiguous()
     scale, bias, norm, squares = (None if t is None else t.contiguous() for t in (scale, bias, norm, squares))
     heads, parts = (1, 1) if squares is None else squares.shape[1:]
+    chains = chain(x, chained)
+    ahead = _resident(x.device) if chains["CHAINS"] and _in_sixteens(weight) else 0
     with on_device(x):
         _linear_kernel[(triton.cdiv(n, rows),)](
             x, weight, scale, bias, norm, squares, out if add else None, out, k, n, EPS=eps, TOKENS=b, SPAN=SPAN,
-            ROWS=rows, PAD=pad, P=k // heads, PARTS=parts, SWIGLU=swiglu, num_warps=WARPS, **chain(x, chained),
+            ROWS=rows, PAD=pad, P=k // heads, PARTS=parts, SWIGLU=swiglu, AHEAD=ahead, num_warps=WARPS, **chains,
         )  # fmt: skip
 
 

@@ -86,13 +86,28 @@ def _shift_group(
 
 
 @triton.jit
-def _noise(seed, slot, row, R: tl.constexpr, D: tl.constexpr, N: tl.constexpr):
-    """16 random bits for each element of the rows (R, D) of a state, (R, D, N): one draw serves 8 neighbours."""
+def _noise(seed, slot, head, first, P: tl.constexpr, R: tl.constexpr, D: tl.constexpr, N: tl.constexpr):
+    """16 random bits for each element of a block (R, D, N) of states: D channels from ``first`` on of some heads (R,).
+
+    One draw serves 8 neighbours, and these again in the channel that is 8 away: each of both is rounded as randomly, at
+    half the draws.
+    """
+    BOTH: tl.constexpr = 2 if D >= 16 else 1
+    own = tl.arange(0, D // BOTH)
+    if BOTH == 2:
+        channel = first + own // 8 * 16 + own % 8
+    else:
+        channel = (first + own) - (first + own) // 8 % 2 * 8
+    row = head[:, None] * P + channel[None, :]
     low = (row[:, :, None] * (N // 8) + tl.arange(0, N // 8)[None, None, :]).to(tl.uint32)
     zero = low * 0
     a, b, c, d = tl.philox(seed, low, zero + slot.to(tl.uint32), zero, zero, ROUNDS)
     pairs = tl.join(tl.join(a, b), tl.join(c, d))
-    return tl.reshape(tl.join(pairs & 0xFFFF, pairs >> 16), (R, D, N))
+    noise = tl.reshape(tl.join(pairs & 0xFFFF, pairs >> 16), (R, D // BOTH, N))
+    if BOTH == 2:
+        noise = tl.reshape(noise, (R, D // 16, 1, 8, N))
+        noise = tl.reshape(tl.broadcast_to(noise, (R, D // 16, 2, 8, N)), (R, D, N))
+    return noise
 
 
 @triton.jit
@@ -221,8 +236,8 @@ def _step_kernel(
         piece = tl.sum(state * q[:, None, :], axis=2)
         y += tl.where((tl.arange(0, BLOCKS) == block)[None, :, None], piece[:, None, :], 0.0)
         if seed is not None:  # bfloat16 drops the lower 16 bits, so noise below them carries with its probability
-            row_of_state = head[:, None] * P + row_of_v[None, :]
-            bits = state.to(tl.uint32, bitcast=True) + _noise(tl.load(seed), slot, row_of_state, PAD_R, D, PAD)
+            first = part * (PAD // PARTS) + block * D
+            bits = state.to(tl.uint32, bitcast=True) + _noise(tl.load(seed), slot, head, first, P, PAD_R, D, PAD)
             state = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
         tl.store(whole + place, state, mask=inside)
 
