@@ -248,7 +248,7 @@ def test_a_folder_of_something_else_is_refused(refused, ask, tmp_path, unwritten
     report = tmp_path / "report"
     assert "pass --resume to go on with it, or --overwrite" in refused(*tiny, report)
     assert "pass one of them" in refused(*tiny, report, "--resume", "--overwrite")
-    assert "another request (prefill_chunk: 8192, now 16)" in refused(
+    assert "another request (prefill_chunk: 16384, now 16)" in refused(
         *tiny, report, "--resume", "--prefill-chunk", "16"
     )
     results = read(report)

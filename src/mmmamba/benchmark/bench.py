@@ -52,7 +52,7 @@ def bench(
     measure: tuple[What, ...] = ("decode", "prefill", "batch"),
     memory: float | None = None,
     point_seconds: float | None = None,
-    prefill_chunk: int = 8192,
+    prefill_chunk: int = 16384,
     resume: bool = False,
     overwrite: bool = False,
     compare: tuple[Path, Path] | None = None,

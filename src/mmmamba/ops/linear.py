@@ -124,9 +124,9 @@ def linear_step_torch(
         weight = (weight.to(torch.promote_types(x.dtype, scale.dtype)) * scale[:, None]).to(x.dtype)
     if residual is not None and bias is None:
         return residual.addmm_(x, weight.t())
-    if bias is None and x.is_cuda and len(x) % 8 == 0 and len(weight) % 8:
+    if bias is None and x.is_cuda and len(x) >= 8 and len(weight) % 8:
         # A vocabulary of odd size: results whose rows begin anywhere take several times as long as their transpose.
-        y = torch.mm(weight, x.t()).t()
+        y = torch.mm(weight, F.pad(x, (0, 0, 0, -len(x) % 8)).t()).t()[: len(x)]
     else:
         y = F.linear(x, weight, bias)
     if swiglu:
