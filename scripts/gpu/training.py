@@ -369,7 +369,7 @@ class Results:
             return [""] * 8
         ms, per_second = entry["passes"], entry["flop"] / entry["passes"] * 1e3
         published = PUBLISHED.get((entry["stage"], entry["tokens"])) if self.published else None
-        share = f"{per_second / GPUS['h100'].rate:.0%}" if "H100" in entry["about"]["device"] else ""
+        share = f"{100 * per_second / GPUS['h100'].rate:.0f} %" if "H100" in entry["about"]["device"] else ""
         return [
             f"{ms:.0f}", f"{published[0]}" if published else "", f"{published[0] / ms:.2f}" if published else "",
             f"{entry['host']:.0f}", f"{entry['update']:.1f}", f"{1e3 * entry['tokens'] / ms:,.0f}",

@@ -158,8 +158,12 @@ def _mark_paper(axis: Axes, values: Mapping[str, float], results: Results, colou
 
 
 def _finish(axis: Axes, plot: Plot, results: Results, theme: Theme) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
     contexts = results.contexts
     axis.set_xticks(contexts, [short(context) for context in contexts])
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # a decade may not pass through the figure at all
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.minorticks_off()
     axis.set_xlim(contexts[0] / 1.3, contexts[-1] * 1.3)
     axis.set_xlabel("tokens before")
