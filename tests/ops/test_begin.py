@@ -25,3 +25,5 @@ def test_refuses_shapes_that_do_not_fit():
         begin_step(one, one, weight, one)
     with pytest.raises(ValueError, match="special"):
         begin_step(one, one, weight, one[None], special=torch.ones(1, 2))
+    with pytest.raises(IndexError):  # no other embedding in its place
+        begin_step(one + 2, one, weight, one[None])

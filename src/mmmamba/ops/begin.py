@@ -44,8 +44,10 @@ def begin_step_torch(
     tokens: Tensor, slots: Tensor, weight: Tensor, counts: Tensor, *, special: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The same in PyTorch's operators. Same contract as :func:`begin_step`."""
-    x = F.embedding(tokens.clamp(max=len(weight) - 1), weight)
-    if special is not None:
+    if special is None:
+        x = F.embedding(tokens, weight)
+    else:
+        x = F.embedding(tokens.clamp(max=len(weight) - 1), weight)
         own = F.embedding((tokens - len(weight)).clamp(min=0), special)
         x = torch.where((tokens >= len(weight))[:, None], own, x)
     there = slots >= 0
