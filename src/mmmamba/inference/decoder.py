@@ -66,8 +66,8 @@ class Decoder:
         # A seed for each layer's rounding, another one in every step.
         self.seeds = torch.arange(config.num_layers, device=model.device)
         # What is counted of each slot; in a row of its own where the embedding stack reads patches in place of tokens.
-        self._counts = torch.zeros(1 + model.merges_late, slots, dtype=torch.long, device=model.device)
-        self.positions, self.embedded = self._counts[0], self._counts[-1]
+        self.counts = torch.zeros(1 + model.merges_late, slots, dtype=torch.long, device=model.device)
+        self.positions, self.embedded = self.counts[0], self.counts[-1]
         self.longest = 0  # no sequence of the pool is longer; known on the host
         self.layers: list[_Mamba2Layer | _AttentionLayer] = []
         for layer in model.layers:
@@ -139,7 +139,7 @@ class Decoder:
     def _step(self, tokens: Tensor, slots: Tensor) -> Tensor:
         model = self.model
         special = None if model.special_embeddings is None else model.special_embeddings.weight
-        x, at = begin_step(tokens, slots, model.text_embeddings.weight, self._counts, special=special)
+        x, at = begin_step(tokens, slots, model.text_embeddings.weight, self.counts, special=special)
         # The host knows how long the longest sequence is, but a graph is made for all lengths.
         longest = None if self.graph else self.longest
         for layer in self.layers:
@@ -214,7 +214,7 @@ class _Layer(ABC):
         self.down = _Map(model, [mlp.down])
         self.first = layer.index == 0  # behind the embedding, which is no part of the chain
         self.stack = -1 if layer.index < model.config.embedding.num_layers else 0
-        self.counts = decoder._counts[self.stack]
+        self.counts = decoder.counts[self.stack]
 
     def step(self, x: Tensor, slots: Tensor, at: Tensor, longest: int | None) -> Tensor:
         """Rows x (b, d) through the layer, in place.
