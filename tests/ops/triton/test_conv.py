@@ -150,8 +150,8 @@ def test_is_a_sound_custom_op(device):
     x, weight, bias, state, rotation, *_ = draw(1, 7, 8, 3, torch.float32, rows=2, head=4, device=device)
     cu = torch.tensor([0, 3, 7], device=device)
     leaves = [t.requires_grad_() for t in (x, weight, bias, state)]
-    torch.library.opcheck(_forward, (*leaves, cu, *rotation, 4, True, True))
-    torch.library.opcheck(_forward, (*leaves[:2], None, None, cu, None, None, 0, False, False))
+    torch.library.opcheck(_forward.traced, (*leaves, cu, *rotation, 4, True, True))
+    torch.library.opcheck(_forward.traced, (*leaves[:2], None, None, cu, None, None, 0, False, False))
 
 
 def test_refuses_what_does_not_fit(device):

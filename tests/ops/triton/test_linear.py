@@ -65,8 +65,8 @@ def test_heads_that_are_still_to_be_normalised(heads, p, parts, int8, device):
 def test_is_a_sound_custom_op(device):
     tensors = torch.randn(1, 40, device=device), torch.randn(6, 40, device=device), None, None, None, None
     checks = ("test_schema", "test_faketensor")
-    options = (1e-5, False, True, False)
-    torch.library.opcheck(kernels._linear, (*tensors, torch.empty(1, 3, device=device), *options), test_utils=checks)
+    arguments = (*tensors, torch.empty(1, 3, device=device), 1e-5, False, True, False)
+    torch.library.opcheck(kernels._linear.traced, arguments, test_utils=checks)
 
 
 @pytest.mark.gpu

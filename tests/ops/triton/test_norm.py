@@ -93,7 +93,7 @@ def test_is_a_sound_custom_op(device):
     from mmmamba.ops.triton.norm import _forward
 
     x, gate, weight, _ = draw((3, 32), torch.float32, device)
-    torch.library.opcheck(_forward, [t.requires_grad_() for t in (x, gate, weight)] + [1e-5])
+    torch.library.opcheck(_forward.traced, [t.requires_grad_() for t in (x, gate, weight)] + [1e-5])
 
 
 def test_refuses_shapes_that_do_not_fit(device):

@@ -53,7 +53,7 @@ def test_infinities_and_nan(device):
 
 def test_is_a_sound_custom_op(device):
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(kernels._pick, (torch.randn(2, 50, device=device), None), test_utils=checks)
+    torch.library.opcheck(kernels._pick.traced, (torch.randn(2, 50, device=device), None), test_utils=checks)
 
 
 def test_refuses_what_does_not_fit(device):

@@ -10,13 +10,17 @@ import functools
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SIZES = {"head_dim": (32, 64, 128), "state_dim": (32, 64, 128), "conv_kernel": (2, 3, 4)}
+PLAIN = (Tensor, torch.nn.Parameter)  # what other tensors there are stand for something that is traced
 CAPABILITY = (8, 0)  # the first with bfloat16 in the matrix units
 
 
@@ -80,6 +84,48 @@ def serves(first: Tensor, *tensors: Tensor | None, **sizes: int) -> bool:
     if reason is not None:
         fallback(reason)
     return reason is None
+
+
+class Operator:
+    """A function that launches kernels, as an operator of PyTorch's that a compiler takes for one piece.
+
+    Where nothing is traced the function is called as it is: the wrappers around an operator that is written in Python
+    take the host longer than several launches do, and a short row's pass would wait for them. ``traced`` is what a
+    compiler sees.
+    """
+
+    def __init__(self, function: Callable[..., Any], name: str, mutates_args: Sequence[str]) -> None:
+        self._function = function
+        self.traced = torch.library.custom_op(f"mmmamba::{name}", function, mutates_args=tuple(mutates_args))
+        self._differentiable: type[torch.autograd.Function] | None = None
+
+    def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
+        """``fake``: the results' shapes and dtypes, for whoever traces."""
+        self.traced.register_fake(fake)
+        return fake
+
+    def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
+        """Gradients, once: ``setup_context(ctx, inputs, output)`` keeps what ``backward(ctx, *gradients)`` reads."""
+        self.traced.register_autograd(backward, setup_context=setup_context)
+        methods = {
+            "forward": staticmethod(self._function),
+            "setup_context": staticmethod(setup_context),
+            "backward": staticmethod(once_differentiable(backward)),
+        }
+        self._differentiable = type(self._function.__name__, (torch.autograd.Function,), methods)
+
+    def __call__(self, *arguments: Any) -> Any:
+        tensors = [one for one in arguments if isinstance(one, Tensor)]
+        if torch.compiler.is_compiling() or any(type(one) not in PLAIN for one in tensors):
+            return self.traced(*arguments)
+        if self._differentiable is not None and torch.is_grad_enabled() and any(one.requires_grad for one in tensors):
+            return self._differentiable.apply(*arguments)
+        return self._function(*arguments)
+
+
+def operator(name: str, *, mutates_args: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Operator]:
+    """Make a function of positional arguments an :class:`Operator`; its annotations are the operator's schema."""
+    return lambda function: Operator(function, name, mutates_args)
 
 
 def chain(tensor: Tensor, chained: bool) -> dict[str, bool]:

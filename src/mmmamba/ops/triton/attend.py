@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mmmamba.ops.attend import check_attend
-from mmmamba.ops.triton import chain, interpreted, on_device
+from mmmamba.ops.triton import chain, interpreted, on_device, operator
 from mmmamba.ops.triton.angle import cos_sin
 
 BLOCK, WARPS, STAGES = 64, 4, 2
@@ -119,7 +119,7 @@ def _join_kernel(partial, top, total, out, splits, P: tl.constexpr, PAD: tl.cons
     tl.store(out + here * P + at_p, y / tl.where(weight == 0.0, 1.0, weight))
 
 
-@torch.library.custom_op("mmmamba::attend_step", mutates_args=("k", "v"))
+@operator("attend_step", mutates_args=("k", "v"))
 def _attend(
     qkv: Tensor, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor, frequencies: Tensor, splits: int, chained: bool
 ) -> Tensor:

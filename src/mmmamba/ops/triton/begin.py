@@ -5,12 +5,11 @@ A program for each row: it copies the row's embedding, and counts.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmmamba.ops.triton import on_device
+from mmmamba.ops.triton import on_device, operator
 
 
 @triton.jit
@@ -35,7 +34,7 @@ def _begin_kernel(
     tl.store(at + counter * B + row, seen, mask=counter < C)
 
 
-@torch.library.custom_op("mmmamba::begin_step", mutates_args=("counts",))
+@operator("begin_step", mutates_args=("counts",))
 def _begin(
     tokens: Tensor, slots: Tensor, weight: Tensor, special: Tensor | None, counts: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmmamba.ops.triton import on_device
+from mmmamba.ops.triton import on_device, operator
 from mmmamba.ops.triton.norm import sum_partial
 
 TOKENS, CHANNELS, WARPS = 32, 64, 4  # forward tile
@@ -441,7 +441,7 @@ def _dense(*tensors: Tensor | None) -> list[Any]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-@torch.library.custom_op("mmmamba::causal_conv", mutates_args=())
+@operator("causal_conv")
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -478,7 +478,7 @@ def _(x, weight, bias, initial_state, cu_seqlens, cos, sin, rotate_from, silu, r
     return x.new_empty(x.shape), x.new_empty(rows, weight.shape[1] - 1, x.shape[2])
 
 
-@torch.library.custom_op("mmmamba::causal_conv_backward", mutates_args=())
+@operator("causal_conv_backward")
 def _backward(
     dy: Tensor,
     dfinal: Tensor | None,

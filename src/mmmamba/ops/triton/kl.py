@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmmamba.ops.norm import compute_dtype
-from mmmamba.ops.triton import on_device
+from mmmamba.ops.triton import on_device, operator
 
 BLOCK, WARPS = 2048, 8  # vocabulary entries a program holds at once: 16 bytes of bfloat16 a thread
 MEMORY = 800_000_000  # bytes that the logits of a chunk, and the gradient to a trained head, may take
@@ -97,7 +97,7 @@ def _parts(size: int) -> list[slice]:
     return [part for part in (slice(0, aligned), slice(aligned, size)) if part.start < part.stop]
 
 
-@torch.library.custom_op("mmmamba::kl", mutates_args=())
+@operator("kl")
 def _kl(
     student_hidden: Tensor,
     student_head: Tensor,

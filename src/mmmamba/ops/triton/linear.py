@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mmmamba.ops.linear import INT8_TOKENS
-from mmmamba.ops.triton import chain, on_device
+from mmmamba.ops.triton import chain, on_device, operator
 
 WARPS = 4
 RESIDENT = 4  # programs of a multiprocessor that begin together, about
@@ -135,7 +135,7 @@ def _in_sixteens(weight: Tensor) -> bool:
     return weight.data_ptr() % 16 == 0 and weight.shape[1] * weight.element_size() % 16 == 0
 
 
-@torch.library.custom_op("mmmamba::linear_step", mutates_args=("out",))
+@operator("linear_step", mutates_args=("out",))
 def _linear(
     x: Tensor,
     weight: Tensor,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmmamba.ops.triton import on_device
+from mmmamba.ops.triton import on_device, operator
 
 TILE, BACKWARD_TILE = 4096, 1024  # elements of a tile: backward few, for many programs at once hide the memory's delay
 PROGRAMS = 768  # of a backward launch, at most: an H100 holds them all at once, each with one row of partial sums
@@ -109,7 +109,7 @@ def _tile(x: Tensor, elements: int) -> dict[str, Any]:
     return {"P": p, "PAD": pad, "ROWS": max(elements // pad, 1), "WIDE": wide, "num_warps": WARPS}
 
 
-@torch.library.custom_op("mmmamba::gated_norm", mutates_args=())
+@operator("gated_norm")
 def _forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     x, gate, weight = x.contiguous(), gate.contiguous(), weight.contiguous()
     out = torch.empty_like(x, dtype=torch.promote_types(x.dtype, gate.dtype))
@@ -126,7 +126,7 @@ def _(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, gate.dtype))
 
 
-@torch.library.custom_op("mmmamba::gated_norm_backward", mutates_args=())
+@operator("gated_norm_backward")
 def _backward(dout: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     dout, x, gate, weight = dout.contiguous(), x.contiguous(), gate.contiguous(), weight.contiguous()
     dx, dgate = torch.empty_like(x), torch.empty_like(gate)

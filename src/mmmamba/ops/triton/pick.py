@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmmamba.ops.triton import on_device
+from mmmamba.ops.triton import on_device, operator
 
 ELEMENTS, WARPS = 2048, 4  # of a tile: along the vocabulary, or along rows that lie side by side
 FULL = 528  # programs that fill a GPU
@@ -74,7 +74,7 @@ def _join_kernel(best, token, top, total, tokens, logprobs, parts, PAD: tl.const
     tl.store(logprobs + row, value - above - tl.log(weight))
 
 
-@torch.library.custom_op("mmmamba::pick_greedy", mutates_args=())
+@operator("pick_greedy")
 def _pick(logits: Tensor, banned: Tensor | None) -> tuple[Tensor, Tensor]:
     b, v = logits.shape
     tokens = torch.empty(b, dtype=torch.long, device=logits.device)

@@ -47,7 +47,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmmamba.ops.ssd import _check, _layout
-from mmmamba.ops.triton import interpreted, on_device, why_not
+from mmmamba.ops.triton import interpreted, on_device, operator, why_not
 
 
 class Tiles(NamedTuple):
@@ -545,7 +545,7 @@ def _scan(
         )  # fmt: skip
 
 
-@torch.library.custom_op("mmmamba::ssd", mutates_args=())
+@operator("ssd")
 def _ssd(
     x: Tensor,
     dt: Tensor,
@@ -585,7 +585,7 @@ def _ssd_fake(x, dt, A, B, C, initial_state, table, final_rows, chunk, segments)
     return y, x.new_empty(final_rows, h, x.shape[3], n, dtype=torch.float32)
 
 
-@torch.library.custom_op("mmmamba::ssd_backward", mutates_args=())
+@operator("ssd_backward")
 def _ssd_backward(
     x: Tensor,
     dt: Tensor,

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mmmamba.ops.step import check_step, heads_dtype
-from mmmamba.ops.triton import chain, on_device
+from mmmamba.ops.triton import chain, on_device, operator
 from mmmamba.ops.triton.angle import cos_sin
 
 ROUNDS = tl.constexpr(7)  # of Philox, whose authors found 7 to pass every test
@@ -296,7 +296,7 @@ def _counters(ssm_state: Tensor, groups: int) -> Tensor:
     return counters
 
 
-@torch.library.custom_op("mmmamba::mixer_step", mutates_args=("conv_state", "ssm_state", "out", "squares", "arrived"))
+@operator("mixer_step", mutates_args=("conv_state", "ssm_state", "out", "squares", "arrived"))
 def _step(
     vkq: Tensor,
     gate: Tensor,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmmamba.ops.triton import on_device
+from mmmamba.ops.triton import on_device, operator
 
 BLOCK, WARPS = 2048, 4  # elements of a program
 
@@ -52,7 +52,7 @@ def _wide(x: Tensor) -> tl.dtype:
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
-@torch.library.custom_op("mmmamba::swiglu", mutates_args=())
+@operator("swiglu")
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
     out = gate.new_empty(gate.shape)
     g, u, n = _flat(gate), _flat(up), gate.shape[-1]
@@ -69,7 +69,7 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
-@torch.library.custom_op("mmmamba::swiglu_backward", mutates_args=())
+@operator("swiglu_backward")
 def _backward(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     dgate, dup = (gate.new_empty(gate.shape) for _ in range(2))
     d, g, u, n = dout.contiguous(), _flat(gate), _flat(up), gate.shape[-1]
