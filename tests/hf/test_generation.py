@@ -11,6 +11,7 @@ from wrapped import encoded, generated, row, wrap
 
 import mmmamba
 from mmmamba.data.processor import Encoded
+from mmmamba.hf.modeling import CACHE, CACHE_NAMES
 from mmmamba.inference.answer import unspeakable
 from mmmamba.inference.decoder import Decoder
 from mmmamba.inference.steps import prefill
@@ -104,11 +105,13 @@ def test_sampling_draws_from_the_same_distribution(tiny: Model, prompt: dict[str
     assert drawn.shape == (6, 20) and not torch.equal(drawn[0], drawn[1])
 
 
-def test_generation_goes_on_from_a_cache(tiny: Model, prompt: dict[str, torch.Tensor]) -> None:
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_generation_goes_on_from_a_cache(tiny: Model, prompt: dict[str, torch.Tensor], name: str) -> None:
     model = wrap(tiny)
     whole = generated(model, **prompt)
     first = generated(model, **prompt, max_new_tokens=5, return_dict_in_generate=True)
     mask = torch.cat([prompt["attention_mask"], torch.ones(3, 5).long()], 1)
-    past = first.past_key_values
-    rest = generated(model, input_ids=first.sequences, attention_mask=mask, past_key_values=past, max_new_tokens=7)
-    assert torch.equal(rest, whole)
+    for ids in (first.sequences, first.sequences[:, -1:]):  # all that was said, or what no pass has read
+        rest = generated(model, input_ids=ids, attention_mask=mask, **{name: first[CACHE]}, max_new_tokens=7)
+        assert torch.equal(rest[:, -7:], whole[:, -7:])

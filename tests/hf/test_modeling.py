@@ -20,6 +20,7 @@ import mmmamba
 from mmmamba.data.samples import Turn
 from mmmamba.errors import UserError
 from mmmamba.hf import MMMambaConfig, MMMambaForConditionalGeneration, StateCache
+from mmmamba.hf.modeling import CACHE, CACHE_NAMES
 from mmmamba.model import ATTENTION, MAMBA2, MixerConfig, Model, initialise
 from tiny import make_config
 
@@ -195,21 +196,24 @@ def test_passes_that_must_agree(tiny: Model, prompt: dict[str, torch.Tensor]) ->
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", CACHE_NAMES)
 @pytest.mark.parametrize("kind", ["cache", "state"])
-def test_a_state_goes_on_and_stays_as_it_was(tiny: Model, prompt: dict[str, torch.Tensor], kind: str) -> None:
+def test_a_state_goes_on_and_stays_as_it_was(
+    tiny: Model, prompt: dict[str, torch.Tensor], kind: str, name: str
+) -> None:
     model, mask = wrap(tiny), prompt["attention_mask"]
     more = torch.tensor([[21, 22], [23, 24], [25, 26]])
     joined = {**prompt, "input_ids": torch.cat([prompt["input_ids"], more], 1)}
     joined["attention_mask"] = torch.cat([mask, torch.ones_like(more)], 1)
     expected = model(**joined).logits[:, -2:]
-    past = model(**prompt).past_key_values
+    past = model(**prompt)[CACHE]
     assert isinstance(past, StateCache) and past.get_seq_length() == 14
     for _ in range(2):  # the second pass finds the state unchanged
         given = past.state if kind == "state" else past
         mask_too = {"attention_mask": joined["attention_mask"]} if kind == "cache" else {}
-        assert torch.allclose(model(more, past_key_values=given, **mask_too).logits, expected)
-    assert model(**prompt, use_cache=False).past_key_values is None
-    assert model.train()(**prompt).past_key_values is None
+        assert torch.allclose(model(more, **{name: given}, **mask_too).logits, expected)
+    assert CACHE not in model(**prompt, use_cache=False)
+    assert CACHE not in model.train()(**prompt)
 
 
 def test_loss_and_gradients(tiny: Model, prompt: dict[str, torch.Tensor]) -> None:
@@ -233,7 +237,9 @@ def test_loss_and_gradients(tiny: Model, prompt: dict[str, torch.Tensor]) -> Non
         ({"input_ids": torch.ones(1, 3).long(), "position_ids": torch.ones(1, 3)}, "no argument 'position_ids'"),
         ({"input_ids": torch.ones(1, 3).long(), "output_attentions": True}, "no argument 'output_attentions'"),
         ({"input_ids": torch.ones(1, 3).long(), "attention_mask": torch.ones(1, 2)}, r"\(1, 2\), expected \(1, 3\)"),
+        ({"input_ids": torch.ones(1, 3).long(), "cache": ()}, "must be a StateCache or a State"),
         ({"input_ids": torch.ones(1, 3).long(), "past_key_values": ()}, "must be a StateCache or a State"),
+        ({"input_ids": torch.ones(1, 3).long(), **dict.fromkeys(CACHE_NAMES, ())}, "two names of one argument"),
         ({"inputs_embeds": torch.ones(1, 3, 64), "pixel_values": torch.ones(1)}, "pixel_values go with input_ids"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,15 @@ from mmmamba.model.config import ModelConfig
 from mmmamba.model.model import Model, initialise
 from mmmamba.model.state import State
 
+# What transformers calls what a pass leaves behind, from 5.24 on and before; callers may use either name.
+CACHE_NAMES = ("cache", "past_key_values")
+CACHE = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in CACHE_NAMES)  # the installed one's
+
 _HALVES = (torch.float16, torch.bfloat16)
 
 
 class StateCache:
-    """Our :class:`~mmmamba.model.state.State` as transformers' ``past_key_values``.
+    """Our :class:`~mmmamba.model.state.State` as transformers' ``cache`` (``past_key_values`` before 5.24).
 
     A pass returns a new one and leaves the one it was given as it was, so that a prompt's can be used again.
 
@@ -39,6 +44,7 @@ class StateCache:
 
     is_compileable = False
     is_croppable = False
+    is_linear = (False,)  # of any layer: generate then asks get_seq_length which tokens are new
 
     def __init__(self, state: State | None = None, columns: int = 0, max_length: int | None = None) -> None:
         self.state = state
@@ -46,14 +52,19 @@ class StateCache:
         self.max_length = max_length
 
     @classmethod
-    def of(cls, past: StateCache | State | None) -> StateCache:
-        """What a caller may give as ``past_key_values``."""
+    def of(
+        cls, cache: StateCache | State | None = None, past_key_values: StateCache | State | None = None
+    ) -> StateCache:
+        """What a caller may give, by either name."""
+        if cache is not None and past_key_values is not None:
+            raise UserError("cache and past_key_values are two names of one argument: give one of them")
+        past = past_key_values if cache is None else cache
         if past is None:
             return cls()
         if isinstance(past, State):
             return cls(past, int(past.positions.max()), past.max_length)
         if not isinstance(past, cls):
-            raise UserError(f"past_key_values must be a StateCache or a State of this model, got {type(past).__name__}")
+            raise UserError(f"a cache must be a StateCache or a State of this model, got {type(past).__name__}")
         return past
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -79,7 +90,7 @@ class MMMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _is_stateful = True  # a state can't be rolled back: no assisted generation
     _supports_sdpa = True
     _no_split_modules = ["Layer", "VisionEmbedding"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = list(CACHE_NAMES)  # noqa: RUF012
     _keep_in_fp32_modules_strict = list(FLOAT32_PARAMETERS)  # noqa: RUF012
     _tied_weights_keys = {"head.weight": "text_embeddings.weight"}  # noqa: RUF012
 
@@ -175,10 +186,11 @@ class MMMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        past_key_values: StateCache | State | None = None,
+        cache: StateCache | State | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        past_key_values: StateCache | State | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """One pass over new tokens.
@@ -189,15 +201,16 @@ class MMMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             attention_mask: (b, l) or (b, past + l), non-zero for real tokens.
             inputs_embeds: (b, l, d) in place of ids and pixels.
             labels: (b, l), unshifted; -100 is not scored.
-            past_key_values: what the sequences left behind before.
+            cache: what the sequences left behind before.
             use_cache: also return what they leave behind now (default: the config's, and not while training).
             logits_to_keep: 0 for logits everywhere; n for the last n positions; indices (n,) for those. 1 gives those
                 behind each row's last real token, on whichever side it is padded.
             return_dict: a tuple instead, when False.
+            past_key_values: ``cache``, by its older name.
             **kwargs: ``num_items_in_batch`` for the loss.
 
         Returns:
-            loss, logits (b, n, v; zero at padding) and ``past_key_values``.
+            loss, logits (b, n, v; zero at padding) and the cache, by transformers' name for it (``CACHE``).
         """
         _refuse_unknown(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
@@ -205,13 +218,13 @@ class MMMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if inputs_embeds is not None and pixel_values is not None:
             raise UserError("pixel_values go with input_ids; inputs_embeds hold the pictures already")
         _refuse_replaced(self.network)
-        cache = StateCache.of(past_key_values)
+        past = StateCache.of(cache, past_key_values)
         rows, new = (input_ids if input_ids is not None else inputs_embeds).shape[:2]  # type: ignore[union-attr]
         if attention_mask is not None:
-            if attention_mask.shape not in ((rows, new), (rows, cache.columns + new)):
+            if attention_mask.shape not in ((rows, new), (rows, past.columns + new)):
                 raise UserError(
                     f"attention_mask is {tuple(attention_mask.shape)}, expected {(rows, new)}"
-                    + (f" or {(rows, cache.columns + new)}" if cache.columns else "")
+                    + (f" or {(rows, past.columns + new)}" if past.columns else "")
                 )
             attention_mask = attention_mask[:, -new:]
         if use_cache is None:
@@ -223,10 +236,10 @@ class MMMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             pixel_values,
             attention_mask,
             inputs_embeds=inputs_embeds,
-            state=cache.state,
+            state=past.state,
             logits="all" if everywhere else "last" if last else "none",
             return_state=use_cache,
-            max_length=cache.max_length,
+            max_length=past.max_length,
         )
         if everywhere:
             logits = out.logits
@@ -238,11 +251,10 @@ class MMMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        result = CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=StateCache(out.state, cache.columns + new, cache.max_length) if use_cache else None,  # type: ignore[arg-type]
-        )
+        left: dict[str, Any] = {}
+        if use_cache:
+            left[CACHE] = StateCache(out.state, past.columns + new, past.max_length)
+        result = CausalLMOutputWithPast(loss=loss, logits=logits, **left)
         return result.to_tuple() if return_dict is False else result
 
     # ---------------------------------------------------------------------------------- generation
@@ -273,9 +285,9 @@ class MMMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         if generation_config.use_cache is False:
             return
-        past = model_kwargs.get("past_key_values")
+        given = {name: model_kwargs.pop(name) for name in CACHE_NAMES if model_kwargs.get(name) is not None}
         start = StateCache(max_length=fixed_length(self.network, generation_config.max_length or 0))
-        model_kwargs["past_key_values"] = start if past is None else StateCache.of(past)
+        model_kwargs[CACHE] = StateCache.of(**given) if given else start
 
     def _expand_inputs_for_generation(
         self,
