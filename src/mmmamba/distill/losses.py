@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mmmamba.ops import chunked_kl
+from mmmamba.ops import chunked_kl, squared_error
 from mmmamba.ops.kl import CHUNK
 
 
@@ -30,9 +30,7 @@ def heads_error(predicted: Tensor, target: Tensor, weights: Tensor) -> Tensor:
 
     predicted, target: (b, l, h, p), the heads' outputs before W_o; weights (b, l).
     """
-    wide = torch.float64 if predicted.dtype == torch.float64 else torch.float32
-    error = (predicted.to(wide) - target.to(wide)).square().mean((-1, -2))
-    return (error * weights).sum()
+    return squared_error(predicted.flatten(-2).flatten(0, 1), target.flatten(-2).flatten(0, 1), weights.flatten())
 
 
 def divergence(

@@ -3,6 +3,7 @@
 from mmmamba.ops.attend import attend_step, attend_step_torch
 from mmmamba.ops.begin import begin_step, begin_step_torch
 from mmmamba.ops.conv import causal_conv, causal_conv_step, causal_conv_torch
+from mmmamba.ops.error import squared_error, squared_error_torch
 from mmmamba.ops.kl import chunked_kl, chunked_kl_torch
 from mmmamba.ops.layout import Layout, layout_of
 from mmmamba.ops.linear import (
@@ -47,6 +48,8 @@ __all__ = [
     "quantize_rows",
     "rms_norm",
     "rotate",
+    "squared_error",
+    "squared_error_torch",
     "ssd",
     "ssd_chunked",
     "ssd_reference",
