@@ -8,12 +8,14 @@
 
 Random weights in the recipe's number formats; rows of one sequence with a tile (256 image tokens) for each 2,048
 tokens, random pixels, random text of which the second half is scored. Up to 8,192 tokens a row is timed: a forward
-and backward pass, and the optimizer's step (clipping and update) apart. The peak is that of a whole step of two
-rows, with gradients and the optimizer's state in memory; beside it stands what ``mmmamba distill --dry-run``
-reckons. At the greatest timed length the first steps of the recipe, at its rising rate, must lower the loss. FLOP
-counted are those of the matrix products that a step needs: a frozen matrix 2 a parameter and token forward and 2 for
-the gradient of its input, a trained one 2 more, the causal half of softmax's scores and the recurrence's chunks;
-what is computed anew is not counted. Prints its table last, of all that ``--out`` holds.
+and backward pass, from the row on the host, and the optimizer's step (clipping and update) apart; both as the recipe
+takes them, replayed from CUDA graphs or not (``--set stage1.graph=false``). The peak is that of steps of one and of
+two rows, with gradients and the optimizer's state in memory; beside it stands what ``mmmamba distill --dry-run``
+reckons. Reserved is what the allocator took from the GPU for them, its gaps included. At the greatest timed length
+the first steps of the recipe, at its rising rate, must lower the loss. FLOP counted are those of the matrix products
+that a step needs: a frozen matrix 2 a parameter and token forward and 2 for the gradient of its input, a trained one
+2 more, the causal half of softmax's scores and the recurrence's chunks; what is computed anew is not counted. Prints
+its table last, of all that ``--out`` holds.
 """
 
 from __future__ import annotations
@@ -31,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
@@ -45,7 +46,7 @@ from mmmamba.distill.plan import GPUS, stage_memory, step_work, student_config
 from mmmamba.distill.recipe import DistillRecipe, StageConfig, load_recipe
 from mmmamba.distill.run import TENSORS, RunFolder
 from mmmamba.distill.seeding import seed
-from mmmamba.distill.step import Step, make_step, move
+from mmmamba.distill.step import Step, make_step
 from mmmamba.distill.trainer import train
 from mmmamba.model.config import MAMBA2, ModelConfig
 from mmmamba.model.geometries import GEOMETRIES, geometry
@@ -74,7 +75,7 @@ class Trial:
             self.teacher = replace(self.teacher, img_context_token_id=1)
         plan = load_recipe(DistillRecipe, arguments.recipe, arguments.set)
         self.local, self.stage = stage != "stage3", stage
-        self.config: StageConfig = replace(getattr(plan, stage), graph=False)
+        self.config: StageConfig = getattr(plan, stage)
         layer_map = (MAMBA2,) * self.teacher.num_layers if self.local else plan.layer_map(self.teacher.num_layers)
         self.student = student_config(self.teacher, layer_map, plan.mixer)
         self.frozen = plan.frozen_dtype(self.precision)
@@ -89,6 +90,12 @@ class Trial:
 
     def step(self) -> Step:
         return make_step(self.objective, self.config, self.device, self.precision)
+
+    def forget(self) -> None:
+        """Give back what a step that is no longer used held."""
+        for parameter in self.objective.trained.values():
+            parameter.grad = None
+        release(self.device)
 
     def row(self, tokens: int, number: int = 0) -> Batch:
         """One sequence: pictures in front, then text, the second half of which is scored."""
@@ -153,59 +160,51 @@ def measure(arguments: argparse.Namespace, stage: str, results: Results) -> list
     failed = []
     with Allocated(pick_device(arguments.device)) as allocated:
         trial = Trial(arguments, stage)
-        step = trial.step()
         for tokens in sorted(arguments.lengths):
             began = time.perf_counter()
             try:
-                entry = one_length(trial, step, tokens, allocated)
+                entry = one_length(trial, tokens, allocated)
             except torch.OutOfMemoryError:
                 entry = {"peak": None}
-                step.optimizers.zero_grad()
-                release(pick_device(arguments.device))
+            trial.forget()
             entry |= {"reckoned": trial.reckoned(tokens), "recompute": trial.config.recompute}
             results.add(stage, tokens, entry)
             print(f"{stage}, {tokens} tokens: {entry} in {time.perf_counter() - began:.0f} s", file=sys.stderr)
         timed = [tokens for tokens in arguments.lengths if tokens <= TIMED]
         if timed and arguments.steps:
-            losses = learn(trial, step, max(timed), arguments.steps)
+            losses = learn(trial, max(timed), arguments.steps)
             results.add(stage, max(timed), {"losses": losses})
             if not statistics.mean(losses[-ROWS:]) < statistics.mean(losses[:ROWS]):
                 failed.append(f"{stage}: {arguments.steps} steps did not lower the loss: {losses}")
     return failed
 
 
-def one_length(trial: Trial, step: Step, tokens: int, allocated: Allocated) -> dict[str, Any]:
-    """The peak of a step of two rows; of what is timed also ms of a pass and of an update, and the host's share."""
+def one_length(trial: Trial, tokens: int, allocated: Allocated) -> dict[str, Any]:
+    """The peak of steps of one and two rows; of what is timed also ms of a pass and an update, and the host's share."""
     rows = [trial.row(tokens, number) for number in range(2)]
+    allocated.reset()
+    step = trial.step()
     step(rows[:1], 0.0)  # makes the optimizer's state, and whatever is compiled
     synchronize(trial.device)
-    allocated.reset()
     began = time.perf_counter()
     step(rows, 0.0)
     synchronize(trial.device)
-    found: dict[str, Any] = {"peak": allocated.peak, "step of two rows": time.perf_counter() - began}
-    if trial.device.type == "cuda":
-        found["reserved"] = torch.cuda.max_memory_reserved(trial.device)
-    if tokens > TIMED:
-        return found
-    moved = [move(rows[0], trial.device)]
+    found: dict[str, Any] = {"step of two rows": time.perf_counter() - began}
     host: list[float] = []
 
     def passes() -> None:
         began = time.perf_counter()
-        trial.objective.backward(moved, trial.precision)
+        step.passes(rows[:1])
         host.append(1e3 * (time.perf_counter() - began))
 
-    def update() -> None:
-        nn.utils.clip_grad_norm_(list(trial.objective.trained.values()), trial.config.clip)
-        step.optimizers.step()
-
-    step.optimizers.set_rate(0.0)
-    found["passes"] = clock(passes, trial.device, before=step.optimizers.zero_grad)
-    found["host"] = statistics.median(host[WARM_UP:])
-    found["update"] = clock(update, trial.device)
-    found["flop"] = trial.flop(tokens)
-    step.optimizers.zero_grad()
+    if tokens <= TIMED:
+        found["passes"] = clock(passes, trial.device, before=step.zero_grad)
+        found["host"] = statistics.median(host[WARM_UP:])
+        found["update"] = clock(step.update, trial.device)
+        found["flop"] = trial.flop(tokens)
+    found["peak"] = allocated.peak
+    if trial.device.type == "cuda":
+        found["reserved"] = torch.cuda.max_memory_reserved(trial.device)
     return found
 
 
@@ -223,8 +222,9 @@ def clock(call: Callable[[], object], device: torch.device, before: Callable[[],
     return statistics.median(taken[WARM_UP:])
 
 
-def learn(trial: Trial, step: Step, tokens: int, steps: int) -> list[float]:
+def learn(trial: Trial, tokens: int, steps: int) -> list[float]:
     """The losses of the recipe's first steps, whose rate still rises, over a few rows in turn."""
+    step = trial.step()
     rows = [trial.row(tokens, number) for number in range(ROWS)]
     losses = []
     for number in range(steps):
@@ -324,7 +324,7 @@ class Results:
 
     def add(self, stage: str, tokens: int, entry: dict[str, Any]) -> None:
         config = self.variant[stage]
-        variant = f"recompute {config.recompute}" + (", compiled" if config.compile else "")
+        variant = f"recompute {config.recompute}" + ", compiled" * config.compile + ", replayed" * config.graph
         recipe = self.about["recipe"]
         found = self.entries.setdefault(f"{recipe} {stage} {tokens} {variant}", {})
         found |= {"stage": stage, "tokens": tokens, "variant": variant, "about": self.about, **entry}
@@ -336,24 +336,24 @@ class Results:
         keys = ("stage", "variant", "tokens")
         ordered = sorted(self.entries.values(), key=lambda e: (e["about"]["recipe"], *(e[key] for key in keys)))
         lines = [
-            "| recipe | stage | recomputes | tokens | forward + backward, ms | published | factor | host, ms "
-            "| update, ms | tokens/s | TFLOP/s | MFU | peak, GB | published | reckoned | difference |",
-            "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+            "| recipe | stage | variant | tokens | forward + backward, ms | published | factor | host, ms "
+            "| update, ms | tokens/s | TFLOP/s | MFU | peak, GB | published | reckoned | difference | reserved |",
+            "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
         ]
         for entry in ordered:
             if "reckoned" not in entry:
                 continue
-            cells = [entry["about"]["recipe"], entry["stage"], entry["variant"].removeprefix("recompute "),
+            cells = [entry["about"]["recipe"], entry["stage"], entry["variant"],
                      f"{entry['tokens']:,}", *self._times(entry), *self._memory(entry)]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
         learnt = [entry for entry in ordered if "losses" in entry]
         if learnt:
-            head = f"| stage | recomputes | tokens | steps | loss, first {ROWS} | last {ROWS} |"
+            head = f"| stage | variant | tokens | steps | loss, first {ROWS} | last {ROWS} |"
             lines += ["", head, "|---|---|---:|---:|---:|---:|"]
         for entry in learnt:
             first, last = (statistics.mean(part) for part in (entry["losses"][:ROWS], entry["losses"][-ROWS:]))
             lines.append(
-                f"| {entry['stage']} | {entry['variant'].removeprefix('recompute ')} | {entry['tokens']:,} "
+                f"| {entry['stage']} | {entry['variant']} | {entry['tokens']:,} "
                 f"| {len(entry['losses'])} | {first:.4g} | {last:.4g} |"
             )
         for entry in ordered:
@@ -369,7 +369,8 @@ class Results:
             return [""] * 8
         ms, per_second = entry["passes"], entry["flop"] / entry["passes"] * 1e3
         published = PUBLISHED.get((entry["stage"], entry["tokens"])) if self.published else None
-        share = f"{100 * per_second / GPUS['h100'].rate:.0f} %" if "H100" in entry["about"]["device"] else ""
+        rate = next((gpu.rate for name, gpu in GPUS.items() if name in entry["about"]["device"].lower()), None)
+        share = f"{100 * per_second / rate:.0f} %" if rate else ""
         return [
             f"{ms:.0f}", f"{published[0]}" if published else "", f"{published[0] / ms:.2f}" if published else "",
             f"{entry['host']:.0f}", f"{entry['update']:.1f}", f"{1e3 * entry['tokens'] / ms:,.0f}",
@@ -380,9 +381,12 @@ class Results:
         published = PUBLISHED.get((entry["stage"], entry["tokens"])) if self.published else None
         said = f"{published[1]:.1f}" if published else ""
         if entry["peak"] is None:
-            return ["did not fit", said, f"{entry['reckoned'] / 1e9:.2f}", ""]
+            return ["did not fit", said, f"{entry['reckoned'] / 1e9:.2f}", "", ""]
         difference = entry["reckoned"] / entry["peak"] - 1
-        return [f"{entry['peak'] / 1e9:.2f}", said, f"{entry['reckoned'] / 1e9:.2f}", f"{100 * difference:+.0f} %"]
+        reserved = f"{entry['reserved'] / 1e9:.2f}" if "reserved" in entry else ""
+        return [
+            f"{entry['peak'] / 1e9:.2f}", said, f"{entry['reckoned'] / 1e9:.2f}", f"{100 * difference:+.0f} %", reserved
+        ]  # fmt: skip
 
 
 if __name__ == "__main__":

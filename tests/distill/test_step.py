@@ -9,8 +9,9 @@ import test_losses
 import torch
 
 from mmmamba.data.batching import pack
-from mmmamba.distill.objectives import PredictAnswers
+from mmmamba.distill.objectives import MatchLogits, PredictAnswers
 from mmmamba.distill.recipe import TrainConfig
+from mmmamba.distill.seeding import seed
 from mmmamba.distill.step import PIECE, ReplayedStep, Room, Step, lay, make_step
 from mmmamba.errors import UserError
 from mmmamba.model import Model, RopeScaling, StackConfig, initialise
@@ -20,6 +21,10 @@ from tiny import make_config
 CPU = torch.device("cpu")
 SAMPLES = test_losses.SAMPLES
 cheap_pixels = test_losses.cheap_pixels
+REPLAYED = {
+    **{name: test_losses.OBJECTIVES[name] for name in ("align", "match", "match supervised", "answers")},
+    "published": lambda teacher: MatchLogits(teacher, seed(teacher), test_losses.stage(reduction="published")),
+}
 
 
 def config(**changes) -> TrainConfig:
@@ -71,6 +76,16 @@ def test_a_padded_row_is_the_row_and_short_sequences_of_nothing():
     assert set(borders[len(SAMPLES) + 4 :]) == {room.tokens}
 
 
+def test_a_row_that_fills_its_room_needs_no_padding_for_what_is_not_scored():
+    row = pack(SAMPLES)
+    room = Room.for_rows([row], row.tokens)
+    assert room.tokens == row.tokens
+    (kept,) = padded([SAMPLES], replace(room, scored=room.scored + 3))
+    assert bool((kept.labels[0, kept.scored[row.scored.shape[0] :] + 1] == -100).all())
+    whole = replace(row, labels=row.input_ids.clone())
+    assert Room.for_rows([whole], row.tokens).tokens == row.tokens + 2, "all is scored: what is not, needs a place"
+
+
 def test_room_grows_to_hold_every_row_so_far():
     small, large = (Room.for_rows([pack(s)]) for s in (SAMPLES[:1], SAMPLES))
     both = small.union(large)
@@ -87,8 +102,9 @@ def test_without_a_gpu_a_step_is_taken_as_it_comes(tiny_model):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", ["align", "match", "match supervised", "answers"])
-def test_replayed_steps_train_as_others_do(name):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("name", REPLAYED)
+def test_replayed_steps_train_as_others_do(name, optimizer):
     """Rows of changing sizes: the graph is captured anew when one is larger; losses and weights stay with the truth."""
     where = torch.device("cuda")
     # Each step shows a picture.
@@ -98,8 +114,8 @@ def test_replayed_steps_train_as_others_do(name):
     seen = {}
     for kind in (Step, ReplayedStep):
         geometry = make_config(embedding=stack, decoder=replace(stack, num_layers=3))
-        objective = test_losses.OBJECTIVES[name](initialise(Model(geometry)).to(where))
-        step = kind(objective, config(graph=kind is ReplayedStep), where, torch.bfloat16)
+        objective = REPLAYED[name](initialise(Model(geometry)).to(where))
+        step = kind(objective, config(graph=kind is ReplayedStep, optimizer=optimizer), where, torch.bfloat16)
         found = []
         for number, groups in enumerate(batches):
             losses, norm = step([pack(group) for group in groups], 1e-2 / (1 + number))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mmmamba.data.batching import Batch
+from mmmamba.data.processor import UNSCORED
 from mmmamba.data.tiling import normalise
 from mmmamba.distill import processes
 from mmmamba.distill.losses import answer_loss, divergence, heads_error, token_weights
@@ -20,17 +21,45 @@ from mmmamba.model.model import Model, compile_layers
 from mmmamba.model.rope import Rotation
 
 
-class Objective(Protocol):
-    """One way to train: the parameters that move, and a backward pass over the rows of one step."""
+class Objective(ABC):
+    """One way to train: the parameters that move, and a pass that leaves a row's part of their gradients.
+
+    Attributes:
+        trained: what moves, by full name.
+        device: where the passes run.
+        losses: the names of what a pass returns.
+    """
 
     trained: dict[str, nn.Parameter]
+    device: torch.device
+    losses: tuple[str, ...] = ("loss",)
+
+    @abstractmethod
+    def divisors(self, rows: Sequence[Batch]) -> dict[str, Tensor]:
+        """What the losses of a step's rows are divided by: scalars on the device, counted over all processes' rows."""
+
+    @abstractmethod
+    def pass_row(self, row: Batch, divisors: Mapping[str, Tensor], precision: torch.dtype) -> dict[str, Tensor]:
+        """Add a row's part of the step's gradients; its part of each loss, detached.
+
+        Nothing of it waits for the device, so that it can be captured as a CUDA graph.
+        """
+
+    def nothing(self) -> dict[str, Tensor]:
+        """The losses of no row."""
+        return {name: torch.zeros((), device=self.device) for name in self.losses}
 
     def backward(self, rows: Sequence[Batch], precision: torch.dtype) -> dict[str, Tensor]:
-        """Add the gradients of the step's loss; return ``loss`` (and parts of it) as detached scalars.
+        """Add the gradients of a step; its losses, detached.
 
         Of several processes each does so for the rows it has, if any, and divides by what all of them count: their
         gradients and losses are to be summed.
         """
+        divisors, losses = self.divisors(rows), self.nothing()
+        for row in rows:
+            for name, part in self.pass_row(row, divisors, precision).items():
+                losses[name] += part
+        return losses
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[None]:
@@ -74,15 +103,16 @@ def inputs(model: Model, row: Batch) -> dict[str, Tensor | None]:
 
 def total(parts: Sequence[Tensor], device: torch.device) -> Tensor:
     """The sum of a scalar for each row, over the rows of all processes."""
-    return processes.total(torch.stack(list(parts)).sum() if parts else torch.zeros((), device=device)).float()
+    own = torch.stack(list(parts)).sum().to(device) if parts else torch.zeros((), device=device)
+    return processes.total(own.float())
 
 
 def answer_tokens(rows: Sequence[Batch], device: torch.device) -> Tensor:
     """How many tokens of the rows of all processes are scored, at least 1."""
-    return total([(row.labels[:, 1:] != -100).sum().float() for row in rows], device).clamp(min=1)
+    return total([(row.labels[:, 1:] != UNSCORED).sum() for row in rows], device).clamp(min=1)
 
 
-class AlignHeads:
+class AlignHeads(Objective):
     """Stages 1 and 2: each mixer's heads against the attention's, fed the *teacher's* input (paper, section 3.3).
 
     Layer-local: a layer's loss is propagated as soon as the teacher has passed it and its graph is freed, so that no
@@ -90,87 +120,88 @@ class AlignHeads:
     """
 
     def __init__(self, teacher: Model, student: Model, stage: StageConfig) -> None:
-        self.teacher, self.student, self.stage = teacher, student, stage
+        self.teacher, self.student, self.stage, self.device = teacher, student, stage, teacher.device
         self.trained = parameters_of(student, stage.train)
         self.mixers = {i: student.mixer(i) for i in student.config.mamba2_layers}
         freeze_all_but(student, self.trained)
         if stage.compile:
             compile_layers(teacher)
 
-    def backward(self, rows: Sequence[Batch], precision: torch.dtype) -> dict[str, Tensor]:
-        weights = [token_weights(row.labels, self.stage.prompt_weight, row.real) for row in rows]
-        device = self.teacher.device
-        scale = self.stage.loss_scale / (total([w.sum() for w in weights], device) * len(self.mixers))
-        error = torch.zeros((), device=device)
-        for row, weight in zip(rows, weights, strict=True):
+    def divisors(self, rows: Sequence[Batch]) -> dict[str, Tensor]:
+        weights = [token_weights(row.labels, self.stage.prompt_weight, row.real).sum() for row in rows]
+        return {"weight": total(weights, self.device)}
 
-            def observe(index: int, u: Tensor, heads: Tensor, rotation: Rotation) -> None:
-                if index not in self.mixers:
-                    return
-                with torch.enable_grad(), autocast(u.device, precision):
-                    predicted, _ = self.mixers[index].heads(u, rotation=rotation, cu_seqlens=row.cu_seqlens)  # noqa: B023
-                    loss = heads_error(predicted, heads, weight) * scale  # noqa: B023
-                with torch.autocast(u.device.type, enabled=False):
-                    loss.backward()
-                error.add_(loss.detach())
+    def pass_row(self, row: Batch, divisors: Mapping[str, Tensor], precision: torch.dtype) -> dict[str, Tensor]:
+        weight = token_weights(row.labels, self.stage.prompt_weight, row.real)
+        scale = self.stage.loss_scale / (divisors["weight"] * len(self.mixers))
+        error = torch.zeros((), device=self.device)
 
-            with torch.no_grad(), autocast(device, precision):
-                self.teacher(**inputs(self.teacher, row), cu_seqlens=row.cu_seqlens, logits="none", observe=observe)
+        def observe(index: int, u: Tensor, heads: Tensor, rotation: Rotation) -> None:
+            if index not in self.mixers:
+                return
+            with torch.enable_grad(), autocast(u.device, precision):
+                predicted, _ = self.mixers[index].heads(u, rotation=rotation, cu_seqlens=row.cu_seqlens)
+                loss = heads_error(predicted, heads, weight) * scale
+            with torch.autocast(u.device.type, enabled=False):
+                loss.backward()
+            error.add_(loss.detach())
+
+        with torch.no_grad(), autocast(self.device, precision):
+            self.teacher(**inputs(self.teacher, row), cu_seqlens=row.cu_seqlens, logits="none", observe=observe)
         return {"loss": error}
 
 
-class MatchLogits:
+class MatchLogits(Objective):
     """Stage 3: KL(teacher ‖ student) end to end, from hidden states (paper, section 3.3; T = 1, no cross-entropy)."""
 
     def __init__(self, teacher: Model, student: Model, stage: StageConfig) -> None:
-        self.teacher, self.student, self.stage = teacher, student, stage
+        self.teacher, self.student, self.stage, self.device = teacher, student, stage, teacher.device
         self.trained = end_to_end(student, stage)
+        self.losses = ("loss", "ce") if stage.supervised else ("loss",)
         self.embeds = any(getattr(student, part) is not getattr(teacher, part) for part in EMBEDDINGS)
         if stage.compile:
             compile_layers(teacher)
 
-    def backward(self, rows: Sequence[Batch], precision: torch.dtype) -> dict[str, Tensor]:
-        stage, device = self.stage, self.teacher.device
-        weights = [token_weights(row.labels, stage.prompt_weight, row.real) for row in rows]
+    def divisors(self, rows: Sequence[Batch]) -> dict[str, Tensor]:
+        stage = self.stage
         if stage.reduction == "published":
-            divisor = processes.total(torch.tensor(float(sum(row.sequences for row in rows)), device=device))
+            counts = [torch.tensor(float(row.sequences)) for row in rows]
         else:
-            divisor = total([w.sum() for w in weights], device)
-        answers = answer_tokens(rows, device) if stage.supervised else None
-        kl = torch.zeros((), device=device)
-        ce = torch.zeros((), device=device)
-        for row, weight in zip(rows, weights, strict=True):
-            with autocast(device, precision):
-                with torch.no_grad():
-                    given = inputs(self.teacher, row)
-                    target = self.teacher(**given, cu_seqlens=row.cu_seqlens, logits="none").hidden
-                if self.embeds:
-                    given = inputs(self.student, row)
-                hidden = self.student(**given, cu_seqlens=row.cu_seqlens, logits="none").hidden
-                # With a prompt weight of 0 only the answers' tokens need logits.
-                kept = slice(None) if stage.prompt_weight else row.scored
-                part = (
-                    divergence(
-                        hidden[:, kept],
-                        self.student.head.weight,
-                        target[:, kept],
-                        self.teacher.head.weight,
-                        weight[:, kept],
-                        stage.temperature,
-                    )
-                    / divisor
-                )
-                loss = part * stage.loss_scale
-                kl.add_(part.detach())
-                if answers is not None:
-                    supervised = answer_loss(hidden, self.student.head.weight, row.labels, row.scored) / answers
-                    loss = loss + stage.supervised * supervised
-                    ce.add_(supervised.detach())
-            loss.backward()
-        return {"loss": kl * stage.loss_scale + stage.supervised * ce, **({"ce": ce} if answers is not None else {})}
+            counts = [token_weights(row.labels, stage.prompt_weight, row.real).sum() for row in rows]
+        found = {"kl": total(counts, self.device)}
+        return {**found, "answers": answer_tokens(rows, self.device)} if stage.supervised else found
+
+    def pass_row(self, row: Batch, divisors: Mapping[str, Tensor], precision: torch.dtype) -> dict[str, Tensor]:
+        stage = self.stage
+        weight = token_weights(row.labels, stage.prompt_weight, row.real)
+        with autocast(self.device, precision):
+            with torch.no_grad():
+                given = inputs(self.teacher, row)
+                target = self.teacher(**given, cu_seqlens=row.cu_seqlens, logits="none").hidden
+            if self.embeds:
+                given = inputs(self.student, row)
+            hidden = self.student(**given, cu_seqlens=row.cu_seqlens, logits="none").hidden
+            # With a prompt weight of 0 only the answers' tokens need logits.
+            kept = slice(None) if stage.prompt_weight else row.scored
+            kl = divergence(
+                hidden[:, kept],
+                self.student.head.weight,
+                target[:, kept],
+                self.teacher.head.weight,
+                weight[:, kept],
+                stage.temperature,
+            )
+            loss = kl / divisors["kl"] * stage.loss_scale
+            found = {}
+            if stage.supervised:
+                answers = answer_loss(hidden, self.student.head.weight, row.labels, row.scored) / divisors["answers"]
+                loss = loss + stage.supervised * answers
+                found["ce"] = answers.detach()
+        loss.backward()
+        return {"loss": loss.detach(), **found}
 
 
-class PredictAnswers:
+class PredictAnswers(Objective):
     """Cross-entropy of the answers' tokens: teaching from scratch, and stage 4.
 
     Args:
@@ -179,17 +210,17 @@ class PredictAnswers:
     """
 
     def __init__(self, model: Model, stage: StageConfig | None = None) -> None:
-        self.model = model
+        self.model, self.device = model, model.device
         self.trained = dict(model.named_parameters()) if stage is None else end_to_end(model, stage)
         self.scale = 1.0 if stage is None else stage.loss_scale
 
-    def backward(self, rows: Sequence[Batch], precision: torch.dtype) -> dict[str, Tensor]:
-        answers = answer_tokens(rows, self.model.device)
-        error = torch.zeros((), device=self.model.device)
-        for row in rows:
-            with autocast(self.model.device, precision):
-                hidden = self.model(**inputs(self.model, row), cu_seqlens=row.cu_seqlens, logits="none").hidden
-                loss = answer_loss(hidden, self.model.head.weight, row.labels, row.scored) * self.scale / answers
-            loss.backward()
-            error.add_(loss.detach())
-        return {"loss": error}
+    def divisors(self, rows: Sequence[Batch]) -> dict[str, Tensor]:
+        return {"answers": answer_tokens(rows, self.device)}
+
+    def pass_row(self, row: Batch, divisors: Mapping[str, Tensor], precision: torch.dtype) -> dict[str, Tensor]:
+        with autocast(self.device, precision):
+            hidden = self.model(**inputs(self.model, row), cu_seqlens=row.cu_seqlens, logits="none").hidden
+            answers = answer_loss(hidden, self.model.head.weight, row.labels, row.scored)
+            loss = answers * self.scale / divisors["answers"]
+        loss.backward()
+        return {"loss": loss.detach()}

@@ -89,7 +89,7 @@ class TrainConfig:
 
     Attributes:
         optimizer: ``adamw`` (the paper's); ``muon`` moves the projections' matrices by Muon and the rest by AdamW, for
-            fewer steps to the same loss; not in a graph.
+            fewer steps to the same loss.
         steps: optimizer steps.
         batch_size: samples a step.
         lr: peak learning rate.
@@ -101,8 +101,9 @@ class TrainConfig:
         checkpoint_every: steps between checkpoints.
         log_every: steps between lines of metrics.jsonl.
         compile: compile what surrounds the mixers (torch.compile; half a minute at the start, then faster on a GPU).
-        graph: on a GPU, replay each step as a CUDA graph, its rows padded to shapes that stay: several times faster for
-            small models, whose steps the host's launches hold up; no gain for large ones.
+        graph: on a GPU, replay the pass of each row, and the update, as CUDA graphs, rows padded to shapes that stay:
+            several times faster for small models, whose steps the host's launches hold up, and for short rows of
+            large ones.
     """
 
     steps: int
@@ -130,8 +131,6 @@ class TrainConfig:
             raise ValueError(f"clip must be greater than 0, got {self.clip}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {', '.join(map(str, self.betas))}")
-        if self.graph and self.optimizer == "muon":
-            raise ValueError("graph needs optimizer 'adamw': Muon takes its rate from the host")
         if not 0 <= self.warmup + self.decay <= 1:
             raise ValueError(f"warmup + decay is {self.warmup + self.decay}, must lie in [0, 1]")
 
@@ -171,8 +170,6 @@ class StageConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(0, self, "prompt_weight", "supervised")
-        if self.graph and self.reduction == "published":
-            raise ValueError("graph needs reduction 'mean': the published one divides by a count of the host")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be greater than 0, got {self.temperature}")
         if not self.train:

@@ -1,16 +1,16 @@
-"""One optimisation step: passes, clipping, update; as it comes, or replayed as a CUDA graph.
+"""One optimisation step: a pass for each row, clipping, update; as they come, or replayed as CUDA graphs.
 
-A small model's step is a thousand small kernels, and the host takes longer to launch them than the GPU to run them. A
-graph launches them all at once, but only with the shapes and addresses that it was captured with. So the rows are laid
-into tensors that stay, with padding behind them that no loss counts, and the layout of a row is worked out on the
+A pass launches some thousand kernels, and where they are small the host takes longer to launch them than the GPU to
+run them. A graph launches them all at once, but only with the shapes and addresses that it was captured with. So each
+row is laid into tensors that stay, with padding behind it that no loss counts, and its layout is worked out on the
 device (:class:`~mmmamba.ops.layout.DeviceLayout`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +22,15 @@ from mmmamba.distill import processes
 from mmmamba.distill.objectives import Objective
 from mmmamba.distill.optimizers import Optimizers
 from mmmamba.distill.recipe import TrainConfig
-from mmmamba.errors import UserError
 from mmmamba.ops.layout import remember_bounds, remember_lengths
 
+T = TypeVar("T")
 PIECE = 512  # padding lies in sequences of at most this many tokens: attention over one longer row would cost more
-WARM_UP = 2  # steps taken as they come before one is captured: AdamW's state and the kernels are made in them
+WARM_UP = 2  # calls that are made as they come before one is captured: kernels and AdamW's state are made in them
 
 
 class Step:
-    """One step of an objective: backward over the rows, clip, update.
+    """One step of an objective: a pass for each row, clip, update.
 
     Args:
         objective: what is trained.
@@ -40,99 +40,157 @@ class Step:
     """
 
     def __init__(self, objective: Objective, config: TrainConfig, device: torch.device, precision: torch.dtype) -> None:
-        self.objective, self.clip, self.device, self.precision = objective, config.clip, device, precision
+        self.objective, self.config, self.device, self.precision = objective, config, device, precision
         self.optimizers = Optimizers(objective.trained, config, device)
 
     def __call__(self, rows: Sequence[Batch], rate: float) -> tuple[dict[str, Tensor], Tensor]:
-        """Take the step at learning rate ``rate``: the objective's losses (none without rows), the gradient's norm."""
-        self.optimizers.set_rate(rate)
-        return self._update([move(row, self.device) for row in rows])
+        """Take the step at learning rate ``rate``: the objective's losses, the gradient's norm.
 
-    def _update(self, rows: Sequence[Batch]) -> tuple[dict[str, Tensor], Tensor]:
-        self.optimizers.zero_grad()
-        losses = self.objective.backward(rows, self.precision) if rows or processes.count() > 1 else {}
-        if processes.count() > 1:
-            losses = self._sum(losses)
-        norm = nn.utils.clip_grad_norm_(list(self.objective.trained.values()), self.clip)
-        self.optimizers.step()
-        return losses, norm
-
-    def _sum(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Sum gradients and losses over all processes; no losses where no process had rows.
-
-        A gradient that no process has stays away, as it does in one process.
+        Without rows, in any process, there is nothing to learn from: no losses, and no update.
         """
+        if not int(processes.total(torch.tensor(len(rows), device=self.device))):
+            return {}, torch.zeros((), device=self.device)
+        self.optimizers.set_rate(rate)
+        self.zero_grad()
+        losses = self.passes(rows)
+        if processes.count() > 1:
+            self._sum_gradients()
+            losses = {name: processes.total(loss) for name, loss in losses.items()}
+        return losses, self.update()
+
+    def zero_grad(self) -> None:
+        """Let the gradients of the last step go."""
+        self.optimizers.zero_grad()
+
+    def passes(self, rows: Sequence[Batch]) -> dict[str, Tensor]:
+        """Add the gradients of the rows of this process; their losses."""
+        return self.objective.backward([move(row, self.device) for row in rows], self.precision)
+
+    def update(self) -> Tensor:
+        """Clip the gradients and move the parameters; the gradients' norm before."""
+        norm = nn.utils.clip_grad_norm_(list(self.objective.trained.values()), self.config.clip)
+        self.optimizers.step()
+        return norm
+
+    def _sum_gradients(self) -> None:
+        """Sum them over all processes; a gradient that no process has stays away, as it does in one process."""
         parameters = list(self.objective.trained.values())
         has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=self.device)
-        used = processes.total(has).tolist()
-        for parameter, users in zip(parameters, used, strict=True):
+        for parameter, users in zip(parameters, processes.total(has).tolist(), strict=True):
             if users:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 processes.total(parameter.grad)
-        return {name: processes.total(loss) for name, loss in losses.items()} if any(used) else {}
 
 
 class ReplayedStep(Step):
-    """The same step, captured once for each number of rows and replayed.
+    """The same step, its pass and its update captured once and replayed: the pass for each row.
 
     A row larger than the graph has room for makes the room larger, and the graph is captured anew: after some steps
-    that no longer happens. What a step's rows do not use (the patch embedding, where no picture is shown) has a
-    gradient of zero here and none there, so that AdamW's momentum and decay go on moving it.
+    that no longer happens. Gradients stay where they are, so that what a step's rows do not use (the patch embedding,
+    where no picture is shown) has a gradient of zero here and none there, and AdamW's momentum and decay go on moving
+    it.
     """
 
     def __init__(self, objective: Objective, config: TrainConfig, device: torch.device, precision: torch.dtype) -> None:
         super().__init__(objective, config, device, precision)
-        for group in self.optimizers.groups:  # a captured step reads its rate from memory
-            group["lr"] = torch.zeros((), device=device)
-        self._captured: dict[int, _Captured] = {}
-        self._stream = torch.cuda.Stream(device)
-        self._pool: Any = None
+        self._aside = _Aside(device)
+        self._pass: _PaddedPass | None = None
+        self._update: _Replayed[Tensor] | None = None
+        if config.optimizer == "adamw":  # Muon takes its rate from the host
+            for group in self.optimizers.groups:  # a captured step reads it from memory
+                group["lr"] = torch.zeros((), device=device)
+            self._update = _Replayed(self._aside)
 
-    def __call__(self, rows: Sequence[Batch], rate: float) -> tuple[dict[str, Tensor], Tensor]:
-        if not rows:  # nothing to learn from: no update
-            return {}, torch.zeros((), device=self.device)
-        self.optimizers.set_rate(rate)
-        captured = self._captured.get(len(rows))
-        room = Room.for_rows(rows)
-        if captured is None or not captured.room.holds(room):
-            room = room if captured is None else captured.room.union(room)
-            captured = self._captured[len(rows)] = _Captured(room, [room.empty_row(rows[0], self.device) for _ in rows])
-        for row, kept in zip(rows, captured.rows, strict=True):
-            lay(row, kept)
-        if captured.graph is None:
-            if captured.taken < WARM_UP:
-                captured.taken += 1
-                return self._aside(captured)
-            self._capture(captured)
-        assert captured.graph is not None
-        captured.graph.replay()
-        losses, norm = captured.results
-        return {name: loss.clone() for name, loss in losses.items()}, norm
+    def zero_grad(self) -> None:
+        """Let the gradients of the last step go; they stay where the graphs know them."""
+        for parameter in self.objective.trained.values():
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)
+        torch._foreach_zero_([parameter.grad for parameter in self.objective.trained.values()])  # type: ignore[misc]
 
-    def _padded_update(self, captured: _Captured) -> tuple[dict[str, Tensor], Tensor]:
-        for row in captured.rows:  # here, so that the tables are part of what is captured
-            remember_bounds(row.cu_seqlens, row.tokens, captured.room.longest)
-        return self._update(captured.rows)
+    def passes(self, rows: Sequence[Batch]) -> dict[str, Tensor]:
+        divisors, losses = self.objective.divisors(rows), self.objective.nothing()
+        for row in rows:
+            room = Room.for_rows([row], self.config.micro_tokens)
+            if self._pass is None or not self._pass.room.holds(room):
+                room = room if self._pass is None else self._pass.room.union(room)
+                self._pass = None  # first: its graph's memory is the next one's
+                self._pass = _PaddedPass(room, room.empty_row(row, self.device), self._aside)
+            for name, part in self._pass(row, divisors, self.objective, self.precision).items():
+                losses[name] += part
+        return losses
 
-    def _aside(self, captured: _Captured) -> tuple[dict[str, Tensor], Tensor]:
-        """The step as it comes, on a stream of its own: what autograd remembers of streams must not outlive it."""
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream):
-            results = self._padded_update(captured)
-        torch.cuda.current_stream(self.device).wait_stream(self._stream)
+    def update(self) -> Tensor:
+        return super().update() if self._update is None else self._update(super().update).clone()
+
+
+class _Aside:
+    """Where what is captured runs: a stream of its own, and memory that the graphs share, for they take turns."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self._keeper = self.capture(lambda: torch.zeros((), device=device))  # a pool that no graph has is gone
+
+    def run(self, call: Callable[[], T]) -> T:
+        """The call as it comes, but on that stream: what autograd remembers of streams must not outlive it."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            results = call()
+        torch.cuda.current_stream().wait_stream(self.stream)
         return results
 
-    def _capture(self, captured: _Captured) -> None:
-        self.optimizers.zero_grad()
+    def capture(self, call: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+        """A graph of the call, and the tensors that its replays write."""
         graph = torch.cuda.CUDAGraph()
         # The loader's threads go on pinning memory meanwhile, which only a capture of this thread alone lets them.
-        with (
-            uncollected(),
-            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
-        ):
-            captured.results = self._padded_update(captured)
-        captured.graph, self._pool = graph, graph.pool()
+        options: dict[str, Any] = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
+        with uncollected(), torch.cuda.graph(graph, **options):
+            results = call()
+        return graph, results
+
+
+class _Replayed(Generic[T]):
+    """One call, made again and again: at first as it comes, then captured, and replayed from then on."""
+
+    def __init__(self, aside: _Aside) -> None:
+        self._aside, self._made = aside, 0
+        self._captured: tuple[torch.cuda.CUDAGraph, T] | None = None
+
+    def __call__(self, call: Callable[[], T]) -> T:
+        """The call's results; those of a replay are overwritten by the next one."""
+        # The call is given, not kept: a graph's memory goes with its last user, not when garbage is collected.
+        if self._made < WARM_UP:
+            self._made += 1
+            return self._aside.run(call)
+        if self._captured is None:
+            self._captured = self._aside.capture(call)
+        graph, results = self._captured
+        graph.replay()
+        return results
+
+
+class _PaddedPass:
+    """An objective's pass over a row that stays, into which every row is laid."""
+
+    def __init__(self, room: Room, row: Batch, aside: _Aside) -> None:
+        self.room, self.row = room, row
+        self._divisors: dict[str, Tensor] = {}
+        self._replayed: _Replayed[dict[str, Tensor]] = _Replayed(aside)
+
+    def __call__(
+        self, row: Batch, divisors: dict[str, Tensor], objective: Objective, precision: torch.dtype
+    ) -> dict[str, Tensor]:
+        lay(row, self.row)
+        for name, value in divisors.items():
+            self._divisors.setdefault(name, torch.empty_like(value)).copy_(value)
+
+        def run() -> dict[str, Tensor]:
+            # Here, so that the tables are part of what is captured.
+            remember_bounds(self.row.cu_seqlens, self.row.tokens, self.room.longest)
+            return objective.pass_row(self.row, self._divisors, precision)
+
+        return self._replayed(run)
 
 
 @dataclass(frozen=True)
@@ -146,10 +204,11 @@ class Room:
     scored: int
 
     @classmethod
-    def for_rows(cls, rows: Sequence[Batch]) -> Room:
-        """Room for each of ``rows``, and a little more."""
+    def for_rows(cls, rows: Sequence[Batch], most: int = 0) -> Room:
+        """Room for each of ``rows``, and a little more; not more than ``most`` tokens where those suffice."""
+        tokens = max(row.tokens + 2 * (_idle(row) is None) for row in rows)
         return cls(
-            tokens=_roomy(2 + max(row.tokens for row in rows)),  # a scored token has another one behind it
+            tokens=max(tokens, min(_roomy(tokens), most or _roomy(tokens))),
             sequences=_roomy(max(row.sequences for row in rows)),
             longest=max(PIECE, _roomy(max(int(row.cu_seqlens.diff().max()) for row in rows))),
             tiles=_roomy(max(row.tiles.shape[0] for row in rows)),
@@ -176,6 +235,12 @@ class Room:
         )
 
 
+def _idle(row: Batch) -> int | None:
+    """A token whose next one is not scored; None where there is none."""
+    found = (row.labels[0, 1:] == UNSCORED).nonzero()
+    return int(found[0]) if len(found) else None
+
+
 def lay(row: Batch, into: Batch) -> None:
     """Copy ``row`` (on the host) into a row that stays; padding behind it.
 
@@ -183,7 +248,8 @@ def lay(row: Batch, into: Batch) -> None:
     """
     into.input_ids[:, row.tokens :] = 0
     into.labels[:, row.tokens :] = UNSCORED
-    into.scored[row.scored.shape[0] :] = into.tokens - 2  # padding, as is the token behind it
+    idle = _idle(row)
+    into.scored[row.scored.shape[0] :] = into.tokens - 2 if idle is None else idle  # what is padding scores nothing
     assert into.real is not None
     into.real.fill_(row.tokens)
     borders = [*row.cu_seqlens.tolist(), *range(row.tokens + PIECE, into.tokens, PIECE)]
@@ -200,28 +266,9 @@ def lay(row: Batch, into: Batch) -> None:
         target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
 
 
-@dataclass
-class _Captured:
-    """Rows that stay, and the graph of a step over them once there is one."""
-
-    room: Room
-    rows: list[Batch]
-    taken: int = 0
-    graph: Any = None
-    results: tuple[dict[str, Tensor], Tensor] = ({}, torch.zeros(()))
-
-
 def make_step(objective: Objective, config: TrainConfig, device: torch.device, precision: torch.dtype) -> Step:
-    """The step of a run: replayed where the recipe asks for it and there is a GPU, else as it comes.
-
-    Raises:
-        UserError: when several processes would replay: what they wait for one another for cannot be captured.
-    """
-    replays = config.graph and device.type == "cuda"
-    if replays and processes.count() > 1:
-        several = processes.count()
-        raise UserError(f"graph: true is for one process, and {several} were launched: --set STAGE.graph=false")
-    kind = ReplayedStep if replays else Step
+    """The step of a run: replayed where the recipe asks for it and there is a GPU, else as it comes."""
+    kind = ReplayedStep if config.graph and device.type == "cuda" else Step
     return kind(objective, config, device, precision)
 
 
