@@ -54,6 +54,31 @@ def test_a_slow_call_is_made_once():
     assert (found.ms, found.cold, found.samples) == (8_000.0, 8_000.0, 1)
 
 
+def test_calls_in_a_row_are_as_many_as_are_wanted():
+    class InRows(Counted):
+        def __init__(self, *milliseconds: float) -> None:
+            super().__init__(*milliseconds)
+            self.rows: list[int] = []
+
+        def in_a_row(self, call, count):
+            self.rows.append(count)
+            return super().in_a_row(call, count)
+
+    clock = InRows(10.0)
+    assert clock.time(lambda: None, seconds=0.4, ahead=16, warm_up=2).samples == 40
+    assert clock.rows == [16, 16, 7] and clock.calls == 42
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_host_is_ahead():
+    """What the host takes to launch a call is not part of it where the GPU has other work meanwhile."""
+    clock, x = Clock(torch.device("cuda")), torch.ones(8192, 8192, device="cuda")
+    waited = clock.time(lambda: x @ x, seconds=1.0)
+    ahead = clock.time(lambda: x @ x, seconds=1.0, ahead=8)
+    assert ahead.samples == waited.samples and 0 < ahead.ms < 1.2 * waited.ms
+
+
 def test_a_clock_runs_what_it_times():
     seen = []
     found = Clock(torch.device("cpu")).time(lambda: seen.append(1), seconds=0.0, warm_up=1, least=3)

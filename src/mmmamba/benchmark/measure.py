@@ -17,6 +17,7 @@ from mmmamba.benchmark.published import PublishedDecoder
 from mmmamba.benchmark.search import greatest
 from mmmamba.data.processor import Encoded
 from mmmamba.inference.decoder import Decoder
+from mmmamba.inference.engine import BLOCK
 from mmmamba.inference.sampling import Sampler, Sampling
 from mmmamba.inference.steps import fixed_length, prefill
 from mmmamba.model.config import ModelConfig
@@ -66,6 +67,7 @@ def decode(
 ) -> Measured:
     """A step of ``batch`` sequences behind ``context`` tokens in the engine's pool, greedy tokens fed back.
 
+    As in the engine, what was picked is read a block of steps later, and the host is ahead of the GPU until then.
     Caches and states hold random numbers instead of what a prompt would leave: a step takes as long over either.
     """
     decoder = furnished(model, context=context, batch=batch, state_dtype=state_dtype)
@@ -78,13 +80,16 @@ def decode(
         tokens.copy_(picked)
 
     memory.reset_peak(model.device)
-    timing = Clock(model.device).time(step, seconds=seconds)
+    timing = Clock(model.device).time(step, seconds=seconds, ahead=BLOCK)
     state = state_bytes(model.config, model.dtype, state_dtype or wide(model.dtype))
     return _step_measured(model, timing, state, context, batch, _pool_bytes(decoder), graph=decoder.graph)
 
 
 def decode_published(model: Model, *, context: int, mask: bool, seconds: float = 1.0) -> Measured:
-    """A step of one sequence behind ``context`` tokens in the published way (:mod:`mmmamba.benchmark.published`)."""
+    """A step of one sequence behind ``context`` tokens in the published way (:mod:`mmmamba.benchmark.published`).
+
+    Each is waited for, since each token is read before the next step.
+    """
     decoder = PublishedDecoder(model, context, mask=mask)
     tokens = torch.zeros(1, dtype=torch.long, device=model.device)
 
