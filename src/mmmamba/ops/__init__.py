@@ -3,6 +3,7 @@
 from mmmamba.ops.attend import attend_step, attend_step_torch
 from mmmamba.ops.begin import begin_step, begin_step_torch
 from mmmamba.ops.conv import causal_conv, causal_conv_step, causal_conv_torch
+from mmmamba.ops.delta import gated_delta, gated_delta_chunked, gated_delta_reference, gated_delta_step
 from mmmamba.ops.error import squared_error, squared_error_torch
 from mmmamba.ops.kl import chunked_kl, chunked_kl_torch
 from mmmamba.ops.layout import Layout, layout_of
@@ -33,6 +34,10 @@ __all__ = [
     "chunked_kl",
     "chunked_kl_torch",
     "compute_dtype",
+    "gated_delta",
+    "gated_delta_chunked",
+    "gated_delta_reference",
+    "gated_delta_step",
     "gated_norm",
     "gated_norm_torch",
     "joined_linear",

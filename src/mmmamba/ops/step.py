@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmmamba.ops.conv import causal_conv_step
+from mmmamba.ops.delta import gated_delta_step
 from mmmamba.ops.norm import gated_norm
 from mmmamba.ops.rope import rotate
 from mmmamba.ops.ssd import ssd_step
@@ -39,6 +40,7 @@ def check_step(
     frequencies: Tensor | None,
     squares: Tensor | None,
     activation: str,
+    beta_raw: Tensor | None = None,
 ) -> None:
     """Refuse what does not fit together (ValueError naming the tensor)."""
     b, h, p = vkq.shape[0], A_log.shape[0], norm_weight.shape[0]
@@ -49,6 +51,7 @@ def check_step(
     expected = {
         "gate": (gate, (b, h * p)),
         "dt_raw": (dt_raw, (b, h)),
+        "beta_raw": (beta_raw, (b, h)),
         "conv_weight": (conv_weight, (c, k)),
         "conv_bias": (conv_bias, (c,)),
         "dt_bias": (dt_bias, (h,)),
@@ -103,6 +106,7 @@ def mixer_step(
     frequencies: Tensor | None = None,
     seed: Tensor | None = None,
     squares: Tensor | None = None,
+    beta_raw: Tensor | None = None,
     chained: bool = False,
 ) -> Tensor:
     """One token of each row of a running batch: conv, rotation, recurrence, norm and gate.
@@ -125,7 +129,9 @@ def mixer_step(
         squares: (b, h, parts) float32 at least, written: each head's sum of squares, in parts that add up to it. Where
             given, the norm's division is left to who reads the heads (``linear_step``), so that no part of a head has
             to wait for the others.
-        chained: only vkq, gate and dt_raw may come from the kernel that was launched last; see ``linear_step``.
+        beta_raw: (b, h) before its sigmoid: the recurrence is the gated delta rule (:mod:`mmmamba.ops.delta`) with this
+            strength, else the state space recurrence (:mod:`mmmamba.ops.ssd`).
+        chained: only vkq, gate, dt_raw and beta_raw may come from the kernel launched last; see ``linear_step``.
 
     Returns:
         the gated heads (b, h·p) in vkq's dtype. With ``squares`` they are not divided by their root mean square, and
@@ -151,8 +157,9 @@ def mixer_step(
         "qk_norm": qk_norm,
         "seed": seed,
         "squares": squares,
+        "beta_raw": beta_raw,
     }
-    if serves(vkq, gate, dt_raw, *parameters.values(), *(rotation or ()), positions, frequencies):
+    if serves(vkq, gate, dt_raw, beta_raw, *parameters.values(), *(rotation or ()), positions, frequencies):
         from mmmamba.ops.triton.step import mixer_step as kernel
 
         return kernel(vkq, gate, dt_raw, **parameters, **angles, **options, chained=chained)
@@ -180,11 +187,12 @@ def mixer_step_torch(
     frequencies: Tensor | None = None,
     seed: Tensor | None = None,
     squares: Tensor | None = None,
+    beta_raw: Tensor | None = None,
 ) -> Tensor:
     """The step in PyTorch's operators. Same contract as :func:`mixer_step`."""
     check_step(
         vkq, gate, dt_raw, conv_weight, conv_bias, dt_bias, A_log, norm_weight, conv_state, ssm_state, slots, rotation,
-        positions, frequencies, squares, activation,
+        positions, frequencies, squares, activation, beta_raw,
     )  # fmt: skip
     h, p = A_log.shape[0], norm_weight.shape[0]
     g = (vkq.shape[1] // p - h) // 2
@@ -204,7 +212,11 @@ def mixer_step_torch(
         cos, sin = (t[rows][:, None] for t in rotation)
         k, q = rotate(k, cos, sin), rotate(q, cos, sin)
     dt = F.softplus(dt_raw[rows].to(wide) + dt_bias.to(wide))
-    y, ssm = ssd_step(v, dt, -torch.exp(A_log.to(wide)), k, q, ssm_state[places].to(wide))
+    A, before = -torch.exp(A_log.to(wide)), ssm_state[places].to(wide)
+    if beta_raw is None:
+        y, ssm = ssd_step(v, dt, A, k, q, before)
+    else:
+        y, ssm = gated_delta_step(v, dt, A, k, q, beta_raw[rows].to(wide).sigmoid(), before)
     if ssm_state.dtype == torch.bfloat16 and seed is not None:
         generator = torch.Generator(ssm.device).manual_seed(int(seed))
         ssm = round_stochastically(ssm, generator)

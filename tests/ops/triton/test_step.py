@@ -116,6 +116,21 @@ def test_heads_in_parts_and_the_norm_left_to_the_next_map(h, g, p, k, parts, dev
     torch.testing.assert_close((heads.unflatten(1, (h, p)) * inverse).flatten(1), normed, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("parts", [0, 4])
+@pytest.mark.parametrize(("h", "g", "p"), [(2, 1, 32), (4, 2, 24)])
+def test_the_gated_delta_rule(h, g, p, parts, device):
+    inputs, named = draw(h=h, g=g, p=p, device=device)
+    named |= {"beta_raw": torch.randn(3, h + 2, device=device)[:, 1 : h + 1], "qk_norm": True}
+    named["slots"] = torch.tensor([3, -1, 0], device=device)
+    if parts:
+        squares = torch.empty(3, h, parts, device=device)
+        run(kernel, inputs, {**named, "squares": squares})
+        truth = torch.empty(3, h, 1, dtype=torch.float64, device=device)
+        run(twin, inputs, {**named, "squares": truth}, widened=True)
+        torch.testing.assert_close(squares.sum(-1), truth[..., 0].float(), rtol=1e-5, atol=1e-6)
+    compare(inputs, named, TOLERANCE[torch.float32])
+
+
 @pytest.mark.parametrize(
     ("programs", "half", "size"), [(1, False, (1, 64)), (1000, False, (2, 32)), (1000, True, (2, 16))]
 )
@@ -207,13 +222,12 @@ def test_is_a_sound_custom_op(device):
     (vkq, gate, dt_raw), named = draw(b=1, p=8, pool=1, device=device)
     order = ["conv_weight", "conv_bias", "dt_bias", "A_log", "norm_weight", "conv_state", "ssm_state"]
     rest = [named[name] for name in order]
-    nothing = [None] * 6
+    nothing = [None] * 7
     out, squares = torch.empty(1, gate.shape[1], device=device), torch.empty(1, 4, 2, device=device)
     arrived = torch.zeros(2, dtype=torch.int32, device=device)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(
-        _step, (vkq, gate, dt_raw, *rest, *nothing, out, squares, arrived, 1e-5, True, False, False), test_utils=checks
-    )
+    arguments = (vkq, gate, dt_raw, *rest, *nothing, out, squares, arrived, 1e-5, True, False, False)
+    torch.library.opcheck(_step.traced, arguments, test_utils=checks)
 
 
 def test_refuses_what_does_not_fit(device):

@@ -113,7 +113,8 @@ def _noise(seed, slot, head, first, P: tl.constexpr, R: tl.constexpr, D: tl.cons
 @triton.jit
 def _step_kernel(
     vkq, gate, dt_raw, conv_weight, conv_bias, dt_bias, A_log, norm_weight, conv_state, ssm_state, slots, cos, sin,
-    positions, frequencies, seed, out, squares, arrived, vkq_stride, gate_stride, dt_stride, EPS: tl.constexpr,
+    positions, frequencies, seed, beta_raw, out, squares, arrived, vkq_stride, gate_stride, dt_stride, beta_stride,
+    EPS: tl.constexpr,
     G: tl.constexpr, R: tl.constexpr, P: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr, NORMALISE: tl.constexpr,
     HEADS: tl.constexpr, PARTS: tl.constexpr, PAD_R: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr,
     GROUP: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr, CHAINS: tl.constexpr,
@@ -218,6 +219,8 @@ def _step_kernel(
     u = 1 + e
     dt = tl.maximum(raw, 0.0) + tl.where(u == 1, e, tl.log(u) * (e / tl.where(u == 1, 1.0, u - 1)))
     decay = tl.exp(-dt * slope)
+    if beta_raw is not None:
+        beta = tl.sigmoid(tl.load(beta_raw + row * beta_stride + head, mask=real, other=0.0).to(WIDE))
 
     y = tl.zeros((PAD_R, BLOCKS, D), dtype=WIDE)
     for block in tl.static_range(BLOCKS):
@@ -231,8 +234,13 @@ def _step_kernel(
         if not EARLY:
             v_past, v_last = _past(conv, conv_weight, conv_bias, group * P + row_of_v, row_of_v < P, C, K, WIDE)
         v = _present(v_past, v_last, x, group * P + row_of_v, row_of_v < P, SILU, WIDE)
-        added = (dt[:, None] * v[None, :])[:, :, None] * k[:, None, :]
-        state = state * decay[:, None, None] + added
+        if beta_raw is None:
+            added = (dt[:, None] * v[None, :])[:, :, None] * k[:, None, :]
+            state = state * decay[:, None, None] + added
+        else:  # what the state holds under the key gives way
+            state = state * decay[:, None, None]
+            held = tl.sum(state * k[:, None, :], axis=2)
+            state += (beta[:, None] * (v[None, :] - held))[:, :, None] * k[:, None, :]
         piece = tl.sum(state * q[:, None, :], axis=2)
         y += tl.where((tl.arange(0, BLOCKS) == block)[None, :, None], piece[:, None, :], 0.0)
         if seed is not None:  # bfloat16 drops the lower 16 bits, so noise below them carries with its probability
@@ -314,6 +322,7 @@ def _step(
     positions: Tensor | None,
     frequencies: Tensor | None,
     seed: Tensor | None,
+    beta_raw: Tensor | None,
     out: Tensor,
     squares: Tensor | None,
     arrived: Tensor,
@@ -325,6 +334,7 @@ def _step(
     b, h, p = vkq.shape[0], A_log.shape[0], norm_weight.shape[0]
     g = (vkq.shape[1] // p - h) // 2
     vkq, gate, dt_raw = (t if t.stride(1) == 1 else t.contiguous() for t in (vkq, gate, dt_raw))
+    beta_raw = beta_raw if beta_raw is None or beta_raw.stride(1) == 1 else beta_raw.contiguous()
     parameters: list[Any] = [conv_weight, conv_bias, dt_bias, A_log, norm_weight]
     parameters = [None if t is None else t.contiguous() for t in parameters]
     rest = [None if t is None else t.contiguous() for t in (slots, cos, sin, positions, frequencies)]
@@ -334,10 +344,10 @@ def _step(
         with on_device(vkq):
             _step_kernel[(b * g, h // g // tile["HEADS"], tile["PARTS"])](
                 vkq, gate, dt_raw, *parameters, conv_state, ssm_state, *rest,
-                seed if ssm_state.dtype == torch.bfloat16 else None, out, squares, arrived, vkq.stride(0),
-                gate.stride(0), dt_raw.stride(0), EPS=eps, G=g, R=h // g, P=p, K=conv_weight.shape[1], SILU=silu,
-                NORMALISE=qk_norm, GROUP=triton.next_power_of_2(h // g), WIDE=tl.float64 if wide else tl.float32,
-                **tile, **chain(vkq, chained),
+                seed if ssm_state.dtype == torch.bfloat16 else None, beta_raw, out, squares, arrived, vkq.stride(0),
+                gate.stride(0), dt_raw.stride(0), 0 if beta_raw is None else beta_raw.stride(0), EPS=eps, G=g, R=h // g,
+                P=p, K=conv_weight.shape[1], SILU=silu, NORMALISE=qk_norm, GROUP=triton.next_power_of_2(h // g),
+                WIDE=tl.float64 if wide else tl.float32, **tile, **chain(vkq, chained),
             )  # fmt: skip
 
 
@@ -362,6 +372,7 @@ def mixer_step(
     frequencies: Tensor | None = None,
     seed: Tensor | None = None,
     squares: Tensor | None = None,
+    beta_raw: Tensor | None = None,
     chained: bool = False,
 ) -> Tensor:
     """One token of each row of a running batch: see :func:`mmmamba.ops.step.mixer_step`, whose contract this keeps.
@@ -374,7 +385,7 @@ def mixer_step(
     """
     check_step(
         vkq, gate, dt_raw, conv_weight, conv_bias, dt_bias, A_log, norm_weight, conv_state, ssm_state, slots, rotation,
-        positions, frequencies, squares, activation,
+        positions, frequencies, squares, activation, beta_raw,
     )  # fmt: skip
     for name, tensor in (("conv_state", conv_state), ("ssm_state", ssm_state), ("squares", squares)):
         if tensor is not None and not tensor.is_contiguous():
@@ -386,7 +397,7 @@ def mixer_step(
     out = gate.new_empty(gate.shape, dtype=heads_dtype(vkq, squares))
     _step(
         vkq, gate, dt_raw, conv_weight, conv_bias, dt_bias, A_log, norm_weight, conv_state, ssm_state, slots, cos, sin,
-        positions, frequencies, seed, out, squares, _counters(ssm_state, groups), eps,
+        positions, frequencies, seed, beta_raw, out, squares, _counters(ssm_state, groups), eps,
         activation == "silu", qk_norm, chained,
     )  # fmt: skip
     return out
