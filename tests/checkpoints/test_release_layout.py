@@ -74,8 +74,9 @@ def test_half_precision_keeps_the_decays_in_float32(tiny_model, tmp_path: Path) 
         MixerConfig(qkv_bias=True),
         MixerConfig(gate_bias=True),
         MixerConfig(norm_eps=1e-6),
+        MixerConfig(rule="gated_delta", qk_norm=True),
     ],
-    ids=["rope", "conv_kernel", "conv_activation", "qk_norm", "qkv_bias", "gate_bias", "norm_eps"],
+    ids=["rope", "conv_kernel", "conv_activation", "qk_norm", "qkv_bias", "gate_bias", "norm_eps", "rule"],
 )
 def test_mixer_options_are_refused_by_name(tiny_model, tmp_path: Path, mixer: MixerConfig, request) -> None:
     option = request.node.callspec.id

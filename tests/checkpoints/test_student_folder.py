@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,9 @@ def student_of(teacher: Path, tiny_model, layer_map=LINEAR, mixer: MixerConfig |
 
 @pytest.mark.parametrize("delta", [True, False], ids=["delta", "whole"])
 @pytest.mark.parametrize(
-    ("layer_map", "mixer"), [(LINEAR, None), (HYBRID, None), (HYBRID, OPTIONS)], ids=["linear", "hybrid", "options"]
+    ("layer_map", "mixer"),
+    [(LINEAR, None), (HYBRID, None), (HYBRID, OPTIONS), (HYBRID, replace(OPTIONS, rule="gated_delta"))],
+    ids=["linear", "hybrid", "options", "delta rule"],
 )
 def test_written_and_read_again_is_the_same_model(teacher, tiny_model, same_model, delta, layer_map, mixer) -> None:
     student = student_of(teacher, tiny_model, layer_map, mixer)
@@ -48,7 +51,8 @@ def test_written_and_read_again_is_the_same_model(teacher, tiny_model, same_mode
     if delta:
         mixers = tuple(f"layers.{i}.mixer." for i in student.config.mamba2_layers)
         assert all(name.startswith(mixers) and not name.endswith("o_proj.weight") for name in stored)
-        assert len(stored) == (11 if mixer else 10) * len(mixers)
+        more = 0 if mixer is None else mixer.gate_bias + (mixer.rule == "gated_delta")
+        assert len(stored) == (10 + more) * len(mixers)
     else:
         assert stored.keys() == student.state_dict().keys()
 

@@ -21,6 +21,7 @@ from mmmamba.distill.recipe import DataConfig, SourceConfig, StageConfig
 from mmmamba.distill.run import TENSORS, RunFolder
 from mmmamba.distill.seeding import seed
 from mmmamba.errors import UserError
+from mmmamba.inference.decoder import Decoder
 from mmmamba.model import ATTENTION, MAMBA2
 
 
@@ -137,6 +138,29 @@ def test_a_run_from_another_start(init, linear, teacher_folder, small_data, tmp_
     shutil.rmtree(model)
     go(tmp_path / "run", teacher_folder, small_data, resume=True, **changes)
     assert (model / "model.safetensors").read_bytes() == before
+
+
+def test_a_student_of_the_delta_rule(teacher_folder, small_data, tmp_path):
+    """Every stage moves the new projection and lowers its loss; the model that is left speaks with it."""
+    new = {
+        f"stage{i}__train": [*names, "beta_proj"]
+        for i, names in ((1, small_run.STAGE1), (2, small_run.STAGE2), (3, small_run.STAGE2))
+    }
+    new |= {f"stage{i}__{key}": value for i in (1, 2, 3) for key, value in (("steps", 6), ("batch_size", 6))}
+    model = go(tmp_path / "run", teacher_folder, small_data, mixer={"rule": "gated_delta", "qk_norm": True}, **new)
+    student, loss = load(model), {}
+    assert all(student.layers[i].mixer.beta_proj.weight.any() for i in range(5))
+    for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()):
+        loss.setdefault(line["stage"], []).append(line.get("loss", line.get("kl")))
+    for values in loss.values():  # every step sees all six samples
+        assert values[-1] < values[0]
+    ids = torch.randint(8, 300, (1, 9), generator=torch.Generator().manual_seed(0))
+    state = student(ids, return_state=True, max_length=12).state
+    decoder = Decoder(student, 1, 12, max_length=12)
+    decoder.admit(torch.tensor([0]), state)
+    more = torch.tensor([11])
+    ours, truth = decoder.step(more, torch.tensor([0])), student(torch.cat([ids, more[None]], 1)).logits[:, -1]
+    torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------- the teacher stays

@@ -67,6 +67,14 @@ def test_the_papers_recipes_follow_the_paper(path):
     assert plan.stage1.loss_scale == plan.stage2.loss_scale == 1000
 
 
+def test_the_delta_rules_strength_is_trained_where_there_is_one():
+    train = [*small_run.STAGE1, "beta_proj"]
+    with pytest.raises(UserError, match=r"stage1.train: 'beta_proj' is the gated delta rule's, and mixer.rule is"):
+        small(stage1__train=train)
+    plan = small(stage1__train=train, mixer={"rule": "gated_delta", "qk_norm": True})
+    assert plan.mixer.rule == "gated_delta" and "beta_proj" in plan.stage1.train
+
+
 @pytest.mark.parametrize("kind", ["linear", "hybrid"])
 def test_the_papers_recipes_at_its_size_have_its_numbers(kind):
     plan = load_recipe(DistillRecipe, f"hovle-2.6b-{kind}-paper")

@@ -86,6 +86,13 @@ def test_options_of_the_start(tiny_model):
     assert torch.equal(wide.conv.weight, torch.tensor([0.0, 0.0, 0.0, 1.0]).expand(128, 4))
 
 
+def test_the_delta_rule_starts_with_half_of_what_was_held(tiny_model):
+    mixer = seed(tiny_model(), mixer=MixerConfig(rule="gated_delta", qk_norm=True)).layers[0].mixer
+    assert mixer.beta_proj.bias is None and mixer.beta_proj.weight.shape == (4, 64)
+    assert torch.equal(mixer.strength(torch.randn(1, 3, 64)), torch.full((1, 3, 4), 0.5))
+    assert "beta_proj.weight" not in dict(seed(tiny_model()).layers[0].mixer.named_parameters())
+
+
 @pytest.mark.parametrize("init", ["inherit", "scratch"])
 def test_a_random_start_is_mamba_2s(tiny_model, init):
     """The ranges of mamba_ssm's Mamba2: PyTorch's own for projections and convolution, A in [1, 16]."""

@@ -20,6 +20,7 @@ CASES = {
     "teacher": (TEACHER, MixerConfig(), {}),
     "linear": (LINEAR, MixerConfig(), {}),
     "linear, rotated": (LINEAR, ROTATED, {}),
+    "linear, delta rule": (LINEAR, replace(ROTATED, rule="gated_delta"), {}),
     "hybrid": (HYBRID, MixerConfig(rope=True), {}),
     "hybrid, linear scaling": (HYBRID, ROTATED, {"rope_scaling": RopeScaling(type="linear", factor=2.5)}),
     "hybrid, dynamic scaling": (
@@ -115,8 +116,9 @@ def test_an_exported_state_goes_on_alone_and_is_changed_by_no_step(model):
     close(model(torch.tensor([[50]]), state=kept, logits="last").logits, logits)
 
 
-def test_states_in_bfloat16_stay_near_the_others():
-    model = build("linear, rotated").float()
+@pytest.mark.parametrize("name", ["linear, rotated", "linear, delta rule"])
+def test_states_in_bfloat16_stay_near_the_others(name):
+    model = build(name).float()
     state = begun(model)
     wide = Decoder(model, 4, 60, max_length=40)
     model.half_states = True
@@ -184,7 +186,7 @@ def test_steps_with_int8_weights_are_those_of_the_rounded_matrices():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", ["teacher", "linear, rotated", "hybrid"])
+@pytest.mark.parametrize("name", ["teacher", "linear, rotated", "linear, delta rule", "hybrid"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_graph_gives_what_the_steps_give(name, dtype):
     model = build(name, head_dim=32).to("cuda", dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,13 @@ from mmmamba.ops import layout_of
 
 LINEAR, HYBRID = ("mamba2",) * 5, ("attention", "mamba2", "mamba2", "mamba2", "attention")
 ROTATED = MixerConfig(rope=True, conv_activation="none", qk_norm=True, gate_bias=True, decay="spread", conv_kernel=3)
-KINDS = {"teacher": ((), None), "linear": (LINEAR, None), "hybrid": (HYBRID, None), "rotated": (HYBRID, ROTATED)}
+KINDS = {
+    "teacher": ((), None),
+    "linear": (LINEAR, None),
+    "hybrid": (HYBRID, None),
+    "rotated": (HYBRID, ROTATED),
+    "delta": (LINEAR, replace(ROTATED, rule="gated_delta")),
+}
 
 
 @pytest.fixture(params=KINDS, scope="module")
@@ -121,8 +128,6 @@ def test_images_must_match_their_positions(tiny_model):
 
 
 def test_scaled_rotary_bases(caplog):
-    from dataclasses import replace
-
     from tiny import make_config
 
     config = make_config()
@@ -160,7 +165,14 @@ def test_bad_geometry_is_refused():
         ModelConfig(hidden_size=8, vocab_size=9, embedding=stack, decoder=stack, layer_map=("attention", "rwkv"))
 
 
-@pytest.mark.parametrize("wrong", [{"conv_kernel": 1}, {"dt_min": 0.0}, {"dt_min": 0.2}, {"norm_eps": 0.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"rule": "delta"}, {"conv_kernel": 1}, {"dt_min": 0.0}, {"dt_min": 0.2}, {"norm_eps": 0.0}]
+)
 def test_impossible_mixers_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         MixerConfig(**wrong)
+
+
+def test_the_delta_rule_needs_keys_of_unit_length():
+    with pytest.raises(ValueError, match="set qk_norm to true"):
+        MixerConfig(rule="gated_delta")

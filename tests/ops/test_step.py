@@ -22,14 +22,16 @@ from tiny import make_config
     k=st.integers(2, 4),
     silu=st.booleans(),
     rope=st.booleans(),
-    qk_norm=st.booleans(),
+    qk_norm=st.sampled_from([False, True, "and the delta rule"]),
     by_position=st.booleans(),
     bits=st.sampled_from([torch.int32, torch.int64]),
 )
 def test_equals_the_models_mixer_on_one_token(k, silu, rope, qk_norm, by_position, bits):
     torch.manual_seed(k)
     activation = "silu" if silu else "none"
-    config = MixerConfig(conv_kernel=k, conv_activation=activation, rope=rope, qk_norm=qk_norm)
+    delta, qk_norm = isinstance(qk_norm, str), bool(qk_norm)
+    rule = "gated_delta" if delta else "ssd"
+    config = MixerConfig(rule=rule, conv_kernel=k, conv_activation=activation, rope=rope, qk_norm=qk_norm)
     stack = replace(make_config().decoder, rope_theta=100.0)
     mixer = Mamba2(64, stack, config).double()
     h, p, b, pool = mixer.heads_count, mixer.head_dim, 3, 5
@@ -57,7 +59,7 @@ def test_equals_the_models_mixer_on_one_token(k, silu, rope, qk_norm, by_positio
             mixer.dt_proj(x)[:, 0],
             conv_weight=mixer.conv.weight, conv_bias=mixer.conv.bias, dt_bias=mixer.dt_bias, A_log=mixer.A_log,
             norm_weight=mixer.norm.weight, conv_state=conv, ssm_state=ssm, slots=slots, eps=config.norm_eps,
-            activation=activation, qk_norm=qk_norm, **angles,
+            activation=activation, qk_norm=qk_norm, beta_raw=mixer.beta_proj(x)[:, 0] if delta else None, **angles,
         )  # fmt: skip
     torch.testing.assert_close(ours.view(b, 1, h, p), truth)
     torch.testing.assert_close(conv[slots.long()], after.conv)
@@ -98,6 +100,7 @@ def call(b=2, pool=3, **changes):
         ({"pool": 1}, "2 rows and no slots"),
         ({"positions": torch.zeros(2)}, "positions and frequencies"),
         ({"activation": "relu"}, "activation"),
+        ({"beta_raw": torch.zeros(2, 3)}, "beta_raw"),
         ({"rotation": (torch.ones(2, 4), torch.ones(2, 3))}, r"rotation\[1\]"),
     ],
 )

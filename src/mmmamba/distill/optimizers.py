@@ -75,10 +75,9 @@ class Optimizers:
 
 
 def _is_projection(name: str) -> bool:
-    """Whether a parameter is a matrix between hidden states (dt_proj's few rows are the heads' step sizes)."""
-    return name.endswith(("_proj.weight", "mlp.gate.weight", "mlp.up.weight", "mlp.down.weight")) and (
-        "dt_proj" not in name
-    )
+    """Whether a parameter is a matrix between hidden states (the few rows of dt_proj and beta_proj are not)."""
+    matrices = ("_proj.weight", "mlp.gate.weight", "mlp.up.weight", "mlp.down.weight")
+    return name.endswith(matrices) and "dt_proj" not in name and "beta_proj" not in name
 
 
 def _groups(trained: Mapping[str, nn.Parameter], config: TrainConfig) -> list[dict[str, Any]]:

@@ -18,7 +18,9 @@ from mmmamba.model.config import ATTENTION, MAMBA2, MixerConfig
 
 T = TypeVar("T")
 
-MIXER_PARAMETERS = ("A_log", "dt_bias", "dt_proj", "conv", "gate_proj", "norm", "q_proj", "k_proj", "v_proj")
+MIXER_PARAMETERS = (
+    "A_log", "dt_bias", "dt_proj", "beta_proj", "conv", "gate_proj", "norm", "q_proj", "k_proj", "v_proj",
+)  # fmt: skip
 # What a stage can train: all of a Mamba-2 mixer before W_o, and what else stages after the alignment may move.
 KINDS = (*MIXER_PARAMETERS, "o_proj", "mlp", "norms", "attention", "embeddings", "head")
 ALIGNMENT = ("stage1", "stage2")  # the stages in which each layer learns by itself
@@ -220,6 +222,10 @@ class DistillRecipe:
             if others:
                 raise ValueError(f"{name}.train: {others[0]!r} learns nothing from a loss on the heads before W_o; "
                                  f"stage 3 can train it")  # fmt: skip
+        strengths = [name for name, config in self.stages.items() if "beta_proj" in config.train]
+        if strengths and self.mixer.rule != "gated_delta":
+            raise ValueError(f"{strengths[0]}.train: 'beta_proj' is the gated delta rule's, and mixer.rule is "
+                             f"{self.mixer.rule!r}")  # fmt: skip
         if self.init != "mimic" and self.mixer.decay != "published":
             raise ValueError(f"init {self.init!r} draws the decay as Mamba-2 does, not as mixer.decay has it: leave "
                              f"{self.mixer.decay!r} out")  # fmt: skip

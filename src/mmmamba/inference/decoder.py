@@ -237,11 +237,13 @@ class _Mamba2Layer(_Layer):
     def __init__(self, layer: Layer, decoder: Decoder, stack: StackConfig) -> None:
         mixer = layer.mixer
         assert isinstance(mixer, Mamba2)
-        super().__init__(layer, decoder, [mixer.v_proj, mixer.k_proj, mixer.q_proj, mixer.gate_proj, mixer.dt_proj])
+        delta = mixer.config.rule == "gated_delta"
+        projections = [mixer.v_proj, mixer.k_proj, mixer.q_proj, mixer.gate_proj, mixer.dt_proj]
+        super().__init__(layer, decoder, [*projections, mixer.beta_proj] if delta else projections)
         self.mixer, config = mixer, mixer.config
         h, g, p = mixer.heads_count, mixer.groups, mixer.head_dim
         channels = (h + 2 * g) * p
-        self.sizes = [channels, h * p, h]
+        self.sizes = [channels, h * p, h, *([h] if delta else [])]
         weight = mixer.q_proj.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
         self.conv = weight.new_zeros(decoder.slots, config.conv_kernel - 1, channels)
@@ -261,7 +263,7 @@ class _Mamba2Layer(_Layer):
 
     def heads(self, projected: Tensor, slots: Tensor, at: Tensor, longest: int | None) -> dict[str, Any]:
         mixer, eps = self.mixer, self.mixer.config.norm_eps
-        vkq, gate, dt = projected.split(self.sizes, dim=-1)
+        vkq, gate, dt, *beta = projected.split(self.sizes, dim=-1)
         # A single row's heads are worked on in parts, side by side: the norm waits for the map that reads them all.
         squares = self.squares if len(vkq) == 1 else None
         heads = mixer_step(
@@ -283,6 +285,7 @@ class _Mamba2Layer(_Layer):
             frequencies=self.frequencies,
             seed=self.seed,
             squares=squares,
+            beta_raw=beta[0] if beta else None,
             chained=True,
         )
         return {"x": heads} if squares is None else {"x": heads, "squares": squares, "eps": eps}

@@ -115,6 +115,9 @@ class MixerConfig:
     """Named options of the Mamba-2 mixer. The published mixer is this class with every default.
 
     Attributes:
+        rule: how the state takes a token in. ``ssd`` as published: v k^T is added, as much of it as dt says.
+            ``gated_delta``: what the state holds under the key gives way first, as much as a learned beta says (the
+            gated delta rule, arXiv 2412.06464); it needs keys of unit length: ``qk_norm``.
         conv_kernel: width of the depthwise causal convolution over v | k | q.
         conv_activation: what follows the convolution: ``silu`` as published, or ``none``, which keeps the inherited
             attention features exactly.
@@ -129,6 +132,7 @@ class MixerConfig:
         norm_eps: epsilon of the per-head RMSNorm.
     """
 
+    rule: Literal["ssd", "gated_delta"] = "ssd"
     conv_kernel: int = 2
     conv_activation: Literal["silu", "none"] = "silu"
     rope: bool = False
@@ -141,6 +145,10 @@ class MixerConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
+        if self.rule not in ("ssd", "gated_delta"):
+            raise ValueError(f"rule must be 'ssd' or 'gated_delta', got {self.rule!r}")
+        if self.rule == "gated_delta" and not self.qk_norm:
+            raise ValueError("rule 'gated_delta' needs keys of unit length: set qk_norm to true")
         if not 2 <= self.conv_kernel <= 4:
             raise ValueError(f"conv_kernel must be 2, 3 or 4, got {self.conv_kernel}")
         if not 0 < self.dt_min <= self.dt_max:

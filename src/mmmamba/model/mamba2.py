@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,15 +12,16 @@ from torch import Tensor, nn
 from mmmamba.model.config import MixerConfig, StackConfig
 from mmmamba.model.rope import Rotation
 from mmmamba.model.state import MambaState
-from mmmamba.ops import causal_conv, gated_norm, joined_linear, linear_wide, ssd
+from mmmamba.ops import causal_conv, gated_delta, gated_norm, joined_linear, linear_wide, ssd
 
 GATE_GAIN = 2**-2.5  # the published gain of the gate's Xavier-uniform start
 OPEN_GATE = 1.2784645  # SiLU(1.2784645) = 1
 
 
 class Mamba2(nn.Module):
-    """q, k, v as in attention; depthwise conv + activation on v | k | q; the SSD recurrence with x = v, B = k, C = q
-    and an input-dependent step size; per-head RMSNorm times a SiLU gate; W_o.
+    """q, k, v as in attention; depthwise conv + activation on v | k | q; a recurrence over v, k and q with an
+    input-dependent step size, SSD (x = v, B = k, C = q) or the gated delta rule; per-head RMSNorm times a SiLU gate;
+    W_o.
 
     Follows the published modelling code (q/k/v projections, conv kernel 2, no D skip, norm before gate); see
     :class:`MixerConfig` for what our recipes may switch on.
@@ -37,6 +39,8 @@ class Mamba2(nn.Module):
         self.dt_proj = nn.Linear(hidden_size, h, bias=False)
         self.dt_bias = nn.Parameter(torch.empty(h))
         self.A_log = nn.Parameter(torch.empty(h))
+        if config.rule == "gated_delta":
+            self.beta_proj = nn.Linear(hidden_size, h, bias=False)
         self.norm = _NormWeight(p)
         self.gate_proj = nn.Linear(hidden_size, h * p, bias=config.gate_bias)
         self.o_proj = nn.Linear(h * p, hidden_size, bias=stack.o_bias)
@@ -50,6 +54,8 @@ class Mamba2(nn.Module):
         self.conv.weight[:, -1] = 1.0  # the current token passes through
         self.conv.bias.zero_()
         self.dt_proj.weight.zero_()
+        if config.rule == "gated_delta":
+            self.beta_proj.weight.zero_()  # beta is 1/2
         low, high = math.log(config.dt_min), math.log(config.dt_max)
         if config.decay == "published":
             self.A_log.fill_(1.0)
@@ -77,7 +83,6 @@ class Mamba2(nn.Module):
     ) -> tuple[Tensor, MambaState | None]:
         """The gated heads before W_o: x (b, l, d) → (b, l, h, p), and the state if ``keep_state``."""
         h, g, p = self.heads_count, self.groups, self.head_dim
-        at_once = self.config.rope and not self.config.qk_norm  # the convolution rotates what it has in hand
         projections = (self.v_proj, self.k_proj, self.q_proj)
         vkq = joined_linear(x, [one.weight for one in projections], [one.bias for one in projections])
         vkq, conv_state = causal_conv(
@@ -88,27 +93,24 @@ class Mamba2(nn.Module):
             initial_state=None if state is None else state.conv,
             cu_seqlens=cu_seqlens,
             return_final_state=keep_state,
-            rotation=(rotation.cos, rotation.sin) if at_once else None,
+            rotation=(rotation.cos, rotation.sin) if self.config.rope else None,  # it has k and q in hand
             rotate_from=g * p,
         )
         v, k, q = vkq.split([g * p, g * p, h * p], dim=-1)
         v, k, q = v.unflatten(-1, (g, p)), k.unflatten(-1, (g, p)), q.unflatten(-1, (h, p))
-        if self.config.qk_norm:
-            k, q = F.normalize(k, dim=-1), F.normalize(q, dim=-1)
-            if self.config.rope:
-                k, q = rotation(k), rotation(q)
+        if self.config.qk_norm:  # a rotation leaves lengths alone; autocast would leave float32
+            k, q = F.normalize(k, dim=-1).to(v.dtype), F.normalize(q, dim=-1).to(v.dtype)
         dt = self.step_size(x)
-        wide = dt.dtype
-        y, ssm = ssd(
-            v,
-            dt,
-            -torch.exp(self.A_log.to(wide)),
-            k,
-            q,
-            initial_state=None if state is None else state.ssm,
-            cu_seqlens=cu_seqlens,
-            return_final_state=keep_state,
-        )
+        A = -torch.exp(self.A_log.to(dt.dtype))
+        options: dict[str, Any] = {
+            "initial_state": None if state is None else state.ssm,
+            "cu_seqlens": cu_seqlens,
+            "return_final_state": keep_state,
+        }
+        if self.config.rule == "gated_delta":
+            y, ssm = gated_delta(v, dt, A, k, q, self.strength(x), **options)
+        else:
+            y, ssm = ssd(v, dt, A, k, q, **options)
         gate = self.gate_proj(x).unflatten(-1, (h, p))
         y = gated_norm(y, gate, self.norm.weight, self.config.norm_eps)
         if not keep_state:
@@ -121,6 +123,11 @@ class Mamba2(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             raw = linear_wide(x, self.dt_proj.weight)
             return F.softplus(raw + self.dt_bias.to(raw.dtype))
+
+    def strength(self, x: Tensor) -> Tensor:
+        """beta = sigmoid(W_beta x) of the gated delta rule, (b, l, h), never below float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            return linear_wide(x, self.beta_proj.weight).sigmoid()
 
     def forward(
         self,
