@@ -155,12 +155,29 @@ def test_a_second_run_is_compared_figure_by_figure(results):
     assert rows[1][2:4] == ["measured", "out of memory"]
 
 
+def test_a_page_has_what_a_second_run_differs_by(page, made):
+    found = json.loads(made.read_text())
+    point = next(one for one in found["points"] if one["task"]["what"] == "decode")
+    point["measured"]["timing"]["ms"] *= 2
+    (page.parent / "second.json").write_text(json.dumps(found))
+    page.write_text(BLOCK.format("second-run, machine", " beside second.json"))
+    fill(page)
+    text = page.read_text()
+    assert "+100.0" in text and text.count("over 5 %") + text.count("over 20 %") == 1 and "1 of " in text
+    page.write_text(BLOCK.format("second-run", " beside run.json"))
+    fill(page)
+    assert "0 of " in page.read_text() and "over" not in page.read_text()
+    page.write_text(BLOCK.format("second-run", ""))
+    with pytest.raises(UserError, match=":1: a report has no 'second-run'; it has protocol"):
+        filled(page)
+
+
 def test_the_verb_does_both_and_measures_nothing(page, made, capsys):
     words = ["bench", "--compare", str(made), str(page.parent / "run.json"), "--into", str(page)]
-    page.write_text(f"1e9<!-- from run.json: linear.decode.32.ms -->\n\n{BLOCK.format('growth', '')}\n")
+    page.write_text(f"98765<!-- from run.json: linear.decode.32.ms -->\n\n{BLOCK.format('growth', '')}\n")
     assert cli.main(words) == 2
     shown = capsys.readouterr()
-    assert "| linear, decode, 8 tokens | ms |" in shown.out and f"{page}:1: says 9, but" in shown.out
+    assert "| linear, decode, 8 tokens | ms |" in shown.out and f"{page}:1: says 98765, but" in shown.out
     assert "1 of the pages' figures are not what their results hold" in shown.err
     assert "### Growth with the context" in page.read_text()
     page.write_text("")

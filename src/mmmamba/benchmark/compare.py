@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from mmmamba.benchmark.cells import FULL, SKIPPED, held, number
 from mmmamba.benchmark.results import Point, Results
@@ -43,6 +44,11 @@ def comparison(first: Results, second: Results) -> Table:
     )
     columns = ["point", "figure", "first", "second", "difference, %", "marked"]
     return Table(title="Two runs", columns=columns, rows=rows, note=note)
+
+
+def differing(table: Table) -> Table:
+    """Of a comparison, the marked figures alone; the note counts them all."""
+    return replace(table, rows=[row for row in table.rows if row[-1]])
 
 
 def _figures(point: Point) -> Iterator[tuple[str, float]]:

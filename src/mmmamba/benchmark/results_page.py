@@ -8,7 +8,8 @@ A block stands between two marks, each a line of its own, and is made of the fil
 
 Its parts are tables (:data:`~mmmamba.benchmark.tables.TABLES`), plots (drawn beside the page), ``notes`` and
 ``machine``. With ``beyond OTHER.json`` behind the file, only those contexts are shown at which something did not fit
-into the memory of the machine of that other file.
+into the memory of the machine of that other file. With ``beside OTHER.json``, ``second-run`` is what that other run of
+the same report differs by.
 
 A figure in prose is followed by the place that it comes from, or by two whose ratio it is::
 
@@ -27,6 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmmamba.benchmark.cells import held, limit_ms
+from mmmamba.benchmark.compare import comparison, differing
 from mmmamba.benchmark.measure import Measured
 from mmmamba.benchmark.plots import PLOTS, draw
 from mmmamba.benchmark.report import machine
@@ -36,9 +38,10 @@ from mmmamba.checkpoints.io import write_atomically
 from mmmamba.errors import UserError
 from mmmamba.figures import render
 
-OPEN, END = "<!-- bench", "<!-- /bench -->"
+OPEN, END, SECOND = "<!-- bench", "<!-- /bench -->", "second-run"
 _BLOCK = re.compile(
-    r"^<!-- bench: (?P<parts>[^<>\n]+?) of (?P<file>\S+)(?: beyond (?P<other>\S+))? -->\n.*?^<!-- /bench -->$",
+    r"^<!-- bench: (?P<parts>[^<>\n]+?) of (?P<file>\S+)"
+    r"(?: (?P<how>beyond|beside) (?P<other>\S+))? -->\n.*?^<!-- /bench -->$",
     re.MULTILINE | re.DOTALL,
 )
 _CODE = re.compile(r"^```.*?^```|`[^`\n]+`", re.MULTILINE | re.DOTALL)
@@ -145,8 +148,10 @@ def _made(page: Path, text: str, match: re.Match[str]) -> str:
             lines.append("".join(f"- {note}\n" for note in notes(results)))
         elif part == "machine":
             lines.append(machine(results))
+        elif part == SECOND and match["how"] == "beside":
+            lines.append(differing(comparison(results, _read(page.parent / match["other"], where))).markdown())
         else:
-            known = [*TABLES, *(f"{name}.svg" for name in PLOTS), "notes", "machine"]
+            known = [*TABLES, *(f"{name}.svg" for name in PLOTS), "notes", "machine", f"{SECOND} (beside OTHER.json)"]
             raise UserError(f"{where}: a report has no '{part}'; it has {', '.join(known)}")
     opened, closed = match[0].split("\n", 1)[0], match[0].rsplit("\n", 1)[-1]
     return "\n".join([opened, "", *lines, closed])
@@ -158,7 +163,7 @@ def _parts(match: re.Match[str]) -> list[str]:
 
 def _results(page: Path, match: re.Match[str], where: str = "") -> Results:
     results = _read(page.parent / match["file"], where)
-    return results if match["other"] is None else beyond(results, _read(page.parent / match["other"], where))
+    return beyond(results, _read(page.parent / match["other"], where)) if match["how"] == "beyond" else results
 
 
 def _read(file: Path, where: str) -> Results:
