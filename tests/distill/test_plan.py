@@ -20,6 +20,7 @@ from mmmamba.distill.objectives import AlignHeads, MatchLogits
 from mmmamba.distill.parameters import unshare
 from mmmamba.distill.plan import (
     BLOCK,
+    DELTA_CHUNK,
     GPUS,
     LAUNCH,
     LOGITS,
@@ -54,6 +55,8 @@ SHORT = replace(  # HoVLE's layers, five of them: PyTorch's tracing is slow, not
     layer_map=(),
 )
 OURS = MixerConfig(rope=True, conv_activation="none")
+UNIT_KEYS = MixerConfig(rope=True, conv_activation="none", qk_norm=True)
+DELTA = replace(UNIT_KEYS, rule="gated_delta")
 MORE = [["o_proj"], ["mlp"], ["norms"], ["attention"], ["o_proj", "mlp", "norms", "attention", "embeddings", "head"]]
 
 
@@ -145,7 +148,7 @@ def on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The operators are the GPU's kernels, of which only shapes are asked."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("needs Triton")
-    for name in ("ssd", "conv", "norm", "kl", "swiglu"):
+    for name in ("ssd", "delta", "conv", "norm", "kl", "swiglu"):
         monkeypatch.setattr(importlib.import_module(f"mmmamba.ops.{name}"), "serves", lambda *_, **__: True)
     monkeypatch.setattr("mmmamba.model.layer.rms_norm", lambda x, weight, eps: FusedNorm.apply(x))
 
@@ -182,13 +185,13 @@ def traced(
         return kept_bytes(make(teacher, student), row, torch.bfloat16, teacher, own)
 
 
-@pytest.mark.parametrize("mixer", [OURS, MixerConfig()])
+@pytest.mark.parametrize("mixer", [OURS, MixerConfig(), UNIT_KEYS, DELTA])
 @pytest.mark.parametrize("train", [STAGE2, ["dt_proj", "conv", "gate_proj", "norm", "q_proj", "k_proj", "v_proj"]])
 @pytest.mark.parametrize("frozen", [torch.float32, torch.bfloat16])
 def test_stage_3_keeps_what_is_reckoned_on_a_gpu(
     mixer: MixerConfig, train: list[str], frozen: torch.dtype, on_kernels: None
 ) -> None:
-    config, tokens = stage(train), 2048
+    config, tokens = stage([*train, "beta_proj"] if mixer is DELTA else train), 2048
     measured = traced(SHORT, mixer, tokens, lambda teacher, student: MatchLogits(teacher, student, config), frozen)
     reckoned = sum(student_saved(linear(SHORT, mixer), config, Passes(frozen=frozen.itemsize), tokens).values())
     assert reckoned == pytest.approx(measured, rel=0.005)
@@ -206,7 +209,10 @@ def test_a_layer_local_stage_keeps_one_mixer_at_a_time(train: list[str], on_kern
 @pytest.mark.parametrize("tokens", [48, 512])
 @pytest.mark.parametrize(
     ("layer_map", "mixer"),
-    [((MAMBA2,) * 5, OURS), ((MAMBA2,) * 5, MixerConfig()), ((ATTENTION, MAMBA2, MAMBA2, ATTENTION, MAMBA2), OURS)],
+    [
+        *(((MAMBA2,) * 5, mixer) for mixer in (OURS, MixerConfig(), UNIT_KEYS, DELTA)),
+        ((ATTENTION, MAMBA2, MAMBA2, ATTENTION, MAMBA2), OURS),
+    ],
 )
 def test_stage_3_keeps_what_is_reckoned_on_a_cpu(layer_map: tuple[str, ...], mixer: MixerConfig, tokens: int) -> None:
     teacher, config = Model(make_config()), stage()
@@ -242,6 +248,7 @@ def test_the_constants_are_the_kernels_own() -> None:
         pytest.skip("needs Triton")
     kernel = importlib.import_module("mmmamba.ops.triton.kl")
     assert (LOGITS, BLOCK) == (kernel.MEMORY, kernel.BLOCK)
+    assert importlib.import_module("mmmamba.ops.triton.delta").CHUNK == DELTA_CHUNK
 
 
 # ---------------------------------------------------------------------------------------------- what is allocated

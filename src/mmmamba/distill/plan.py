@@ -22,6 +22,7 @@ from mmmamba.ops.kl import CHUNK as KL_CHUNK  # of the cross-entropy too
 from mmmamba.ops.ssd import CHUNK as SSD_CHUNK
 
 WIDE = 4  # bytes of a trained weight, its gradient, a moment of AdamW
+DELTA_CHUNK = 32  # tokens a chunk of the delta rule's kernels (mmmamba.ops.triton.delta.CHUNK)
 LOGITS = 800_000_000  # bytes of logits that the KL's kernel has alive at once (mmmamba.ops.triton.kl.MEMORY)
 BLOCK = 2048  # and the multiple that it rounds the vocabulary up to
 MATRICES = ("q_proj", "k_proj", "v_proj", "gate_proj")  # which autocast casts, once a row while they are trained
@@ -154,23 +155,31 @@ def mixer_saved(d: int, stack: StackConfig, mixer: MixerConfig, stage: StageConf
     w, (h, g, p) = passes.width, (stack.num_heads, stack.num_kv_heads, stack.head_dim)
     heads, channels = h * p, (h + 2 * g) * p
     values = {"u": w * d, "step size": 2 * WIDE * h}  # what the projections read; softplus's input, and its result
-    if w != WIDE and "dt_proj" in stage.train:
-        values["u, float32"] = WIDE * d
+    if w != WIDE:
+        values["u, float32"] = WIDE * d * len({"dt_proj", "beta_proj"} & {*stage.train})
+    if mixer.qk_norm:
+        values["unit keys and queries"] = (w * p + 2 * WIDE) * (h + g)
+    if mixer.rule == "gated_delta":
+        values["strength"] = WIDE * h
     if passes.kernels:
         values["convolution and recurrence"] = 2 * w * channels  # the inputs of each
         values["norm and gate"] = 2 * w * heads
     else:
         values["convolution"] = w * channels * (mixer.conv_kernel + (mixer.conv_activation == "silu"))
         values["norm and gate"] = 5 * w * heads
-    return tokens * sum(values.values()) + (0 if passes.kernels else _chunked_saved(stack, tokens))
+    return tokens * sum(values.values()) + (0 if passes.kernels else _chunked_saved(stack, mixer, tokens))
 
 
-def _chunked_saved(stack: StackConfig, tokens: int) -> int:
-    """What the recurrence keeps of one sequence in PyTorch's operators (``ssd_chunked``), whole chunks of it."""
+def _chunked_saved(stack: StackConfig, mixer: MixerConfig, tokens: int) -> int:
+    """What the recurrence keeps of a sequence in PyTorch's operators (``ops.ssd``, ``ops.delta``), by whole chunks."""
     h, g, p = stack.num_heads, stack.num_kv_heads, stack.head_dim
     q = min(SSD_CHUNK, max(16, 1 << max(tokens - 1, 0).bit_length()))
-    inside = 4 * h * q + h * p + h * p + 2 * g * p + 2 * g * p + 6 * h  # scores, decays, weights; C; weighted x; B, x
-    between = 2 * h * p + 2 * h * p * p // q  # C as read and as decayed; the states that enter the chunks
+    if mixer.rule == "gated_delta":
+        inside = 6 * h * q + 10 * h * p + 3 * g * p + 5 * h  # both products and the system; its sides, keys, queries
+        between = h * p + 2 * h * p * p // q  # queries as decayed; the states that enter the chunks
+    else:
+        inside = 4 * h * q + 2 * h * p + 4 * g * p + 6 * h  # scores, decays, weights; C; weighted x; B, x
+        between = 2 * h * p + 2 * h * p * p // q  # C as read and as decayed; the states that enter the chunks
     return WIDE * -(-tokens // q) * q * (inside + (between if tokens > q else 0))
 
 
@@ -326,7 +335,8 @@ def _moments(teacher: ModelConfig, student: ModelConfig, stage: StageConfig, pas
             "mixer, saved for backward": max(mixer_saved(d, s, student.mixer, stage, passes, tokens) for s in stacks),
             "error of the heads": tokens * WIDE * heads,
             "casts of weights": passes.cast * trained,
-            "workspace": tokens * (2 * WIDE * heads + w * heads) + max(_recurrence(s, passes, tokens) for s in stacks),
+            "workspace": tokens * (2 * WIDE * heads + w * heads)
+            + max(_recurrence(s, student.mixer, passes, tokens) for s in stacks),
         }
         return moments
     saved = {
@@ -339,15 +349,18 @@ def _moments(teacher: ModelConfig, student: ModelConfig, stage: StageConfig, pas
     moments["backward pass"] = {
         **shared,
         "computed anew, of a layer": _recomputed(student, stage, passes, tokens),
-        "workspace": max(mlp, *(_recurrence(s, passes, tokens) for s in stacks)),
+        "workspace": max(mlp, *(_recurrence(s, student.mixer, passes, tokens) for s in stacks)),
     }
     return moments
 
 
-def _recurrence(stack: StackConfig, passes: Passes, tokens: int) -> int:
+def _recurrence(stack: StackConfig, mixer: MixerConfig, passes: Passes, tokens: int) -> int:
     """Workspace of the recurrence's backward pass: gradients of its inputs, and of states at chunk borders."""
     h, g, p = stack.num_heads, stack.num_kv_heads, stack.head_dim
     inputs = tokens * passes.width * (2 * h + 2 * g) * p
+    if passes.kernels and mixer.rule == "gated_delta":  # dv and dk head by head, the inverses
+        inputs += tokens * passes.width * h * (2 * p + DELTA_CHUNK)
+        return inputs + 2 * passes.width * -(-tokens // DELTA_CHUNK) * h * p * p
     if passes.kernels:
         return inputs + 2 * passes.width * -(-tokens // SSD_CHUNK) * h * p * p
     return inputs + tokens * WIDE * 2 * h * SSD_CHUNK

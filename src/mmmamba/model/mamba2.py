@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmmamba.model.config import MixerConfig, StackConfig
 from mmmamba.model.rope import Rotation
 from mmmamba.model.state import MambaState
-from mmmamba.ops import causal_conv, gated_delta, gated_norm, joined_linear, linear_wide, ssd
+from mmmamba.ops import causal_conv, gated_delta, gated_norm, joined_linear, linear_wide, ssd, unit_norm
 
 GATE_GAIN = 2**-2.5  # the published gain of the gate's Xavier-uniform start
 OPEN_GATE = 1.2784645  # SiLU(1.2784645) = 1
@@ -96,10 +96,13 @@ class Mamba2(nn.Module):
             rotation=(rotation.cos, rotation.sin) if self.config.rope else None,  # it has k and q in hand
             rotate_from=g * p,
         )
-        v, k, q = vkq.split([g * p, g * p, h * p], dim=-1)
-        v, k, q = v.unflatten(-1, (g, p)), k.unflatten(-1, (g, p)), q.unflatten(-1, (h, p))
-        if self.config.qk_norm:  # a rotation leaves lengths alone; autocast would leave float32
-            k, q = F.normalize(k, dim=-1).to(v.dtype), F.normalize(q, dim=-1).to(v.dtype)
+        if self.config.qk_norm:  # behind the rotation, which leaves lengths alone
+            v, kq = vkq.split([g * p, (g + h) * p], dim=-1)
+            k, q = unit_norm(kq.unflatten(-1, (g + h, p))).split([g, h], dim=-2)
+        else:
+            v, k, q = vkq.split([g * p, g * p, h * p], dim=-1)
+            k, q = k.unflatten(-1, (g, p)), q.unflatten(-1, (h, p))
+        v = v.unflatten(-1, (g, p))
         dt = self.step_size(x)
         A = -torch.exp(self.A_log.to(dt.dtype))
         options: dict[str, Any] = {

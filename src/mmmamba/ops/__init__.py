@@ -15,7 +15,7 @@ from mmmamba.ops.linear import (
     linear_wide,
     quantize_rows,
 )
-from mmmamba.ops.norm import compute_dtype, gated_norm, gated_norm_torch, rms_norm
+from mmmamba.ops.norm import compute_dtype, gated_norm, gated_norm_torch, rms_norm, unit_norm
 from mmmamba.ops.pick import pick_greedy, pick_greedy_torch
 from mmmamba.ops.rope import rotate
 from mmmamba.ops.ssd import ssd, ssd_chunked, ssd_reference, ssd_step
@@ -61,4 +61,5 @@ __all__ = [
     "ssd_step",
     "swiglu",
     "swiglu_torch",
+    "unit_norm",
 ]

@@ -18,6 +18,14 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
+def unit_norm(x: Tensor) -> Tensor:
+    """x at unit length over the last dimension, x's dtype; the length in at least float32, and nothing else of it."""
+    with torch.autocast(x.device.type, enabled=False):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        return (x / length.clamp_min(1e-12)).to(x.dtype)
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that the next matrix product with ``x`` works in: autocast's, where it is on, else x's own."""
     device = x.device.type
