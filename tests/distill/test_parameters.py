@@ -30,7 +30,7 @@ def stage(*train: str, **changes: Any) -> StageConfig:
 
 
 def test_every_parameter_has_one_kind(tiny_model):
-    student = seed(tiny_model(), HYBRID)
+    student = seed(tiny_model(), HYBRID, MixerConfig(rule="gated_delta", qk_norm=True))
     kinds = {name: kind_of(name, student.config) for name, _ in student.named_parameters()}
     assert set(kinds.values()) == {*KINDS}
     for name, kind in {
