@@ -348,20 +348,20 @@ class Results:
             lines.append(f"| {' | '.join(cells)} |")
         learnt = [entry for entry in ordered if "losses" in entry]
         if learnt:
-            head = f"| stage | variant | tokens | steps | loss, first {ROWS} | last {ROWS} |"
-            lines += ["", head, "|---|---|---:|---:|---:|---:|"]
+            head = f"| recipe | stage | variant | tokens | steps | loss, first {ROWS} | last {ROWS} |"
+            lines += ["", head, "|---|---|---|---:|---:|---:|---:|"]
         for entry in learnt:
             first, last = (statistics.mean(part) for part in (entry["losses"][:ROWS], entry["losses"][-ROWS:]))
             lines.append(
-                f"| {entry['stage']} | {entry['variant']} | {entry['tokens']:,} "
+                f"| {entry['about']['recipe']} | {entry['stage']} | {entry['variant']} | {entry['tokens']:,} "
                 f"| {len(entry['losses'])} | {first:.4g} | {last:.4g} |"
             )
         for entry in ordered:
             if "resumed" in entry:
                 found = entry["resumed"]
                 lines += ["", f"{entry['stage']}, {entry['tokens']:,} tokens, interrupted and resumed: losses within "
-                          f"{found['worst']:.1e} of the uninterrupted run's; its checkpoint holds what is trained and "
-                          f"the optimizer's state alone, {found['checkpoint'] / 1e9:.2f} GB."]  # fmt: skip
+                          f"{100 * found['worst']:.2g} % of the uninterrupted run's; its checkpoint holds what is "
+                          f"trained and the optimizer's state alone, {found['checkpoint'] / 1e9:.2f} GB."]  # fmt: skip
         return "\n".join(lines)
 
     def _times(self, entry: dict[str, Any]) -> list[str]:

@@ -46,9 +46,9 @@ GPUS: Mapping[str, Gpu] = {
 }
 # Shares of those rates that a step is assumed to reach; large products alone reach 0.76 and copies 0.90 on an H100.
 RATE_USED, BANDWIDTH_USED = 0.6, 0.7
-# Seconds that a host takes to launch a layer's kernels for a row, in all passes; and a GPU to run the smallest ones
-# when they are replayed from a graph. The nano models' steps on an H100 (20 ms replayed, else 53 to 80) gave them.
-LAUNCH, REPLAY = 7e-3, 2.5e-3
+# Seconds that a host takes to launch a layer's kernels for a row, in all passes (HoVLE's stage 1 on an H200's host);
+# and a GPU to run them for a row of a small model when they are replayed from a graph (nano's stage 3 on an H100).
+LAUNCH, REPLAY = 5e-3, 1.2e-3
 UNIT, MOST_ROWS = 256, 4096  # rows are reckoned in units of so many tokens, up to so many units
 OVERHEAD = 1.5e9  # bytes of GPU memory that the driver, cuBLAS and the allocator's gaps take
 
