@@ -11,6 +11,7 @@ from wrapped import encoded, generated, row, wrap
 
 import mmmamba
 from mmmamba.data.processor import Encoded
+from mmmamba.errors import UserError
 from mmmamba.hf.modeling import CACHE, CACHE_NAMES
 from mmmamba.inference.answer import unspeakable
 from mmmamba.inference.decoder import Decoder
@@ -115,3 +116,5 @@ def test_generation_goes_on_from_a_cache(tiny: Model, prompt: dict[str, torch.Te
     for ids in (first.sequences, first.sequences[:, -1:]):  # all that was said, or what no pass has read
         rest = generated(model, input_ids=ids, attention_mask=mask, **{name: first[CACHE]}, max_new_tokens=7)
         assert torch.equal(rest[:, -7:], whole[:, -7:])
+    with pytest.raises(UserError, match="goes without a cache"):
+        generated(model, input_ids=first.sequences, attention_mask=mask, **{name: first[CACHE]}, use_cache=False)

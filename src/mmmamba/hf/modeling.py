@@ -283,9 +283,11 @@ class MMMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise UserError(
                 f"cache_implementation is '{generation_config.cache_implementation}': this model's cache is its state"
             )
-        if generation_config.use_cache is False:
-            return
         given = {name: model_kwargs.pop(name) for name in CACHE_NAMES if model_kwargs.get(name) is not None}
+        if generation_config.use_cache is False:
+            if given:
+                raise UserError("use_cache=False reads the whole sequence for every token: it goes without a cache")
+            return
         start = StateCache(max_length=fixed_length(self.network, generation_config.max_length or 0))
         model_kwargs[CACHE] = StateCache.of(**given) if given else start
 
