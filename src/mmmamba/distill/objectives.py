@@ -103,8 +103,10 @@ def inputs(model: Model, row: Batch) -> dict[str, Tensor | None]:
 
 def total(parts: Sequence[Tensor], device: torch.device) -> Tensor:
     """The sum of a scalar for each row, over the rows of all processes."""
-    own = torch.stack(list(parts)).sum().to(device) if parts else torch.zeros((), device=device)
-    return processes.total(own.float())
+    own = torch.stack(list(parts)).sum().float() if parts else torch.zeros((), device=device)
+    if device.type == "cuda":  # from pinned memory, so that the host does not wait for the GPU
+        own = (own if own.is_cuda else own.pin_memory()).to(device, non_blocking=True)
+    return processes.total(own)
 
 
 def answer_tokens(rows: Sequence[Batch], device: torch.device) -> Tensor:

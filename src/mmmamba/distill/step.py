@@ -48,12 +48,13 @@ class Step:
 
         Without rows, in any process, there is nothing to learn from: no losses, and no update.
         """
-        if not int(processes.total(torch.tensor(len(rows), device=self.device))):
+        several = processes.count() > 1  # one alone must not wait for its GPU
+        if not (int(processes.total(torch.tensor(len(rows), device=self.device))) if several else rows):
             return {}, torch.zeros((), device=self.device)
         self.optimizers.set_rate(rate)
         self.zero_grad()
         losses = self.passes(rows)
-        if processes.count() > 1:
+        if several:
             self._sum_gradients()
             losses = {name: processes.total(loss) for name, loss in losses.items()}
         return losses, self.update()
