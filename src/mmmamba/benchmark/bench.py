@@ -38,7 +38,7 @@ from mmmamba.progress import Progress
 
 CONTEXTS = {"cpu": "1k,4k,16k", "cuda": "1k,8k,32k,103424,262144,1m"}
 POINT_SECONDS = {"cpu": 8.0, "cuda": 30.0}
-SAMPLE_SECONDS = {"cpu": 0.5, "cuda": 1.0}
+SAMPLE_SECONDS = {"cpu": 0.3, "cuda": 1.0}
 CPU_MEMORY = 1.0  # GB
 UNITS = {"k": 2**10, "m": 2**20}
 
