@@ -130,15 +130,16 @@ class _Aside:
     """Where what is captured runs: a stream of its own, and memory that the graphs share, for they take turns."""
 
     def __init__(self, device: torch.device) -> None:
-        self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self.device, self.stream, self.pool = device, torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         self._keeper = self.capture(lambda: torch.zeros((), device=device))  # a pool that no graph has is gone
 
     def run(self, call: Callable[[], T]) -> T:
         """The call as it comes, but on that stream: what autograd remembers of streams must not outlive it."""
-        self.stream.wait_stream(torch.cuda.current_stream())
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
             results = call()
-        torch.cuda.current_stream().wait_stream(self.stream)
+        current.wait_stream(self.stream)
         return results
 
     def capture(self, call: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
