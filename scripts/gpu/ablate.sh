@@ -5,9 +5,9 @@
 #     LIMIT=500 scripts/gpu/ablate.sh OUT JOBS nano-ablation     # stopped after so many seconds; the same command goes on
 #
 # JOBS cells run at a time on each GPU. Small models do not fill one, but processes take turns on it unless they share it
-# through NVIDIA's multi-process service: that is started on a machine of one GPU that has it (six cells at once took about
-# half the time on an H200; on two GPUs, a service each, the cells did not end, so that it is left out there). It ends
-# with the command that merges the shards' results.
+# through NVIDIA's multi-process service: that is started on a machine of one GPU that has it (six cells took 88 s
+# on an H200, and without it none had ended after nearly two minutes; on two GPUs, a service each, they did not end, so
+# that it is left out there). It ends with the command that merges the shards' results.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out=$1 jobs=$2 table=$3

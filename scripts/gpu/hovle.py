@@ -78,10 +78,8 @@ class Way:
         self.plan = load_recipe(DistillRecipe, self.recipe, arguments.set)
         self.short = [*short, *arguments.set]
         self.teacher, self.train, self.val = self.work / "teacher", self.work / "train.jsonl", self.work / "val.jsonl"
-        self.whole, self.cut = (
-            self.work / "whole",
-            self.work / "cut" / "run",
-        )  # no neighbours: one would lend its stages
+        self.whole = self.work / "whole"
+        self.cut = self.work / "cut" / "run"  # no neighbours: one would lend its stages
 
     def start(self, name: str, *words: str | Path) -> subprocess.Popen[bytes]:
         """Start ``mmmamba WORDS``, its output in a log of that name."""

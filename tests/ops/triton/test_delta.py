@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import recurrences
 from mmmamba.ops import gated_delta_chunked, gated_delta_reference, layout_of
 from mmmamba.ops.layout import remember_bounds
 
 triton_delta = pytest.importorskip("mmmamba.ops.triton.delta", exc_type=ImportError)
 NAMES = ("y", "final state", "dv", "ddt", "dA", "dk", "dq", "dbeta", "d initial state")
-WIDE = torch.float64
+WIDE = recurrences.WIDE
 
 
 def inputs(lengths, g=1, r=2, p=32, n=32, packed=True, dtype=torch.float32, seed=0, alike=0.0):
@@ -36,32 +39,8 @@ def inputs(lengths, g=1, r=2, p=32, n=32, packed=True, dtype=torch.float32, seed
     return args, state.to(WIDE), cu
 
 
-def everything(function, args, state, cu, dtype=WIDE, device="cpu"):
-    """y, the final state, and all gradients of a random function of both; v, k, q in ``dtype``, the rest in float32."""
-    rest = WIDE if dtype == WIDE else torch.float32
-    kinds = (dtype, rest, rest, dtype, dtype, rest)
-    leaves = [t.to(device, kind).requires_grad_() for t, kind in zip(args, kinds, strict=True)]
-    leaves += [] if state is None else [state.to(device, rest).requires_grad_()]
-    y, final = function(
-        *leaves[:6],
-        initial_state=None if state is None else leaves[6],
-        cu_seqlens=None if cu is None else cu.to(device),
-        return_final_state=True,
-    )
-    generator = torch.Generator().manual_seed(1)
-    # The same gradients for every dtype: bfloat16's values.
-    dy, d_final = (torch.randn(t.shape, generator=generator).bfloat16().to(t) for t in (y, final))
-    return y, final, *torch.autograd.grad([y, final], leaves, [dy, d_final])
-
-
-def errors(ours, truth):
-    """‖ours − truth‖ / ‖truth‖ of each result (of nothing but zeros: ‖ours‖)."""
-    found = {}
-    for name, a, b in zip(NAMES, ours, truth, strict=False):
-        assert a.shape == b.shape, name
-        difference, size = (a.to(b) - b).norm().item(), b.norm().item()
-        found[name] = difference / size if size else difference
-    return found
+everything = partial(recurrences.everything, narrow=(0, 3, 4))  # v, k, q
+errors = partial(recurrences.errors, NAMES)
 
 
 def check(args, state, cu, device, dtype=torch.float32, limit=1e-5):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import recurrences
 from mmmamba.ops import layout_of, ssd_chunked, ssd_reference
 
 triton_ssd = pytest.importorskip("mmmamba.ops.triton.ssd", exc_type=ImportError)
 NAMES = ("y", "final state", "dx", "ddt", "dA", "dB", "dC", "d initial state")
-WIDE = torch.float64
+WIDE = recurrences.WIDE
 
 
 def inputs(lengths, g=1, r=2, p=32, n=32, packed=True, dtype=torch.float32, seed=0):
@@ -26,34 +29,8 @@ def inputs(lengths, g=1, r=2, p=32, n=32, packed=True, dtype=torch.float32, seed
     return args, state.to(WIDE), cu
 
 
-def everything(function, args, state, cu, dtype=WIDE, device="cpu", **options):
-    """y, the final state, and all gradients of a random function of both; x, B, C in ``dtype``, the rest in float32."""
-    rest = WIDE if dtype == WIDE else torch.float32
-    leaves = [
-        t.to(device, like).requires_grad_() for t, like in zip(args, (dtype, rest, rest, dtype, dtype), strict=True)
-    ]
-    leaves += [] if state is None else [state.to(device, rest).requires_grad_()]
-    y, final = function(
-        *leaves[:5],
-        initial_state=None if state is None else leaves[5],
-        cu_seqlens=None if cu is None else cu.to(device),
-        return_final_state=True,
-        **options,
-    )
-    generator = torch.Generator().manual_seed(1)
-    # The same gradients for every dtype: bfloat16's values.
-    dy, d_final = (torch.randn(t.shape, generator=generator).bfloat16().to(t) for t in (y, final))
-    return y, final, *torch.autograd.grad([y, final], leaves, [dy, d_final])
-
-
-def errors(ours, truth):
-    """‖ours − truth‖ / ‖truth‖ of each result (of nothing but zeros: ‖ours‖)."""
-    found = {}
-    for name, a, b in zip(NAMES, ours, truth, strict=False):
-        assert a.shape == b.shape, name
-        difference, size = (a.to(b) - b).norm().item(), b.norm().item()
-        found[name] = difference / size if size else difference
-    return found
+everything = partial(recurrences.everything, narrow=(0, 3, 4))  # x, B, C
+errors = partial(recurrences.errors, NAMES)
 
 
 def check(args, state, cu, device, dtype=torch.float32, limit=1e-5, **options):
