@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -102,9 +104,31 @@ def test_shared_stages_run_first_and_once(calls: list[str], tmp_path: Path) -> N
 
 
 def test_workers_start_loaders_as_this_process_would() -> None:
-    with schedule.workers(2) as executor:
+    with schedule.workers(2, "cpu") as executor:
         assert executor.submit(multiprocessing.get_start_method).result() == multiprocessing.get_start_method()
         assert executor.submit(torch.get_num_threads).result() == max(1, cores() // 2)
+
+
+def visible(name: str) -> str | None:
+    """Which GPUs a worker sees; slow enough that each of two workers is asked."""
+    time.sleep(0.5)
+    return os.environ.get(name)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(None, ["0", "1"]), ("3,GPU-5e", ["3", "GPU-5e"])])
+def test_workers_are_dealt_out_to_all_gpus(
+    ours: str | None, theirs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "CUDA_VISIBLE_DEVICES"
+    monkeypatch.delenv(name, raising=False)
+    if ours is not None:
+        monkeypatch.setenv(name, ours)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with schedule.workers(2, "auto") as executor:
+        assert sorted(future.result() or "" for future in [executor.submit(visible, name) for _ in theirs]) == theirs
+    with schedule.workers(2, "cuda:1") as executor:  # the one that was asked for
+        assert executor.submit(visible, name).result() == ours
+    assert os.environ.get(name) == ours
 
 
 def test_a_cell_that_fails_stops_no_other(calls: list[str], tmp_path: Path) -> None:

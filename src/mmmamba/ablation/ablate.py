@@ -69,7 +69,8 @@ def ablate(
         only: these tables or cells only, such as --only stages --only placement/tail-stacked.
         seeds: these seeds only.
         shard: part K/N of the runs, such as 2/8, for one command or machine of several; join their results by --merge.
-        jobs: cells at a time, each in a process of its own: small models do not fill a GPU.
+        jobs: cells at a time, each in a process of its own: small models do not fill a GPU. They are dealt out to all
+            GPUs, unless --device names one.
         list: say what would run, with steps and commands, instead of running it.
         report: make tables, plots and pages of what is there, instead of running cells.
         merge: take over the lines of these results files, instead of running cells.

@@ -15,6 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.process import BaseProcess
+from multiprocessing.queues import SimpleQueue
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ def run(todo: Sequence[Unit], setting: Setting, jobs: int, done: Callable[[Unit,
     failed: dict[str, str] = {}
     # The stream as it is now: while a cell runs in this process, sys.stderr is its log.
     console = Console(file=sys.stderr)
-    with workers(jobs) as executor, Progress("cells", len(todo), console=console) as bar:
+    with workers(jobs, setting.device) as executor, Progress("cells", len(todo), console=console) as bar:
         while ready or running:
             while ready and len(running) < jobs:
                 task = unit, group = ready.popleft()
@@ -137,17 +138,21 @@ class _Here(Executor):
 
 
 @contextlib.contextmanager
-def workers(jobs: int) -> Iterator[Executor]:
+def workers(jobs: int, device: str) -> Iterator[Executor]:
     """What runs ``jobs`` calls at once, each in a process of its own with its share of the cores; one: in this one.
 
-    The processes end with this one, however it ends, and may have loaders as processes of theirs.
+    Where ``device`` names no GPU by number, the processes are dealt out to all that there are: each sees one, as if it
+    were the only one. They end with this one, however it ends, and may have loaders as processes of theirs.
     """
     if jobs == 1:
         yield _Here()
         return
     before = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")  # a forked process cannot use the GPU
-    given = (max(1, cores() // jobs), multiprocessing.get_start_method())
+    gpus = context.SimpleQueue()
+    for job in range(jobs):
+        gpus.put(_gpu(job, device))
+    given = (max(1, cores() // jobs), multiprocessing.get_start_method(), gpus)
     pool = ProcessPoolExecutor(jobs, context, initializer=_begin, initargs=given)
     try:
         yield pool
@@ -160,8 +165,20 @@ def workers(jobs: int) -> Iterator[Executor]:
         raise
 
 
-def _begin(threads: int, start_method: str) -> None:
+def _gpu(job: int, device: str) -> str | None:
+    """The GPU of a process, as CUDA_VISIBLE_DEVICES names it; None where there is nothing to choose."""
+    count = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    if count < 2:
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(number) for number in range(count)]
+    return names[job % count]
+
+
+def _begin(threads: int, start_method: str, gpus: SimpleQueue[str | None]) -> None:
     """In a worker: the parent alone answers an interrupt, and a worker must not outlive a parent that was killed."""
+    if (gpu := gpus.get()) is not None:  # before CUDA starts, which reads it once
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     # A spawned process would spawn its loaders too, and send each a copy of the data that forked ones share.
     multiprocessing.set_start_method(start_method, force=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
