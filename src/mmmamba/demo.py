@@ -98,7 +98,7 @@ def _stage3(out: Path, device: str, console: Console) -> dict[str, Path]:
     here, *others = STUDENTS.values()
     logs = {recipe: out / f"{recipe}.log" for recipe in others}
     before = torch.get_num_threads()
-    with workers(len(STUDENTS)) as pool:
+    with workers(len(STUDENTS), device) as pool:
         running = {recipe: pool.submit(_apart, recipe, out, device, log) for recipe, log in logs.items()}
         for recipe, log in logs.items():
             console.print(f"{recipe} is distilled beside {here}; see {log}", highlight=False)
