@@ -12,6 +12,7 @@ from mmmamba.ablation.page import blocks, filled
 from mmmamba.ablation.plots import dots
 from mmmamba.ablation.results import Result, Results
 from mmmamba.ablation.tables import Measured, markdown
+from mmmamba.config import to_dict
 from mmmamba.errors import UserError
 from mmmamba.figures import render
 
@@ -44,6 +45,15 @@ def test_a_table_by_hand() -> None:
     assert "20 × 128 + 40 × 128 + 2,000 × 64 steps" in text and "t is 4.30 for 3 seeds" in text
     assert "50 unseen questions an ability" in text and "![Does rotation help?](r.svg)" in text
     assert "mmmamba distill x --set seed=0\n" in text and "seed=1" not in text
+
+
+def test_words_stand_in_for_keys_that_would_fill_a_page() -> None:
+    table = to_dict(made_up.plan().tables["rotation"])
+    table["cells"]["none"]["about"] = "no rotation"
+    table |= {"set": {"stage3.lr": 1e-3}, "setting": "a rate of ours"}
+    said = markdown(results(tables={"rotation": table}), "rotation")
+    assert rows(said)[4][1] == "no rotation" and "Changes to `nano-linear` with a rate of ours; " in said
+    assert "stage3.lr" not in said
 
 
 def test_what_is_missing_is_said() -> None:

@@ -15,7 +15,8 @@
           rope: {}
           none: {mixer.rope: false}
 
-A cell maps keys of a recipe to values; the word ``base`` in it names another recipe to start from.
+A cell maps keys of a recipe to values; two words in it are none: ``base`` names another recipe to start from, and
+``about`` says in a few words what is changed, where the keys themselves would fill a page.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from mmmamba.distill.run import digest
 from mmmamba.errors import UserError
 from mmmamba.evaluation.suite import NANO_ABILITIES, NANO_LIMIT
 
-BASE = "base"  # the word in a cell that is no key of a recipe
+BASE, ABOUT = "base", "about"  # the words in a cell that are no keys of a recipe
 MEAN = "mean"
 _NAME = re.compile(r"\w[\w.+-]*")  # is part of folders' names and of command lines
 _ANY_DEPTH = 1000  # layers of a teacher that is not known yet: enough to see whether a recipe's `layers` makes sense
@@ -104,18 +105,20 @@ class Table:
         note: what a reader should know.
         base: a recipe, by path or built-in name (default: the plan's).
         set: recipe keys laid over the base of every cell.
+        setting: what they come to, in words, where the keys themselves would fill a page.
         seeds: in place of the plan's.
         reference: the cell that the others are subtracted from.
         claims: what is to be confirmed or not.
         paper: cell → what the paper reports for it.
         paper_metric: what those numbers are.
-        cells: name → recipe keys laid over all that; ``base`` in it names another recipe.
+        cells: name → recipe keys laid over all that; ``base`` in it names another recipe, ``about`` says what changed.
     """
 
     title: str
     note: str = ""
     base: str | None = None
     set: dict[str, Any] = field(default_factory=dict)
+    setting: str = ""
     seeds: tuple[int, ...] = ()
     reference: str | None = None
     claims: tuple[Claim, ...] = ()
@@ -287,7 +290,7 @@ def cells_of(plan: Plan, where: Path | str, *, steps_scale: float = 1.0) -> list
     for table_name, table in plan.tables.items():
         for name, changes in table.cells.items():
             field = f"{where}: tables.{table_name}.cells.{name}"
-            own = {key: value for key, value in changes.items() if key != BASE}
+            own = {key: value for key, value in changes.items() if key not in (BASE, ABOUT)}
             laid = _merged(plan.set, table.set, own)
             if "seed" in laid:
                 raise UserError(f"{field}: 'seed' is not to be changed: the key 'seeds' gives every cell its own")

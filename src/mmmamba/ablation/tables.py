@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mmmamba.ablation.intervals import difference, t_interval, t_quantile, verdict
-from mmmamba.ablation.plan import BASE, MEAN, Plan, flow
+from mmmamba.ablation.plan import ABOUT, BASE, MEAN, Plan, flow
 from mmmamba.ablation.results import Result, Results, of_table
 from mmmamba.errors import UserError
 from mmmamba.evaluation.statistics import Interval
@@ -110,7 +110,9 @@ def _teacher_row(measured: Measured, columns: Sequence[str]) -> list[str]:
 
 def _changed(plan: Plan, table: str, cell: str) -> str:
     changes = dict(plan.tables[table].cells[cell])
-    base = changes.pop(BASE, None)
+    base, about = changes.pop(BASE, None), changes.pop(ABOUT, None)
+    if about is not None:
+        return str(about)
     words = [f"{key}={flow(value)}" for key, value in changes.items()]
     return ", ".join(f"`{word}`" for word in ([f"base: {base}"] if base else []) + words) or EMPTY
 
@@ -122,7 +124,8 @@ def _caption(measured: Measured, scale: float) -> str:
     steps = {(result.steps, result.batch_sizes) for result in results}
     devices = ", ".join(dict.fromkeys(f"{result.device} ({result.precision})" for result in results))
     text = f"Changes to `{table.base or plan.base}`"
-    shared = {**plan.set, **table.set}
+    shared = {} if table.setting else {**plan.set, **table.set}
+    text += f" with {table.setting}" if table.setting else ""
     text += f" with {', '.join(f'`{key}={flow(value)}`' for key, value in shared.items())}" if shared else ""
     if len(steps) == 1:
         (numbers, batches), *_ = steps
