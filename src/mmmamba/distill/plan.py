@@ -19,10 +19,10 @@ from mmmamba.distill.recipe import KINDS, MIXER_PARAMETERS, StageConfig
 from mmmamba.model.config import MAMBA2, MixerConfig, ModelConfig, StackConfig
 from mmmamba.model.model import Model
 from mmmamba.ops.kl import CHUNK as KL_CHUNK  # of the cross-entropy too
-from mmmamba.ops.ssd import CHUNK as SSD_CHUNK
+from mmmamba.ops.layout import chunk_size
 
 WIDE = 4  # bytes of a trained weight, its gradient, a moment of AdamW
-DELTA_CHUNK = 32  # tokens a chunk of the delta rule's kernels (mmmamba.ops.triton.delta.CHUNK)
+SSD_CHUNK, DELTA_CHUNK = 64, 32  # tokens a chunk of the recurrences' kernels (mmmamba.ops.triton)
 LOGITS = 800_000_000  # bytes of logits that the KL's kernel has alive at once (mmmamba.ops.triton.kl.MEMORY)
 BLOCK = 2048  # and the multiple that it rounds the vocabulary up to
 MATRICES = ("q_proj", "k_proj", "v_proj", "gate_proj")  # which autocast casts, once a row while they are trained
@@ -173,7 +173,7 @@ def mixer_saved(d: int, stack: StackConfig, mixer: MixerConfig, stage: StageConf
 def _chunked_saved(stack: StackConfig, mixer: MixerConfig, tokens: int) -> int:
     """What the recurrence keeps of a sequence in PyTorch's operators (``ops.ssd``, ``ops.delta``), by whole chunks."""
     h, g, p = stack.num_heads, stack.num_kv_heads, stack.head_dim
-    q = min(SSD_CHUNK, max(16, 1 << max(tokens - 1, 0).bit_length()))
+    q = chunk_size(tokens, p)
     if mixer.rule == "gated_delta":
         inside = 6 * h * q + 10 * h * p + 3 * g * p + 5 * h  # both products and the system; its sides, keys, queries
         between = h * p + 2 * h * p * p // q  # queries as decayed; the states that enter the chunks
@@ -363,7 +363,7 @@ def _recurrence(stack: StackConfig, mixer: MixerConfig, passes: Passes, tokens: 
         return inputs + 2 * passes.width * -(-tokens // DELTA_CHUNK) * h * p * p
     if passes.kernels:
         return inputs + 2 * passes.width * -(-tokens // SSD_CHUNK) * h * p * p
-    return inputs + tokens * WIDE * 2 * h * SSD_CHUNK
+    return inputs + tokens * WIDE * 2 * h * chunk_size(tokens, p)
 
 
 def _logits(teacher: ModelConfig, stage: StageConfig, passes: Passes, tokens: int, labels: bool) -> int:

@@ -22,8 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmmamba.ops.layout import Layout
-from mmmamba.ops.ssd import CHUNK, _fitting, _layout
+from mmmamba.ops.layout import Layout, chunk_size, layout_for
 from mmmamba.ops.triton import serves
 
 
@@ -63,7 +62,7 @@ def gated_delta_reference(
     return_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The recurrence one token at a time, in the inputs' own precision. Same contract as :func:`gated_delta`."""
-    layout = _layout(v, cu_seqlens)
+    layout = layout_for(v, cu_seqlens)
     check(v, dt, A, k, q, beta, initial_state, layout.sequences)
     h, p, n = q.shape[2], v.shape[3], q.shape[3]
     repeat = h // v.shape[2]
@@ -97,17 +96,17 @@ def gated_delta_chunked(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     return_final_state: bool = False,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The recurrence as products and one solve inside chunks. Same contract as :func:`gated_delta`.
 
     Works in float32 (float64 for float64 inputs); memory grows with length × chunk.
     """
-    layout = _layout(v, cu_seqlens)
+    layout = layout_for(v, cu_seqlens)
     check(v, dt, A, k, q, beta, initial_state, layout.sequences)
     with torch.autocast(v.device.type, enabled=False):
-        fitting = min(chunk, _fitting(layout.longest))
-        return _chunked(v, dt, A, k, q, beta, initial_state, layout, return_final_state, fitting)
+        size = chunk or chunk_size(layout.longest, v.shape[3])
+        return _chunked(v, dt, A, k, q, beta, initial_state, layout, return_final_state, size)
 
 
 def _chunked(

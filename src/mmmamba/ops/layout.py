@@ -215,6 +215,36 @@ def layout_of(cu_seqlens: Tensor) -> Layout:
     return layout
 
 
+def layout_for(x: Tensor, cu_seqlens: Tensor | None) -> Layout:
+    """The layout of ``x`` (b, l, …): a packed row with the borders of its sequences, or b rows of l tokens without.
+
+    Raises:
+        ValueError: for borders of more than one row, or that end elsewhere than the row.
+    """
+    if cu_seqlens is None:
+        return uniform_layout(x.shape[0], x.shape[1], x.device)
+    if x.shape[0] != 1:
+        raise ValueError(f"cu_seqlens needs a packed row of batch 1, got batch {x.shape[0]}")
+    layout = layout_of(cu_seqlens)
+    if layout.total != x.shape[1]:
+        raise ValueError(f"cu_seqlens ends at {layout.total}, the packed row has {x.shape[1]} tokens")
+    return layout
+
+
+def chunk_size(longest: int, channels: int) -> int:
+    """Tokens of a chunk of a recurrence, where PyTorch's own operators work it out: 16, 32 or 64.
+
+    As many as a head has channels: in smaller ones the state's products take the time, in larger ones the products
+    of each token with each (measured on a CPU). And not more than the longest sequence fills.
+    """
+    return min(64, _power_of_two(channels), _power_of_two(longest))
+
+
+def _power_of_two(least: int) -> int:
+    """The next power of two, at least 16."""
+    return max(16, 1 << max(least - 1, 0).bit_length())
+
+
 def uniform_layout(rows: int, length: int, device: torch.device) -> Layout:
     """The layout of ``rows`` sequences of one length (a batch without padding, flattened)."""
     return Layout([length] * rows, device)

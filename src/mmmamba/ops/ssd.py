@@ -13,10 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmmamba.ops.layout import Layout, layout_of, uniform_layout
+from mmmamba.ops.layout import Layout, chunk_size, layout_for
 from mmmamba.ops.triton import serves
-
-CHUNK = 64
 
 
 def _check(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None, rows: int) -> None:
@@ -32,17 +30,6 @@ def _check(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
         raise ValueError(f"ssd: initial_state has shape {tuple(state.shape)}, expected {(rows, h, p, n)}")
 
 
-def _layout(x: Tensor, cu_seqlens: Tensor | None) -> Layout:
-    if cu_seqlens is None:
-        return uniform_layout(x.shape[0], x.shape[1], x.device)
-    if x.shape[0] != 1:
-        raise ValueError(f"cu_seqlens needs a packed row of batch 1, got batch {x.shape[0]}")
-    layout = layout_of(cu_seqlens)
-    if layout.total != x.shape[1]:
-        raise ValueError(f"cu_seqlens ends at {layout.total}, the packed row has {x.shape[1]} tokens")
-    return layout
-
-
 def ssd_reference(
     x: Tensor,
     dt: Tensor,
@@ -55,7 +42,7 @@ def ssd_reference(
     return_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The recurrence one token at a time, in the inputs' own precision. Same contract as :func:`ssd`."""
-    layout = _layout(x, cu_seqlens)
+    layout = layout_for(x, cu_seqlens)
     _check(x, dt, A, B, C, initial_state, layout.sequences)
     h, p, n = C.shape[2], x.shape[3], C.shape[3]
     repeat = h // x.shape[2]
@@ -85,22 +72,18 @@ def ssd_chunked(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     return_final_state: bool = False,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The recurrence as matrix products inside chunks and a recurrence between them. Same contract as :func:`ssd`.
 
     Works in float32 (float64 for float64 inputs); memory grows with length × chunk. Groups are folded into the rows of
     the products, never expanded to heads, but for the weighted inputs of the chunk states.
     """
-    layout = _layout(x, cu_seqlens)
+    layout = layout_for(x, cu_seqlens)
     _check(x, dt, A, B, C, initial_state, layout.sequences)
     with torch.autocast(x.device.type, enabled=False):
-        return _chunked(x, dt, A, B, C, initial_state, layout, return_final_state, min(chunk, _fitting(layout.longest)))
-
-
-def _fitting(longest: int) -> int:
-    """The power of two, at least 16, that holds the longest sequence: no chunk larger than the work."""
-    return max(16, 1 << max(longest - 1, 0).bit_length())
+        size = chunk or chunk_size(layout.longest, x.shape[3])
+        return _chunked(x, dt, A, B, C, initial_state, layout, return_final_state, size)
 
 
 def _chunked(

@@ -46,7 +46,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmmamba.ops.delta import check
-from mmmamba.ops.ssd import _layout
+from mmmamba.ops.layout import layout_for
 from mmmamba.ops.triton import on_device, operator, why_not
 from mmmamba.ops.triton.ssd import LOG2_E, _dot, _locate, _parts, _rows, _rows_of
 
@@ -505,7 +505,7 @@ def gated_delta(
     Raises:
         ValueError: for shapes that do not fit together, or that :func:`~mmmamba.ops.triton.why_not` names.
     """
-    layout = None if cu_seqlens is None else _layout(v, cu_seqlens)
+    layout = None if cu_seqlens is None else layout_for(v, cu_seqlens)
     rows = v.shape[0] if layout is None else layout.sequences
     check(v, dt, A, k, q, beta, initial_state, rows)
     reason = why_not(v, dt, A, k, q, beta, initial_state, head_dim=v.shape[3], state_dim=q.shape[3])

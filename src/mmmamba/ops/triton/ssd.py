@@ -46,7 +46,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmmamba.ops.ssd import _check, _layout
+from mmmamba.ops.layout import layout_for
+from mmmamba.ops.ssd import _check
 from mmmamba.ops.triton import interpreted, on_device, operator, why_not
 
 
@@ -689,7 +690,7 @@ def ssd(
     Raises:
         ValueError: for shapes that do not fit together, or that :func:`~mmmamba.ops.triton.why_not` names.
     """
-    layout = None if cu_seqlens is None else _layout(x, cu_seqlens)
+    layout = None if cu_seqlens is None else layout_for(x, cu_seqlens)
     rows = x.shape[0] if layout is None else layout.sequences
     _check(x, dt, A, B, C, initial_state, rows)
     reason = why_not(x, dt, A, B, C, initial_state, head_dim=x.shape[3], state_dim=C.shape[3])
