@@ -22,7 +22,7 @@ class Optimizers:
     Args:
         trained: the parameters, by full name.
         config: which optimizer, and rates, betas, weight decay (on matrices only).
-        device: theirs; on a GPU AdamW is fused.
+        device: theirs; on a GPU AdamW is fused, on a CPU Muon iterates in float32.
     """
 
     def __init__(self, trained: Mapping[str, nn.Parameter], config: TrainConfig, device: torch.device) -> None:
@@ -41,7 +41,8 @@ class Optimizers:
                 )
             )
         if muon:
-            self._all.append(torch.optim.Muon(_groups(muon, config), lr=config.lr, adjust_lr_fn="match_rms_adamw"))
+            kind = torch.optim.Muon if self._on_gpu else _Float32Muon
+            self._all.append(kind(_groups(muon, config), lr=config.lr, adjust_lr_fn="match_rms_adamw"))
         self.groups: list[dict[str, Any]] = [group for optimizer in self._all for group in optimizer.param_groups]
         self._owner = {p: optimizer for optimizer in self._all for g in optimizer.param_groups for p in g["params"]}
 
@@ -72,6 +73,37 @@ class Optimizers:
             key: value if key == "step" and not self._on_gpu else value.to(parameter.device)
             for key, value in state.items()
         }
+
+
+class _Float32Muon(torch.optim.Muon):
+    """PyTorch's Muon, its Newton–Schulz iteration in float32.
+
+    In bfloat16, which few CPUs multiply in, that iteration takes 15 to 30 times as long: a third of a small model's step.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in (p for p in group["params"] if p.grad is not None):
+                state = self.state[parameter]
+                momentum = state.setdefault("momentum_buffer", torch.zeros_like(parameter))
+                momentum.lerp_(parameter.grad, 1 - group["momentum"])
+                update = parameter.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+                update = _orthogonal(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                # As large as AdamW's, by its root mean square ("match_rms_adamw").
+                parameter.add_(update, alpha=-0.2 * group["lr"] * max(parameter.shape) ** 0.5)
+
+
+def _orthogonal(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Nearly U V^T of a matrix U S V^T: its singular values near 1."""
+    a, b, c = coefficients
+    x = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if matrix.shape[0] > matrix.shape[1] else x
 
 
 def _is_projection(name: str) -> bool:
