@@ -98,7 +98,7 @@ def distil(arguments: argparse.Namespace) -> None:
     if (ROOT / "runs/nano-teacher/model").is_dir():  # a teacher made here is the one to distil
         install("nano-teacher", None)
     extra = overrides(arguments)
-    for kind in ("linear", "hybrid"):  # the hybrid takes stages 1 and 2 from the linear run beside it
+    for kind in ("linear", "hybrid"):  # a hybrid takes stages 1 and 2 over from a linear run that aligned alike
         names = [name.format(kind) for name in arguments.recipes]
         finish(**{name: mmmamba(name, "distill", name, "--resume", *extra) for name in names})
         print(f"{kind}: {time.monotonic() - began:.0f} s", flush=True)

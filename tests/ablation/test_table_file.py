@@ -18,7 +18,7 @@ from mmmamba.errors import UserError
 
 
 def cells(**changes: Any) -> list[Cell]:
-    return cells_of(from_dict(Plan, plan_data("pico-linear", **changes)), "tiny.yaml")
+    return cells_of(from_dict(Plan, plan_data("hovle-2.6b-linear", **changes)), "tiny.yaml")
 
 
 def cell(name: str, seed: int = 0, **changes: Any) -> Cell:
@@ -26,11 +26,12 @@ def cell(name: str, seed: int = 0, **changes: Any) -> Cell:
 
 
 def test_a_cell_lays_its_changes_over_its_tables_over_the_plans() -> None:
-    found = cell("stages/only-3", 1, set={"stage3.lr": 1e-4, "stage3.clip": 1.0}, tables__stages__base="pico-hybrid",
+    found = cell("stages/only-3", 1, set={"stage3.lr": 1e-4, "stage3.clip": 1.0},
+                 tables__stages__base="hovle-2.6b-hybrid",
                  tables__stages__set={"mixer.rope": False, "stage3.lr": 2e-4})  # fmt: skip
-    assert (found.base, found.recipe.layers, found.recipe.mixer.rope) == ("pico-hybrid", "measured:4", False)
+    assert (found.base, found.recipe.layers, found.recipe.mixer.rope) == ("hovle-2.6b-hybrid", "measured:4", False)
     assert (found.recipe.stage3.lr, found.recipe.stage3.clip, found.recipe.seed) == (2e-4, 1.0, 1)
-    assert found.steps == (0, 0, 1_260)
+    assert found.steps == (0, 0, 20_000)
     whole = cell("layers/two", tables__layers__set={"mixer": {"qk_norm": True}}, set={"mixer.rope": False})
     assert whole.recipe.mixer.qk_norm and not whole.recipe.mixer.rope and whole.recipe.mixer.conv_activation == "silu"
 
@@ -47,10 +48,10 @@ def test_words_about_a_cell_change_nothing() -> None:
 
 
 def test_steps_are_scaled_and_none_is_lost() -> None:
-    plan = from_dict(Plan, plan_data("pico-linear"))
-    scaled = {str(found): found.steps for found in cells_of(plan, "x", steps_scale=0.002)}
-    assert scaled["stages/all, seed 0"] == (1, 1, 2)
-    assert scaled["stages/only-3, seed 1"] == (0, 0, 2)
+    plan = from_dict(Plan, plan_data("hovle-2.6b-linear"))
+    scaled = {str(found): found.steps for found in cells_of(plan, "x", steps_scale=0.00001)}
+    assert scaled["stages/all, seed 0"] == (1, 1, 1)
+    assert scaled["stages/only-3, seed 1"] == (0, 0, 1)
 
 
 def test_an_identity_is_what_decides_the_result() -> None:
@@ -88,16 +89,16 @@ def test_an_alignment_is_what_decides_stages_1_and_2() -> None:
 def test_a_fourth_stage_counts() -> None:
     after = {"stage4": {"train": ["conv"], "steps": 50, "batch_size": 3, "lr": 1.0}}
     found = cell("stages/only-3", set=after)
-    assert (found.steps, found.batch_sizes, found.aligning) == ((0, 0, 1_150, 50), (16, 16, 16, 3), 0)
+    assert (found.steps, found.batch_sizes, found.aligning) == ((0, 0, 20_000, 50), (128, 128, 64, 3), 0)
     assert found.id != cell("stages/only-3").id and aligned(found).recipe.stage4 is None
-    plan = from_dict(Plan, plan_data("pico-linear", set=after))
+    plan = from_dict(Plan, plan_data("hovle-2.6b-linear", set=after))
     scaled = {str(found): found.steps for found in cells_of(plan, "x", steps_scale=0.01)}
-    assert scaled["stages/only-3, seed 0"] == (0, 0, 12, 1)
+    assert scaled["stages/only-3, seed 0"] == (0, 0, 200, 1)
 
 
 def test_what_is_aligned_for_a_group_is_the_same_whichever_cell_asks() -> None:
     asks = [cell("stages/all"), cell("layers/two"), cell("stages/all", set={"stage3.lr": 1.0}),
-            cell("stages/all", tables__stages__base="pico-hybrid")]  # fmt: skip
+            cell("stages/all", tables__stages__base="hovle-2.6b-hybrid")]  # fmt: skip
     recipes = [aligned(found).recipe for found in asks]
     assert recipes[0].stage3.steps == 0 and recipes[0].layers == "linear"
     assert recipes[0].stage1 == asks[0].recipe.stage1 and recipes[0].stage2 == asks[0].recipe.stage2
@@ -114,8 +115,8 @@ def test_the_printed_commands_make_the_same_run_and_ask_the_same(tmp_path: Path)
     assert load_recipe(DistillRecipe, given["recipe"], given["set"]) == found.recipe
     assert given["device"] == "cuda"
     asked = cli.parse(ask[1:]).keywords
-    assert asked["model"] == f"{given['out']}/model" and asked["against"] == "pico-teacher"
-    assert asked["abilities"] == found.questions.abilities and asked["data_dir"] == Path("data/nano")
+    assert asked["model"] == f"{given['out']}/model" and asked["against"] == "HoVLE"
+    assert asked["abilities"] == found.questions.abilities and asked["data_dir"] == Path("data/sft")
     assert (asked["limit"], asked["max_new_tokens"], asked["seed"], asked["blind"]) == (2, 3, 0, False)
 
 
@@ -126,7 +127,7 @@ def test_a_value_survives_the_command_line(value: Any) -> None:
 
 
 def test_set_changes_what_no_cell_changes_itself() -> None:
-    plan = overlaid(from_dict(Plan, plan_data("pico-linear")), ["stage1.steps=5", "stage3.lr=1e-4"])
+    plan = overlaid(from_dict(Plan, plan_data("hovle-2.6b-linear")), ["stage1.steps=5", "stage3.lr=1e-4"])
     found = {str(each): each.recipe for each in cells_of(plan, "x")}
     assert found["stages/all, seed 0"].stage1.steps == 5 and found["stages/only-3, seed 0"].stage1.steps == 0
     assert {recipe.stage3.lr for recipe in found.values()} == {1e-4}
@@ -174,7 +175,7 @@ def test_cells_are_picked_by_table_name_and_seed() -> None:
 )  # fmt: skip
 def test_a_mistake_is_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     file = tmp_path / "tiny.yaml"
-    file.write_text(yaml.safe_dump(plan_data("pico-linear", **changes)))
+    file.write_text(yaml.safe_dump(plan_data("hovle-2.6b-linear", **changes)))
     with pytest.raises(UserError, match=message) as said:
         cells_of(*load_plan(file))
     assert str(file) in str(said.value) and "\n" not in str(said.value)
