@@ -34,7 +34,7 @@ def demo(*, out: Path = Path("runs/demo"), limit: int = 100, fresh: bool = False
     Example: mmmamba demo
 
     A small softmax teacher (pico, about 1 M parameters, part of the package) becomes a linear and a hybrid state space
-    model on two CPU cores in about ten minutes. Both are then asked questions that they have never seen, beside the
+    model on two CPU cores within twenty minutes. Both are then asked questions that they have never seen, beside the
     teacher, a control that was seeded but not distilled, the teacher without its pictures, and what the package ships
     of the larger nano models. An interrupted demo goes on where it stopped.
 
