@@ -78,7 +78,7 @@ class Optimizers:
 class _Float32Muon(torch.optim.Muon):
     """PyTorch's Muon, its Newton–Schulz iteration in float32.
 
-    In bfloat16, which few CPUs multiply in, that iteration takes up to 30 times as long: a third of a small model's step.
+    In bfloat16, which few CPUs multiply in, it takes up to 30 times as long: a third of a small model's step.
     """
 
     @torch.no_grad()
