@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
+import os
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -373,6 +376,7 @@ class Loader:
             pin_memory=self.pin_memory,
             prefetch_factor=self.prefetch if self.workers else None,
             generator=torch.Generator(),  # of its own: an iterator draws a seed, and not from the caller's stream
+            worker_init_fn=functools.partial(_with_its_parent, os.getpid()),
         )
         for step in loader:
             if step.error is not None:
@@ -381,6 +385,15 @@ class Loader:
             self.truncated += step.cut
             self._bad.update((bad.index, bad) for bad in step.skipped)
             yield step.micro_batches()
+
+
+def _with_its_parent(parent: int, worker: int) -> None:
+    """In a loader's process: end with the one that forked it, also where that was killed before PyTorch looked for it.
+
+    PyTorch's own watch compares with the parent that it finds when it begins; an orphan would stay for ever.
+    """
+    if multiprocessing.get_start_method() == "fork" and os.getppid() != parent:
+        os._exit(1)
 
 
 class _Range(Sampler[int]):
