@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -109,12 +108,6 @@ def test_workers_start_loaders_as_this_process_would() -> None:
         assert executor.submit(torch.get_num_threads).result() == max(1, cores() // 2)
 
 
-def visible(name: str) -> str | None:
-    """Which GPUs a worker sees; slow enough that each of two workers is asked."""
-    time.sleep(0.5)
-    return os.environ.get(name)
-
-
 @pytest.mark.parametrize(("ours", "theirs"), [(None, ["0", "1"]), ("3,GPU-5e", ["3", "GPU-5e"])])
 def test_workers_are_dealt_out_to_all_gpus(
     ours: str | None, theirs: list[str], monkeypatch: pytest.MonkeyPatch
@@ -124,10 +117,12 @@ def test_workers_are_dealt_out_to_all_gpus(
     if ours is not None:
         monkeypatch.setenv(name, ours)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with schedule.workers(2, "auto") as executor:
-        assert sorted(future.result() or "" for future in [executor.submit(visible, name) for _ in theirs]) == theirs
-    with schedule.workers(2, "cuda:1") as executor:  # the one that was asked for
-        assert executor.submit(visible, name).result() == ours
+    assert [schedule._gpu(job, "auto") for job in range(4)] == [*theirs, *theirs]
+    assert schedule._gpu(1, "cuda:1") is None, "the one that was asked for"
+    with schedule.workers(2, "auto") as executor:  # the first to start takes the first
+        assert executor.submit(os.getenv, name).result() == theirs[0]
+    with schedule.workers(2, "cuda:1") as executor:
+        assert executor.submit(os.getenv, name).result() == ours
     assert os.environ.get(name) == ours
 
 
