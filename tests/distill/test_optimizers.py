@@ -13,9 +13,9 @@ CONFIG = TrainConfig(steps=10, batch_size=1, lr=0.01, optimizer="muon", weight_d
 SHAPES = {"mlp.up.weight": (96, 32), "mlp.down.weight": (32, 96), "q_proj.weight": (48, 48)}
 
 
-def parameters(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
+def parameters() -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
-    return {name: nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for name, shape in SHAPES.items()}
+    return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in SHAPES.items()}
 
 
 def gradients(step: int) -> dict[str, torch.Tensor]:

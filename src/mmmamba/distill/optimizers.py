@@ -86,7 +86,9 @@ class _Float32Muon(torch.optim.Muon):
         for group in self.param_groups:
             for parameter in (p for p in group["params"] if p.grad is not None):
                 state = self.state[parameter]
-                momentum = state.setdefault("momentum_buffer", torch.zeros_like(parameter))
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                momentum = state["momentum_buffer"]
                 momentum.lerp_(parameter.grad, 1 - group["momentum"])
                 update = parameter.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
                 update = _orthogonal(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
