@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections.abc
 import dataclasses
 import difflib
+import functools
 import re
 import sys
 import types
@@ -238,6 +239,12 @@ class _StrictLoader(yaml.SafeLoader):
         return node
 
 
+@functools.lru_cache(maxsize=256)
+def _parsed(text: str) -> Any:
+    """The data of a YAML text; shared, so callers copy it. A table of 150 cells reads few texts many times."""
+    return yaml.load(text, Loader=_StrictLoader)
+
+
 def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The mapping in a YAML file, with ``overrides`` ("a.b.c=value") applied.
 
@@ -248,7 +255,7 @@ def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     if not path.is_file():
         raise UserError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        data = _parsed(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
     except OSError as error:
@@ -281,7 +288,7 @@ def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
         if not equals or not all(parts):
             raise UserError(f"override '{override}' must read key.path=value, such as stages.stage1.steps=20")
         try:
-            value = yaml.load(text, Loader=_StrictLoader)
+            value = _copy(_parsed(text))
         except yaml.YAMLError as error:
             raise UserError(f"override '{override}': {_yaml_problem(error)[1]}") from error
         target: Any = merged
