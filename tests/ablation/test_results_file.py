@@ -9,8 +9,9 @@ from typing import Any
 import made_up
 import pytest
 
+from mmmamba.ablation.plan import Cell, Plan, cells_of
 from mmmamba.ablation.results import Journal, Result, merge, of_table, read
-from mmmamba.config import to_dict
+from mmmamba.config import from_dict, to_dict
 from mmmamba.errors import UserError
 
 
@@ -79,6 +80,34 @@ def test_cells_are_found_by_name_and_content(written: Path) -> None:
     assert journal.same(asked) == made_up.three_seeds()[1]  # type: ignore[arg-type]
     asked.id = "changed"
     assert journal.same(asked) is None  # type: ignore[arg-type]
+
+
+def test_a_run_gets_the_names_and_the_commands_that_it_has_now(tmp_path: Path) -> None:
+    def cells(**changes: Any) -> list[Cell]:
+        return cells_of(from_dict(Plan, made_up.plan_data("nano-linear", **changes)), "tiny.yaml")
+
+    journal = Journal(tmp_path / "r.jsonl")
+    before = cells()
+    for number, cell in enumerate(before):
+        if journal.same(cell) is None:
+            journal.add(made_up.result("rope", cell.seed, number, 1, 1, id=cell.id).of(cell))
+    other = made_up.result("rope", 0, 1, 1, 1, id="asked for no more")
+    journal.add(other)
+    written = journal.results.cells
+    journal.rename(before)
+    assert journal.results.cells == written, "all have the names that they had"
+    two = next(cell for cell in before if cell.name == "two")
+
+    # The same run by another way: what the cell changed before now stands in its table.
+    after = cells(tables__layers={"title": "How?", "set": {"layers": [0, 3]}, "cells": {"both": {}}})
+    journal.rename(after)
+    assert read(journal.path) == journal.results
+    found = {(r.table, r.cell, r.seed): r for r in journal.results.cells}
+    assert ("layers", "two", 0) not in found, "its name is gone"
+    assert other in found.values(), "nothing is lost"
+    renamed = found["layers", "both", 0]
+    assert renamed.id == two.id and renamed.commands == next(c for c in after if c.name == "both").commands("cuda")
+    assert renamed.abilities["easy"].retention == before.index(two)
 
 
 def test_files_are_joined_each_cell_once(written: Path, tmp_path: Path) -> None:

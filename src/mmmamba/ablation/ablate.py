@@ -108,6 +108,7 @@ def ablate(
             print(f"{new} cells taken over from {len(merge)} file{'s' * (len(merge) > 1)}", file=sys.stderr)
         journal = Journal(file)
         journal.note_plan(plan, steps_scale)
+        journal.rename(cells)
         if not runs_none:
             failed = _run(todo, setting, jobs, journal)
         _write_report(journal.results, folder)
@@ -134,12 +135,11 @@ def _folder_name(plan: Plan, part: str | None, steps_scale: float) -> str:
 
 def _run(todo: Sequence[Unit], setting: Setting, jobs: int, journal: Journal) -> dict[str, str]:
     """Bring the journal up to date with ``todo``; cell → reason of what failed."""
-    kind = pick_device(setting.device).type
 
     def write(unit: Unit, result: Result) -> None:
         for cell in unit.cells:
             if journal.find(cell) is None:
-                journal.add(result.of(cell, kind))
+                journal.add(result.of(cell))
         if not setting.keep:
             forget(unit.first, setting)
 
@@ -148,10 +148,10 @@ def _run(todo: Sequence[Unit], setting: Setting, jobs: int, journal: Journal) ->
         known = journal.same(unit.first)
         if known is None:
             left.append(unit)
-        else:
-            for cell in unit.cells:  # a new name of what is known
+        else:  # perhaps under other names
+            for cell in unit.cells:
                 if journal.find(cell) is None:
-                    journal.add(known.of(cell, kind))
+                    journal.add(known.of(cell))
     finished = len(todo) - len(left)
     print(f"{len(todo)} runs: {finished} finished, {len(left)} to go; logs: {setting.out / 'logs'}", file=sys.stderr)
     if not left:

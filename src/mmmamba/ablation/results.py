@@ -82,10 +82,11 @@ class Result:
         """What no two lines of a file share."""
         return self.table, self.cell, self.seed, self.id, self.steps_scale
 
-    def of(self, cell: Cell, device: str) -> Result:
-        """The same numbers under the name of another cell that asks for the same."""
+    def of(self, cell: Cell) -> Result:
+        """The same numbers under the name of a cell that asks for the same, with the commands that repeat it now."""
+        kind = self.device if self.device in ("cpu", "mps") else "cuda"  # a GPU has its own name there
         return replace(
-            self, table=cell.table, cell=cell.name, base=cell.base, set=cell.set, commands=cell.commands(device)
+            self, table=cell.table, cell=cell.name, base=cell.base, set=cell.set, commands=cell.commands(kind)
         )
 
 
@@ -176,6 +177,26 @@ class Journal:
         self._append(_CellLine(result=result))
         self.results = replace(self.results, cells=(*self.results.cells, result))
 
+    def rename(self, cells: Iterable[Cell]) -> None:
+        """Give each line the name and the commands that its run has among ``cells`` now.
+
+        A run is known by what decides its result. What it is called, and which changes to which recipe lead to it, can
+        change; what is printed beside a result still has to repeat it.
+        """
+        asked: dict[str, list[Cell]] = {}
+        for cell in cells:
+            asked.setdefault(cell.id, []).append(cell)
+        lines: dict[Any, Result] = {}
+        for result in self.results.cells:
+            named = result.table, result.cell
+            alike = asked.get(result.id, [])
+            now = [cell for cell in alike if (cell.table, cell.name) == named] or alike
+            for line in [result.of(cell) for cell in now] or [result]:
+                lines.setdefault(line.key, line)
+        if tuple(lines.values()) != self.results.cells:
+            self.results = replace(self.results, cells=tuple(lines.values()))
+            _write(self.path, self.results)
+
     def find(self, cell: Cell) -> Result | None:
         """The line of a cell, as it is asked for now."""
         names = cell.table, cell.name, cell.seed, cell.id
@@ -215,12 +236,17 @@ def merge(into: Path, sources: Sequence[Path]) -> int:
     for other in others:
         for result in other.cells:
             cells.setdefault(result.key, result)
-    lines: list[_PlanLine | _CellLine] = []
-    if here.plan is not None:
-        lines.append(_PlanLine(plan=here.plan, steps_scale=here.steps_scale))
-    lines += [_CellLine(result=result) for result in cells.values()]
-    write_atomically(into, lambda temporary: temporary.write_bytes(b"".join(map(encoded, lines))))
+    _write(into, replace(here, cells=tuple(cells.values())))
     return len(cells) - len(here.cells)
+
+
+def _write(path: Path, results: Results) -> None:
+    """The whole file anew."""
+    lines: list[_PlanLine | _CellLine] = []
+    if results.plan is not None:
+        lines.append(_PlanLine(plan=results.plan, steps_scale=results.steps_scale))
+    lines += [_CellLine(result=result) for result in results.cells]
+    write_atomically(path, lambda temporary: temporary.write_bytes(b"".join(map(encoded, lines))))
 
 
 def of_table(results: Results, table: str) -> dict[str, dict[int, Result]]:
