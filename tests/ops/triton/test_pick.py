@@ -15,7 +15,7 @@ kernels = pytest.importorskip("mmmamba.ops.triton.pick", exc_type=ImportError)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    b=st.integers(0, 70),
+    b=st.sampled_from([0, 1, 2, 5, 66]),  # 66: more than a block of rows holds; each row costs the interpreter time
     v=st.integers(1, 9000),
     turned=st.booleans(),
     banned=st.booleans(),
