@@ -81,7 +81,7 @@ def test_an_alignment_is_what_decides_stages_1_and_2() -> None:
     after = {"stage4": {"train": ["conv"], "steps": 5, "batch_size": 1, "lr": 1.0}}
     assert one.alignment == cell("stages/all", set=after).alignment
     assert one.alignment == cell("stages/all", set={"stage3.train": ["conv", "mlp"]}).alignment
-    others = [cell("stages/all", 1), cell("stages/only-3"), cell("stages/all", set={"mixer.rope": False}),
+    others = [cell("stages/all", 1), cell("stages/only-3"), cell("stages/all", set={"mixer.rope": True}),
               cell("stages/all", set={"init": "inherit"})]  # fmt: skip
     assert len({one.alignment, *(other.alignment for other in others)}) == 5
 

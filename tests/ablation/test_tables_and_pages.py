@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
+import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import made_up
 import pytest
 
 from mmmamba.ablation.page import blocks, filled
+from mmmamba.ablation.plan import Cell
 from mmmamba.ablation.plots import dots
-from mmmamba.ablation.results import Result, Results
+from mmmamba.ablation.results import Result, Results, read
 from mmmamba.ablation.tables import Measured, markdown
 from mmmamba.config import to_dict
+from mmmamba.distill.recipe import DistillRecipe, load_recipe
 from mmmamba.errors import UserError
 from mmmamba.figures import render
 
@@ -154,3 +158,19 @@ def test_pages_say_what_their_results_say(page: Path) -> None:
     assert filled(page) == page.read_text(encoding="utf-8"), f"{page} is not what its results give"
     for image in re.findall(r"\]\((\S+\.svg)\)", filled(page)):
         assert (page.parent / image).is_file(), image
+
+
+@pytest.mark.parametrize("file", sorted(DOCS.rglob("*-ablation.jsonl")), ids=lambda file: file.stem)
+def test_the_commands_beside_a_result_repeat_it(file: Path) -> None:
+    """The recipes that a committed result names still are what it was made with; `--report` writes them anew."""
+    found = read(file)
+    assert found.plan is not None and found.cells
+    for result in found.cells:
+        distil, base, *options = shlex.split(result.commands[0])[1:]
+        changes = tuple(value for option, value in pairwise(options) if option == "--set")
+        assert (distil, base, changes) == ("distill", result.base, result.set)
+        recipe = load_recipe(DistillRecipe, base, changes)
+        cell = Cell(table=result.table, name=result.cell, seed=result.seed, base=base, set=changes, recipe=recipe,
+                    questions=found.plan.questions)  # fmt: skip
+        assert cell.id == result.id, f"{result.commands[0]} makes something else now"
+        assert result.commands == result.of(cell).commands
