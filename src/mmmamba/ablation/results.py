@@ -181,16 +181,20 @@ class Journal:
         """Give each line the name and the commands that its run has among ``cells`` now.
 
         A run is known by what decides its result. What it is called, and which changes to which recipe lead to it, can
-        change; what is printed beside a result still has to repeat it.
+        change; what is printed beside a result still has to repeat it. A line whose name has gone, or is another run's
+        now, stands under the names that its run has instead, if it has any.
         """
         asked: dict[str, list[Cell]] = {}
+        seeds: dict[tuple[str, str], set[int]] = {}
         for cell in cells:
             asked.setdefault(cell.id, []).append(cell)
+            seeds.setdefault((cell.table, cell.name), set()).add(cell.seed)
         lines: dict[Any, Result] = {}
         for result in self.results.cells:
-            named = result.table, result.cell
-            alike = asked.get(result.id, [])
-            now = [cell for cell in alike if (cell.table, cell.name) == named] or alike
+            name, alike = (result.table, result.cell), asked.get(result.id, [])
+            now = [cell for cell in alike if (cell.table, cell.name) == name]
+            if not now and (name not in seeds or result.seed in seeds[name]):
+                now = alike
             for line in [result.of(cell) for cell in now] or [result]:
                 lines.setdefault(line.key, line)
         if tuple(lines.values()) != self.results.cells:
