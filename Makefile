@@ -10,10 +10,10 @@ BROKEN  := $(VENV)/.unfinished
 PIP     := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint demo clean
+.PHONY: help setup test test-all lint demo clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(READY)  ## make the environment .venv (every other target does it when needed)
 
@@ -30,8 +30,13 @@ $(READY): pyproject.toml
 	@$(PIP) install -e '.[dev,demo]'
 	@rm -f $(BROKEN) && touch $(READY)
 
+PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term --cov-fail-under=90
+
 test: lint  ## lint, type-check and run the tests, with coverage
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term --cov-fail-under=90
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: lint  ## the same, and the tests that take long and rarely break (marked slow)
+	$(PYTEST) $(ARGS)
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check
