@@ -11,6 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmmamba.checkpoints.hovle import config_from_hovle
 from mmmamba.config import apply_overrides, dump_yaml, from_dict, load_yaml, to_dict
 from mmmamba.errors import UserError
 from mmmamba.model.config import MixerConfig, ModelConfig, StackConfig
@@ -232,3 +233,10 @@ def test_bad_overrides(override: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         apply_overrides({"a": 1, "list": [1, 2]}, [override])
     assert message in str(error.value)
+
+
+def test_a_user_error_is_a_value_error_and_says_its_place_once() -> None:
+    with pytest.raises(ValueError) as refusal:
+        config_from_hovle({"llm_config": {"hidden_size": "many"}, "embedding_config": {}}, "config.json")
+    assert isinstance(refusal.value, UserError)
+    assert str(refusal.value).count("config.json") == 1

@@ -89,6 +89,8 @@ class _Reader:
         values = {key: self.convert(hints[key], value, _join(path, key)) for key, value in data.items()}
         try:
             return cls(**values)
+        except UserError:
+            raise
         except ValueError as refusal:
             raise self.error(f"'{path}': {refusal}" if path else str(refusal)) from refusal
 

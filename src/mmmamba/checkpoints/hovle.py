@@ -170,6 +170,8 @@ def config_from_hovle(data: Mapping[str, Any], where: str | Path, layer_map: tup
             min_dynamic_patch=top.size("min_dynamic_patch", 1),
             max_dynamic_patch=top.size("max_dynamic_patch", 6),
         )
+    except UserError:
+        raise
     except ValueError as refusal:
         raise UserError(f"{where}: {refusal}") from refusal
 

@@ -128,6 +128,8 @@ def skeleton(config: ModelConfig, where: str | Path) -> dict[Part, Tensors]:
     try:
         with torch.device("meta"):
             state = Model(config).state_dict()
+    except UserError:
+        raise
     except ValueError as refusal:
         raise UserError(f"{where}: {refusal}") from refusal
     return by_part(state, config)

@@ -142,6 +142,8 @@ def config_from_llama(data: Mapping[str, Any], where: str | Path) -> ModelConfig
             stop_token_ids=tuple(more),
             template="tokenizer",
         )
+    except UserError:
+        raise
     except ValueError as refusal:
         raise UserError(f"{where}: {refusal}") from refusal
 

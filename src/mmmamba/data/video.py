@@ -117,6 +117,8 @@ def _decoded(path: Path) -> Iterator[tuple[Fraction, Any]]:
             for index, frame in enumerate(container.decode(video)):
                 _check_size(path, frame.width, frame.height)
                 yield _time(path, frame, index, rate), frame
+        except UserError:
+            raise
         except (av.error.FFmpegError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{path}: not a video that can be read, or damaged ({reason})") from error
