@@ -182,6 +182,29 @@ def test_positions_of_a_tile_are_what_the_network_takes(loc):
         model(ids, tiles(1))
 
 
+@pytest.mark.parametrize("loc", ["pre", "post", "none"])
+def test_pictures_go_where_the_embedding_of_their_mark_is(loc):
+    model = model_with(loc)
+    count = model.config.vision.tokens_per_tile
+    ids = torch.cat([prompt(2), torch.full((1, count), IMAGE), prompt(2)], 1)
+    embedded = model.text_embeddings(ids)
+    same(model(inputs_embeds=embedded, pixel_values=tiles(1)).logits, model(ids, tiles(1)).logits)
+    with pytest.raises(ValueError, match="0 <IMG_CONTEXT> positions"):
+        model(inputs_embeds=embedded + 1, pixel_values=tiles(1))
+
+
+def test_hidden_states_of_layers():
+    model = model_with("pre")
+    ids, mask = prompt(9), torch.tensor([[0, 0, *[1] * 7]])
+    out = model(ids, return_layers=True)
+    same(out.layers[0], model.text_embeddings(ids))
+    assert len(out.layers) == 6 and out.layers[-1] is out.hidden
+    same(model(ids[:, 2:], return_layers=True).layers[3], model(ids, None, mask, return_layers=True).layers[3][:, 2:])
+    assert model(ids).layers is None
+    with pytest.raises(UserError, match="no hidden state for each token"):
+        model_with("post")(prompt(3, 4), tiles(1), return_layers=True)
+
+
 def test_without_a_shuffle_the_patches_are_the_tokens():
     model = model_with("none")
     pixels = tiles(2)

@@ -26,15 +26,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Output:
-    """What a pass gives: hidden states behind the final norm, logits as asked for, the state if kept."""
+    """What a pass gives: hidden states behind the final norm, logits as asked for, the state if kept.
+
+    ``layers``, if asked for: what enters each layer, and last what leaves the final norm, each (b, l, d).
+    """
 
     hidden: Tensor
     logits: Tensor | None
     state: State | None
+    layers: tuple[Tensor, ...] | None = None
 
 
 class Model(nn.Module):
     """Decoder-only multimodal network; ``config.layer_map`` says which layers are attention and which Mamba-2."""
+
+    layer_class: type[Layer] = Layer
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -46,7 +52,7 @@ class Model(nn.Module):
             self.vision = kind(config.vision, d)
         self.text_embeddings = nn.Embedding(config.text_vocab_size or config.vocab_size, d)
         self.special_embeddings = nn.Embedding(len(config.special_token_maps), d) if config.special_token_maps else None
-        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
+        self.layers = nn.ModuleList(self.layer_class(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(d, config.decoder.rms_norm_eps)
         self.head = nn.Linear(d, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -84,11 +90,15 @@ class Model(nn.Module):
             return self._embed_text(input_ids)
         if self.merges_late:
             raise ValueError("with pixel_shuffle_loc 'post' pictures are no input embeddings: give ids and pixels")
-        tokens = self.vision(pixel_values).flatten(0, 1)
         image = self._image(input_ids)
+        return self._with_pictures(self._embed_text(input_ids), image, pixel_values, spare_tiles=spare_tiles)
+
+    def _with_pictures(self, x: Tensor, image: Tensor, pixel_values: Tensor, *, spare_tiles: bool = False) -> Tensor:
+        """Embeddings x (b, l, d) with the tiles' tokens written over the positions ``image`` (b, l), in order."""
+        assert self.vision is not None
+        tokens = self.vision(pixel_values).flatten(0, 1)
         if not spare_tiles:
             check_slots(int(image.sum()), tokens.shape[0], pixel_values.shape[0])
-        x = self._embed_text(input_ids)
         # Every position reads the tile token that the positions up to it have come to; text then keeps its own.
         latest = (image.flatten().cumsum(0) - 1).clamp(min=0)
         pictures = tokens.to(x.dtype).index_select(0, latest).view_as(x)
@@ -102,6 +112,11 @@ class Model(nn.Module):
 
     def _image(self, input_ids: Tensor) -> Tensor:
         return input_ids == self.config.img_context_token_id
+
+    def image_positions(self, inputs_embeds: Tensor) -> Tensor:
+        """Which embeddings (b, l, d) are still <IMG_CONTEXT>'s own, (b, l) bool: pictures are yet to go there."""
+        mark = torch.tensor([self.config.img_context_token_id], device=inputs_embeds.device)
+        return (inputs_embeds == self._embed_text(mark).to(inputs_embeds.dtype)).all(-1)
 
     def _embed_text(self, input_ids: Tensor) -> Tensor:
         if self.special_embeddings is None:
@@ -127,6 +142,7 @@ class Model(nn.Module):
         return_state: bool = False,
         max_length: int | None = None,
         observe: Observer | None = None,
+        return_layers: bool = False,
     ) -> Output:
         """One pass over new tokens.
 
@@ -134,13 +150,14 @@ class Model(nn.Module):
             input_ids: (b, l), or a packed row (1, total) with ``cu_seqlens``.
             pixel_values: (tiles, 3, H, W) normalised, in the order of the <IMG_CONTEXT> positions.
             attention_mask: (b, l), non-zero for real tokens (padding on either side never reaches a mixer).
-            inputs_embeds: (b, l, d) in place of ids and pixels.
+            inputs_embeds: (b, l, d) in place of ids; pixels go where <IMG_CONTEXT>'s embedding is.
             cu_seqlens: (s+1,) borders of the sequences of a packed row.
             state: what the sequences left behind before; positions go on from there.
             logits: ``all`` → (b, l, v); ``last`` → (s, v) behind each sequence's last token; ``none``.
             return_state: also return the new state, one row a sequence.
             max_length: length for which dynamic RoPE scaling is fixed when a state starts (default: this pass).
             observe: called in every layer with the mixer's input and its heads' outputs.
+            return_layers: also return what enters each layer.
 
         Returns:
             an :class:`Output`; at padded positions hidden states and logits are zero.
@@ -156,6 +173,10 @@ class Model(nn.Module):
                 image, inputs_embeds = self._image(input_ids), self._embed_text(input_ids)
             else:
                 inputs_embeds = self.embed(input_ids, pixel_values)
+        elif pixel_values is not None and self.vision is not None:
+            image = self.image_positions(inputs_embeds)
+            if not self.merges_late:
+                inputs_embeds, image = self._with_pictures(inputs_embeds, image, pixel_values), None
         kept: Tensor | None = None
         batch_shape = inputs_embeds.shape[:2]
         if image is not None and attention_mask is None and cu_seqlens is None:
@@ -184,6 +205,11 @@ class Model(nn.Module):
                     "pixel_shuffle_loc 'post': the embedding stack reads patches, not tokens, so that its heads cannot "
                     "be aligned token by token (stages 1 and 2)"
                 )
+            if return_layers:
+                raise UserError(
+                    "pixel_shuffle_loc 'post': the embedding stack reads patches, not tokens, so that its layers have "
+                    "no hidden state for each token"
+                )
             row = PatchRow(image[0], cu_seqlens, self.vision.patches(pixel_values), self.vision.config.shuffle**2)
             x = row.widen(x)
         embedding_positions, embedded = positions, None
@@ -193,13 +219,15 @@ class Model(nn.Module):
             embedding_positions, embedded, longest = self._positions(x, borders, past)
             self._check_unscaled(longest)
         turns = self._rotations(embedding_positions, positions, fixed, compute_dtype(inputs_embeds))
-        new = []
+        new, entered = [], []
         for layer in self.layers:
             if layer.index == self.config.embedding.num_layers and row is not None:
                 assert isinstance(self.vision, VisionEmbedding)
                 x, row = row.narrow(x, self.vision.merge), None
             old: LayerState | None = None if state is None else state.layers[layer.index]  # type: ignore[index]
             turn = turns[layer.index >= self.config.embedding.num_layers]  # type: ignore[operator]
+            if return_layers:
+                entered.append(x)
             x, kept_state = layer(
                 x,
                 old,
@@ -220,7 +248,9 @@ class Model(nn.Module):
         if kept is not None:
             hidden = _repad(hidden, kept, batch_shape)
             result = _repad(result, kept, batch_shape) if logits == "all" and result is not None else result
-        return Output(hidden, result, State(tuple(new), seen, fixed, embedded) if return_state else None)
+            entered = [_repad(x, kept, batch_shape) for x in entered]
+        state = State(tuple(new), seen, fixed, embedded) if return_state else None
+        return Output(hidden, result, state, (*entered, hidden) if return_layers else None)
 
     def _positions(self, x: Tensor, cu_seqlens: Tensor | None, seen: Tensor | None) -> tuple[Tensor, Tensor, int]:
         """Positions (b, l) of the new tokens, tokens ``seen`` per sequence (s,) after them, the longest sequence."""
