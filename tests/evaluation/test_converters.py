@@ -123,3 +123,30 @@ def test_mme_and_scienceqa_errors(tmp_path: Path) -> None:
         converted("scienceqa", science(tmp_path), tmp_path, split="val")
     with pytest.raises(UserError, match="no such file or folder"):
         converted("gqa", tmp_path / "missing.json", tmp_path)
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
+    """U+2028 and its like may stand inside a question; so may a carriage return between JSON's tokens."""
+    picture(tmp_path / "p.jpg")
+    question = "Is there\u2028a\u2029dog\x85here\x0b?"
+    row = {"question_id": 1, "image": "p.jpg", "text": question, "label": "yes"}
+    text = json.dumps(row, ensure_ascii=False).replace(', "image"', ',\r"image"') + "\r\n"
+    file = tmp_path / "coco_pope_random.json"
+    file.write_bytes(text.encode())
+    (item,) = converted("pope", file, tmp_path, prompt="").items
+    assert item.prompt == f"<image>\n{question}"
+    mme = tmp_path / "mme" / "existence"
+    picture(mme / "1.jpg")
+    (mme / "1.txt").write_bytes("Is\u2028it red?\tYes\r\nIs it blue?\tNo\r\n".encode())
+    assert [i.prompt for i in converted("mme", tmp_path / "mme", tmp_path).items] == [
+        "<image>\nIs\u2028it red?",
+        "<image>\nIs it blue?",
+    ]
+
+
+def test_scienceqa_whose_options_are_letters_keeps_its_answer(tmp_path: Path) -> None:
+    folder = science(tmp_path)
+    problem = {"question": "Which letter?", "choices": ["B", "A"], "answer": 1, "hint": "", "image": None}
+    (folder / "problems.json").write_text(json.dumps({"1": problem}))
+    (folder / "pid_splits.json").write_text(json.dumps({"test": ["1"]}))
+    assert [item.references for item in converted("scienceqa", folder, tmp_path).items] == [("B",)]

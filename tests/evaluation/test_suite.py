@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -123,3 +124,19 @@ def test_empty_and_unknown(own_data: Own) -> None:
         own_suite(own_data())
     with pytest.raises(UserError, match="unknown metric 'bleu'"):
         own_suite(own_data(record("a", "q", "b")), metric="bleu")
+
+
+def test_an_ability_is_a_text_and_null_is_none(own_data: Own) -> None:
+    path = own_data(record("a", "q", "x", ability=None), record("b", "q", "x", ability="two"), record("c", "q", "x"))
+    assert [item.ability for item in own_suite(path).items] == ["all", "all", "two"]
+    for wrong in (3, True, ["a"], {"a": 1}, "", " ", "\ud800"):
+        path = own_data(record("a", "q", "x"))
+        path.write_text(json.dumps(record("b", "q", "x", ability=wrong)) + "\n")
+        with pytest.raises(UserError, match=r"questions\.jsonl:1: .*'ability'"):
+            own_suite(path)
+
+
+def test_a_choice_beyond_the_letters_and_a_number_beyond_reading_are_refused(own_data: Own) -> None:
+    for wrong in (record("x", "q", "A", choices=[f"o{i}" for i in range(27)]), record("x", "q", "9" * 5000)):
+        with pytest.raises(UserError, match=r"questions\.jsonl:1: .*choice"):
+            own_suite(own_data(wrong), metric="choice")

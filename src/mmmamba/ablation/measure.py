@@ -183,7 +183,7 @@ def _losses(run: Path, manifest: dict[str, Any]) -> dict[str, float]:
     losses = {}
     for stage, facts in manifest["stages"].items():
         metrics = Path(facts.get("from", run)) / "metrics.jsonl"
-        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+        lines = metrics.read_text(encoding="utf-8").split("\n")[:-1] if metrics.is_file() else []
         logged = [entry for entry in map(json.loads, lines) if entry["stage"] == stage and "loss" in entry]
         if logged:
             losses[stage] = round(logged[-1]["loss"], 6)

@@ -100,7 +100,7 @@ def _identity(record: dict[str, Any], where: str) -> str:
         return where.rpartition(":")[2]
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise BadSample(f"{where}: 'id' must be a string or a number, got {_kind(value)}")
-    return _encodable(str(value), where, "id")
+    return encodable(str(value), where, "id")
 
 
 def _images(record: dict[str, Any], where: str, image_root: Path) -> tuple[str, ...]:
@@ -119,7 +119,7 @@ def _image_path(value: Any, where: str, name: str, image_root: Path) -> str:
         raise BadSample(f"{where}: '{name}' must be a path, got {_kind(value)}")
     if not value or "\0" in value:
         raise BadSample(f"{where}: '{name}' must be a path, got {value!r}")
-    return str(image_root / _encodable(value, where, name))
+    return str(image_root / encodable(value, where, name))
 
 
 def _turns(record: dict[str, Any], where: str) -> tuple[Turn, ...]:
@@ -153,10 +153,10 @@ def _turn(item: Any, where: str, name: str) -> Turn:
         raise BadSample(f"{where}: '{name}.from' must be one of {', '.join(ROLES)}, got {_short(role)}")
     if not isinstance(text, str):
         raise BadSample(f"{where}: '{name}.value' must be a string, got {_kind(text)}")
-    return Turn(role, _encodable(text, where, f"{name}.value"))
+    return Turn(role, encodable(text, where, f"{name}.value"))
 
 
-def _encodable(text: str, where: str, name: str) -> str:
+def encodable(text: str, where: str, name: str) -> str:
     """JSON may hold half of a surrogate pair, which no tokenizer and no file system can take."""
     try:
         text.encode("utf-8")

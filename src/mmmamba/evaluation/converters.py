@@ -15,7 +15,7 @@ from rich.console import Console
 
 from mmmamba.checkpoints.io import read_json, write_atomically
 from mmmamba.errors import UserError
-from mmmamba.evaluation.scoring import LETTERS
+from mmmamba.evaluation.choices import LETTERS, choice_answer
 
 Source = Literal["pope", "scienceqa", "mme", "textvqa", "gqa"]
 Record = dict[str, Any]
@@ -91,7 +91,7 @@ def pope(path: Path, image_root: Path | None, split: str = "", prompt: str | Non
     for file in files:
         ability = file.stem.removeprefix("coco_pope_")
         root = image_root or file.parent
-        for number, line in enumerate(_text(file).splitlines(), start=1):
+        for number, line in enumerate(_lines(file), start=1):
             if not line.strip():
                 continue
             where = f"{file}:{number}"
@@ -113,12 +113,14 @@ def scienceqa(path: Path, image_root: Path | None, split: str = "test", prompt: 
     problems_file = path / "problems.json"
     problems = _mapping(problems_file)
     root = image_root or path / split
-    for pid in splits[split]:
+    for pid in _field(splits, split, list, str(path / "pid_splits.json")):
         where = f"{problems_file}: problem {pid}"
         if str(pid) not in problems:
             raise UserError(f"{problems_file}: problem {pid} of split {split!r} is missing")
         row = _object(problems[str(pid)], where)
         choices = _field(row, "choices", list, where)
+        if not all(isinstance(choice, str) for choice in choices):
+            raise UserError(f"{where}: field 'choices' must be a list of texts")
         answer = _field(row, "answer", int, where)
         if not 0 <= answer < len(choices) <= len(LETTERS):
             raise UserError(f"{where}: field 'answer' is {answer} for {len(choices)} choices")
@@ -131,6 +133,9 @@ def scienceqa(path: Path, image_root: Path | None, split: str = "test", prompt: 
             image = _picture(_first_existing(root / str(pid) / file, root / file), where, "image")
         ability = "image" if image else "text"
         record = _record(str(pid), image, _asked(question, prompt, LETTER_ANSWER), LETTERS[answer], ability)
+        # Where the letter is the text of another option, the reference is the option's own text.
+        if choice_answer(LETTERS[answer], choices) != LETTERS[answer]:
+            record["answer"] = choices[answer]
         yield record | {"choices": choices, "chance": 1 / len(choices)}
 
 
@@ -149,7 +154,7 @@ def mme(path: Path, image_root: Path | None, split: str = "", prompt: str | None
             pictures = image_root / pictures.relative_to(path)
         for file in sorted(texts.glob("*.txt")):
             image = _first_existing(*(pictures / f"{file.stem}{ending}" for ending in PICTURES))
-            lines = [line for line in _text(file).splitlines() if line.strip()]
+            lines = [line for line in _lines(file) if line.strip()]
             if len(lines) != 2:
                 raise UserError(f"{file}: must hold two questions, one a line, and holds {len(lines)}")
             for number, line in enumerate(lines, start=1):
@@ -212,9 +217,14 @@ def _asked(question: str, prompt: str | None, usual: str) -> str:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from error
+
+
+def _lines(file: Path) -> list[str]:
+    """The lines of a text. Only a line feed ends one: ``splitlines`` would cut at U+2028 and a form feed, too."""
+    return [line.removesuffix("\r") for line in _text(file).split("\n")]
 
 
 def _json(text: str, where: str) -> Any:

@@ -72,7 +72,7 @@ def evaluate(
             turn from gpt, or the key answer or answers. Optional keys: ability (the group to report under), choices
             (option texts for the metric choice), chance (what guessing scores).
         metric: How your own answers are scored. exact: equal but for case and a final period. yes_no: POPE's accuracy,
-            precision, recall and F1. choice: ScienceQA's option letters. mme: MME's accuracy per question and per
+            precision, recall and F1. choice: an option's letter or text. mme: MME's accuracy per question and per
             picture. vqa: the votes of TextVQA, or the single answer of GQA.
         image_root: The folder that image paths in your own data start from. Default: the folder of the file.
         data_dir: A folder made by mmmamba data build. Default: data/nano, made when it is not there yet.

@@ -1,4 +1,6 @@
-"""How one generated answer is scored: exact match and the published rules of POPE, ScienceQA, MME and TextVQA/GQA.
+"""How one generated answer is scored: exact match and the published rules of POPE, MME and TextVQA/GQA.
+
+How the answer to a multiple-choice question is read stands in :mod:`mmmamba.evaluation.choices`.
 
 Pure functions of text. `score_answer` turns a prediction into a number in [0, 1]; the rest are the pieces it is made of
 and the extra numbers that a rule reports over a whole set (POPE's F1, MME's acc+).
@@ -11,24 +13,17 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
+from mmmamba.evaluation.choices import LETTERS, choice_answer, normalise
+
 Metric = Literal["exact", "yes_no", "choice", "mme", "vqa"]
 METRICS: tuple[str, ...] = get_args(Metric)
 
-LETTERS = "ABCDEFGHIJ"
 MME_PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
 )  # fmt: skip
 MME_COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 # From this many human answers on, a list of answers is a vote (VQA); a shorter one is a list of accepted answers.
 VOTES_FROM = 4
-
-
-# --- exact ------------------------------------------------------------------------------------------------------------
-
-
-def normalise(text: str) -> str:
-    """Lower case, inner white space collapsed, no trailing period."""
-    return " ".join(text.lower().split()).removesuffix(".").rstrip()
 
 
 # --- yes / no (POPE) and MME ------------------------------------------------------------------------------------------
@@ -52,37 +47,6 @@ def mme_answer(text: str) -> str | None:
     """MME's reading: ``yes`` or ``no`` within the first four characters; None (always wrong) otherwise."""
     start = text.strip().lower()[:4]
     return "yes" if "yes" in start else "no" if "no" in start else None
-
-
-# --- multiple choice (ScienceQA) --------------------------------------------------------------------------------------
-
-_ANSWER_IS = re.compile(r"\banswer(?:\s+is)?\s*:?\s*(?:option\s+)?\(?([A-J])\b(?!['’])", re.IGNORECASE)
-_LEADING_LETTER = re.compile(r"\(?([A-Ja-j])(?:\)|[.:](?:\s|$)|$)")
-
-
-def choice_answer(text: str, choices: Sequence[str] = ()) -> str | None:
-    """The letter an answer chooses: "B", "(B)", "B. text", "The answer is B", or the text of option B; else None.
-
-    With ``choices`` a letter beyond the last option chooses nothing, and an option's own text is understood.
-    """
-    text = text.strip()
-    letters = LETTERS[: len(choices)] if choices else LETTERS
-    leading = _LEADING_LETTER.match(text)
-    if leading:
-        letter = leading[1].upper()
-        return letter if letter in letters else None
-    options = [normalise(choice) for choice in choices]
-    if options.count(normalise(text)) == 1:
-        return letters[options.index(normalise(text))]
-    stated = {letter.upper() for letter in _ANSWER_IS.findall(text)}
-    if len(stated) == 1 and stated <= set(letters):
-        return stated.pop()
-    if stated:
-        return None  # several letters, or one that is not on offer
-    said = re.search(r"\banswer\s+is:?\s+(.+)", text, re.IGNORECASE)
-    if said and options.count(normalise(said[1])) == 1:
-        return letters[options.index(normalise(said[1]))]
-    return None
 
 
 # --- open answers (VQA, TextVQA, GQA) ---------------------------------------------------------------------------------
@@ -163,11 +127,17 @@ def parse_answer(metric: str, text: str, choices: Sequence[str] = ()) -> str | N
 
 
 def score_answer(metric: str, prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """The score in [0, 1] of one prediction. ``references``: accepted answers (``vqa``: what the humans said)."""
+    """The score in [0, 1] of one prediction.
+
+    ``references``: accepted answers (``vqa``: what the humans said; ``choice``: letters or texts).
+    """
     if metric == "vqa":
         return vqa_accuracy(prediction, references)
     said = parse_answer(metric, prediction, choices)
-    return float(said is not None and said in {parse_answer(metric, reference, choices) for reference in references})
+    # A capital letter is the letter of an option here, even where it is the text of another one.
+    letters = tuple(LETTERS) if metric == "choice" else ()
+    right = {r if r in letters else parse_answer(metric, r, choices) for r in references}
+    return float(said is not None and said in right)
 
 
 def agrees(metric: str, one: str, other: str, choices: Sequence[str] = ()) -> bool:

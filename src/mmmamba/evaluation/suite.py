@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mmmamba.data.jsonl import JsonlDataset
+from mmmamba.data.jsonl import JsonlDataset, encodable
 from mmmamba.data.samples import BadSample, Sample, Turn
 from mmmamba.errors import UserError
-from mmmamba.evaluation.scoring import LETTERS, METRICS, choice_answer, normalise
+from mmmamba.evaluation.choices import LETTERS, choice_answer, normalise
+from mmmamba.evaluation.scoring import METRICS
 
 NANO_ABILITIES = ("easy", "read", "count", "relate", "absent", "text", "recall-1x", "recall-4x", "recall-16x")
 NANO_FILES = ("easy-vqa/test.jsonl", "primer/test.jsonl")
@@ -123,7 +124,7 @@ def own_suite(
     items: list[Item] = []
     for sample in samples:
         try:
-            items.append(_item(sample, metric, str(sample.extra.get("ability", "all"))))
+            items.append(_item(sample, metric, _ability(sample)))
         except BadSample as error:
             _stop_or_note(error, sample.id, sample.where, on_bad_sample, bad)
     if not items:
@@ -191,18 +192,36 @@ def _texts(sample: Sample, key: str) -> Iterator[str]:
     for entry in value if isinstance(value, list) else [value]:
         text: Any = entry.get("answer") if isinstance(entry, dict) else entry
         if not isinstance(text, (str, int, float)) or isinstance(text, bool):
-            raise BadSample(f"{sample.where}: field '{key}' must be text or a list of texts, got {entry!r}")
-        yield str(text)
+            raise BadSample(f"{sample.where}: field '{key}' must be text or a list of texts, got {entry!r:.60}")
+        yield encodable(str(text), sample.where, key)
+
+
+def _ability(sample: Sample) -> str:
+    """The group of a question: "all" where the record has none, or null."""
+    value = sample.extra.get("ability")
+    if value is None:
+        return "all"
+    if not isinstance(value, str) or not value.strip():
+        raise BadSample(f"{sample.where}: field 'ability' must be a text that is not empty, got {value!r:.60}")
+    return encodable(value, sample.where, "ability")
 
 
 def _letter(sample: Sample, reference: str, choices: tuple[str, ...]) -> str:
-    """A choice's reference as a letter; a whole number counts the options from 0, as ScienceQA does."""
-    if reference.isdecimal() and reference not in choices and int(reference) < (len(choices) or len(LETTERS)):
-        return LETTERS[int(reference)]
+    """A choice's reference as a letter: an option's text wins, then a letter; a whole number counts from 0.
+
+    ScienceQA counts its options so.
+    """
+    if len(choices) > len(LETTERS):
+        raise BadSample(
+            f"{sample.where}: field 'choices' has {len(choices)} options, at most {len(LETTERS)} have letters"
+        )
     letter = choice_answer(reference, choices)
-    if letter is None:
-        raise BadSample(f"{sample.where}: the metric 'choice' needs a letter or an option's text, got {reference!r}")
-    return letter
+    if letter is not None:
+        return letter
+    # A number of two digits at most: Python refuses to read one of five thousand.
+    if reference.isdecimal() and len(reference) <= 2 and int(reference) < (len(choices) or len(LETTERS)):
+        return LETTERS[int(reference)]
+    raise BadSample(f"{sample.where}: the metric 'choice' needs a letter or an option's text, got {reference!r:.80}")
 
 
 def _chance(sample: Sample) -> float | None:

@@ -16,7 +16,7 @@ from mmmamba.evaluation.statistics import Interval
 METRIC_TITLES = {
     "exact": "Exact match",
     "yes_no": "Accuracy of yes/no answers (POPE's rule)",
-    "choice": "Accuracy of choices (ScienceQA's rule)",
+    "choice": "Accuracy of choices",
     "mme": "Accuracy per question (MME's rule)",
     "vqa": "VQA accuracy (TextVQA/GQA's rule)",
 }

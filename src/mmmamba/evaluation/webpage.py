@@ -129,7 +129,9 @@ def read_curves(label: str, path: str | Path) -> list[Curve]:
     if not file.is_file():
         raise UserError(f"{file}: no such metrics file")
     stages: dict[str, tuple[list[float], list[float]]] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line:
+            continue
         try:
             record = json.loads(line)
         except ValueError as error:
