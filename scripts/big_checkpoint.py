@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from mmmamba.checkpoints import hovle, open_source
-from mmmamba.checkpoints.io import CONFIG, WEIGHTS, Weights, read_json, write_json, write_safetensors
+from mmmamba.checkpoints.io import CONFIG, WEIGHTS, Weights, write_json, write_safetensors
 from mmmamba.checkpoints.layouts import HOVLE, parts, skeleton, write_part
 from mmmamba.checkpoints.student import same_bits
 from mmmamba.errors import UserError
+from mmmamba.jsonfile import read_json
 from mmmamba.model import ModelConfig, StackConfig, VisionConfig
 from mmmamba.progress import Progress, table
 

@@ -41,7 +41,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
-from mmmamba.checkpoints import read_json, resolve
+from mmmamba.checkpoints import resolve
 from mmmamba.checkpoints.hovle import config_to_hovle
 from mmmamba.checkpoints.layouts import HOVLE, Part, Tensors, skeleton
 from mmmamba.checkpoints.write import write_model
@@ -52,6 +52,7 @@ from mmmamba.device import pick_device, release
 from mmmamba.distill.recipe import DistillRecipe, load_recipe
 from mmmamba.distill.run import ABOUT, TENSORS
 from mmmamba.errors import UserError
+from mmmamba.jsonfile import read_json
 from mmmamba.model import ModelConfig
 from mmmamba.model.geometries import GEOMETRIES, geometry
 from mmmamba.progress import table

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from mmmamba.checkpoints import Source, open_source, resolve, student
-from mmmamba.checkpoints.io import CONFIG, Weights, read_json, read_weights
+from mmmamba.checkpoints.io import CONFIG, Weights, read_weights
 from mmmamba.checkpoints.layouts import STUDENT, recognise, skeleton
 from mmmamba.config import to_dict
 from mmmamba.data.images import load_image
 from mmmamba.data.patches import fitted_size
 from mmmamba.data.tiling import grid
 from mmmamba.errors import UserError
+from mmmamba.jsonfile import read_json
 from mmmamba.model.config import ATTENTION, MAMBA2, MixerConfig, ModelConfig, StackConfig
 from mmmamba.progress import table
 

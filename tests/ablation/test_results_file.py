@@ -51,7 +51,7 @@ def test_half_a_last_line_is_left_out_and_what_follows_is_whole(
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ('{"result": {"table"', r":3: not JSON \("),
+        ('{"result": {"table"', r":3: not JSON: "),
         ("[]", r":3: holds neither 'plan' nor 'result'"),
         ('{"loss": 1}', r":3: holds neither 'plan' nor 'result'"),
         ({"seed": "zero"}, r":3: 'result.seed' must be int, got 'zero'"),

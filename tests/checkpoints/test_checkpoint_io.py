@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmmamba.checkpoints import fingerprint, load, read_json, read_safetensors, save_hovle, write_atomically
+from mmmamba.checkpoints import fingerprint, load, read_safetensors, save_hovle, write_atomically
 from mmmamba.checkpoints.io import Weights, read_with_metadata, write_safetensors
 from mmmamba.errors import UserError
+from mmmamba.jsonfile import read_json
 
 
 def one_line(error: pytest.ExceptionInfo[UserError]) -> str:

@@ -128,8 +128,8 @@ def test_unknown_token():
     ({"tokenizer.json": "{"}, "tokenizer.json: not a usable tokenizer definition"),
     ({"tokenizer.json": "[]"}, "tokenizer.json: not a usable tokenizer definition"),
     ({"tokenizer.json": "{}"}, "tokenizer.json: not a usable tokenizer definition"),
-    ({"tokenizer.json": TOKENIZER.definition, "tokenizer_config.json": "{"}, "tokenizer_config.json: not JSON"),
-    ({"tokenizer.json": TOKENIZER.definition, "tokenizer_config.json": "[]"}, "must be a JSON object"),
+    ({"tokenizer.json": TOKENIZER.definition, "tokenizer_config.json": "{"}, "tokenizer_config.json:1: not JSON"),
+    ({"tokenizer.json": TOKENIZER.definition, "tokenizer_config.json": "[]"}, "must hold a JSON object"),
 ])  # fmt: skip
 def test_bad_folders(tmp_path, files, reason):
     for name, content in files.items():

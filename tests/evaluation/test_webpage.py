@@ -124,7 +124,7 @@ def test_figures_repeat_bit_for_bit(report: Report) -> None:
 
 def test_curves_name_a_broken_line(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
-    metrics.write_text('{"step": 1, "stage": "s", "loss": 2}\n{"step"')
+    metrics.write_text('{"step": 1, "stage": "s", "loss": 2}\n{"step"\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl:2: not JSON"):
         webpage.read_curves("run", metrics)
 

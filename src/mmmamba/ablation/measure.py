@@ -19,7 +19,7 @@ from mmmamba.ablation.plan import Cell, Questions, aligned
 from mmmamba.ablation.results import Ability, Result
 from mmmamba.benchmark.machine import commit
 from mmmamba.checkpoints import fingerprint, resolve
-from mmmamba.checkpoints.io import read_json, write_atomically
+from mmmamba.checkpoints.io import write_atomically
 from mmmamba.device import pick_device, pick_precision, release
 from mmmamba.distill.distill import distill
 from mmmamba.distill.feed import prepare_root
@@ -29,6 +29,7 @@ from mmmamba.evaluation.predict import Answers, answer, load_model
 from mmmamba.evaluation.results import Row, assemble
 from mmmamba.evaluation.suite import Suite, nano_suite
 from mmmamba.inference.likelihood import Score
+from mmmamba.jsonfile import read_json, read_lines
 from mmmamba.progress import Progress
 
 ALIGNED = "aligned"
@@ -183,8 +184,8 @@ def _losses(run: Path, manifest: dict[str, Any]) -> dict[str, float]:
     losses = {}
     for stage, facts in manifest["stages"].items():
         metrics = Path(facts.get("from", run)) / "metrics.jsonl"
-        lines = metrics.read_text(encoding="utf-8").split("\n")[:-1] if metrics.is_file() else []
-        logged = [entry for entry in map(json.loads, lines) if entry["stage"] == stage and "loss" in entry]
+        lines = read_lines(metrics) if metrics.is_file() else []
+        logged = [entry for entry in lines if entry.get("stage") == stage and "loss" in entry]
         if logged:
             losses[stage] = round(logged[-1]["loss"], 6)
     return losses

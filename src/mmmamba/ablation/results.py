@@ -14,6 +14,7 @@ from mmmamba.ablation.plan import Cell, Plan
 from mmmamba.checkpoints.io import write_atomically
 from mmmamba.config import from_dict, to_dict
 from mmmamba.errors import UserError
+from mmmamba.jsonfile import parse_json
 
 RESULTS = "results.jsonl"
 
@@ -142,10 +143,7 @@ def read(path: Path) -> Results:
 
 
 def _parsed(line: str, where: str) -> _PlanLine | _CellLine:
-    try:
-        data = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg}, character {error.colno})") from error
+    data = parse_json(line, where)
     if not isinstance(data, dict) or not {"plan", "result"} & set(data):
         raise UserError(f"{where}: holds neither 'plan' nor 'result': not a line of mmmamba ablate")
     return from_dict(_PlanLine, data, where) if "plan" in data else from_dict(_CellLine, data, where)

@@ -11,9 +11,10 @@ from typing import Any, Literal
 from mmmamba.benchmark.limits import Rates
 from mmmamba.benchmark.measure import Measured
 from mmmamba.benchmark.subjects import Series
-from mmmamba.checkpoints.io import read_json, write_atomically
+from mmmamba.checkpoints.io import write_atomically
 from mmmamba.config import from_dict, to_dict
 from mmmamba.errors import UserError
+from mmmamba.jsonfile import read_json
 
 RESULTS = "results.json"
 FORMAT = 1

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mmmamba.device import host_bytes
 from mmmamba.errors import UserError
+from mmmamba.jsonfile import parse_json, read_json
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -30,24 +31,6 @@ FLOAT32_PARAMETERS = ("A_log", "dt_bias")  # they set decays close to 1, which b
 
 
 # ---------------------------------------------------------------------------------------------- reading
-
-
-def read_json(path: str | Path, where: str | Path | None = None) -> dict[str, Any]:
-    """The object in a JSON file; ``where`` (default: the path) is what a complaint names."""
-    path, where = Path(path), where or path
-    if not path.is_file():
-        raise UserError(f"{where}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{where}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 text (byte {error.start})") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}:{error.lineno}: not JSON ({error.msg})") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{where}: must hold a JSON object, got {type(data).__name__}")
-    return data
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
@@ -73,7 +56,7 @@ def read_with_metadata(path: str | Path) -> tuple[dict[str, Tensor], dict[str, s
             file.readinto(whole.numpy().data)
     begin = 8 + int.from_bytes(whole[:8].numpy().tobytes(), "little")
     tensors = {}
-    for name, entry in json.loads(whole[8:begin].numpy().tobytes()).items():
+    for name, entry in parse_json(whole[8:begin].numpy().tobytes(), path).items():
         if name != "__metadata__":
             dtype, (first, last) = _dtype(path, name, entry["dtype"]), entry["data_offsets"]
             part = whole[begin + first : begin + last]

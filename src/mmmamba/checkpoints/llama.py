@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmmamba.checkpoints.io import read_json
 from mmmamba.checkpoints.section import Section
 from mmmamba.errors import UserError
+from mmmamba.jsonfile import read_json
 from mmmamba.model.config import ModelConfig, RopeScaling, StackConfig
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,6 @@ from mmmamba.checkpoints.io import (
     cast,
     check_tensors,
     clear_leftovers,
-    read_json,
     read_weights,
     weight_files,
 )
@@ -35,6 +34,7 @@ from mmmamba.checkpoints.layouts import (
     stored_shapes,
 )
 from mmmamba.errors import UserError
+from mmmamba.jsonfile import read_json
 from mmmamba.model.config import ModelConfig
 from mmmamba.model.model import Model
 

@@ -30,6 +30,7 @@ from mmmamba.data.sources import easyvqa
 from mmmamba.data.sources.primer import write as primer
 from mmmamba.device import cores
 from mmmamba.errors import UserError
+from mmmamba.jsonfile import read_json
 
 SOURCES = ("easy-vqa", "primer")
 RECORD = "source.json"
@@ -177,10 +178,10 @@ def _write_manifest(root: Path) -> None:
 
 def _read_record(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); remove the folder to build it again") from error
-    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+        record = read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}; remove the folder to build it again") from error
+    if not isinstance(record.get("settings"), dict):
         raise UserError(f"{path}: has no 'settings'; remove the folder to build it again")
     return record
 

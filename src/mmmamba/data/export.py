@@ -18,6 +18,7 @@ from mmmamba.data.samples import IMAGE_MARK
 from mmmamba.data.template import PLAIN, JinjaTemplate
 from mmmamba.data.tiling import IMAGENET_MEAN, IMAGENET_STD
 from mmmamba.data.tokenizer import CONFIG_FILE, Tokenizer
+from mmmamba.jsonfile import read_json
 from mmmamba.model.config import ModelConfig
 
 PROCESSOR_CLASS = "MMMambaProcessor"
@@ -41,10 +42,10 @@ def export_files(folder: str | Path, processor: Processor) -> None:
     """
     folder, config = Path(folder), processor.config
     processor.tokenizer.save(folder)
-    tokenizer = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    tokenizer = read_json(folder / CONFIG_FILE)
     for key in ("auto_map", "chat_template"):  # code to download, which nothing of ours needs; its own file
         tokenizer.pop(key, None)
-    _write(folder / CONFIG_FILE, tokenizer | TOKENIZER_SETTINGS)
+    _write(folder / CONFIG_FILE, {**tokenizer, **TOKENIZER_SETTINGS})
     images = image_settings(config)
     _write(folder / "preprocessor_config.json", images)
     _write(

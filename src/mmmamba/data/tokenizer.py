@@ -16,6 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from mmmamba.data import sentencepiece
 from mmmamba.data.template import IMAGE_CONTEXT, IMAGE_END, IMAGE_START
 from mmmamba.errors import UserError
+from mmmamba.jsonfile import MAX_TOKENIZER_BYTES, parse, read_json, read_text
 
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 SPECIALS = (UNK, BOS, EOS, "<|im_start|>", "<|im_end|>", IMAGE_START, IMAGE_END, IMAGE_CONTEXT)
@@ -92,15 +93,15 @@ class Tokenizer:
         if not path.is_file() and not model.is_file():
             raise UserError(f"{folder}: no {TOKENIZER_FILE} and no {SENTENCEPIECE_FILE}")
         config_path = Path(folder) / CONFIG_FILE
-        config = _read_json(config_path) if config_path.is_file() else None
+        config = read_json(config_path) if config_path.is_file() else None
         if not path.is_file():
             found = cls._from_sentencepiece(model, config or {})
         else:
-            found = cls(path.read_text(encoding="utf-8"), config, str(path))
+            found = cls(read_text(path, limit=MAX_TOKENIZER_BYTES), config, str(path))
         template = Path(folder) / TEMPLATE_FILE
         if template.is_file():
             own = found._config if found._config is not None else found._default_config()
-            found._config = {**own, "chat_template": template.read_text(encoding="utf-8")}
+            found._config = {**own, "chat_template": read_text(template)}
         return found
 
     @classmethod
@@ -117,7 +118,7 @@ class Tokenizer:
         names = path.with_name(NAMES_FILE)
         roles = {"unk_token": model.unk_id, "bos_token": model.bos_id, "eos_token": model.eos_id}
         own = {role: bpe.id_to_token(i) for role, i in roles.items() if 0 <= i < len(model.pieces)}
-        merged = {**own, **(_read_json(names) if names.is_file() else {}), **config}
+        merged = {**own, **(read_json(names) if names.is_file() else {}), **config}
         for key in ("added_tokens_decoder", "auto_map", "sp_model_kwargs", "legacy"):
             merged.pop(key, None)  # the definition says it now, or only the slow class knows it
         for role in ("unk_token", "bos_token", "eos_token", "pad_token"):  # written as a text or as a whole token
@@ -208,11 +209,11 @@ class Tokenizer:
     @cached_property
     def _bare(self) -> tokenizers.Tokenizer:
         """The same tokenizer, but it puts no space before a text."""
-        return _build(json.dumps(_without_first_space(json.loads(self._definition))), self._where)
+        return _build(json.dumps(_without_first_space(parse(self._definition))), self._where)
 
     @cached_property
     def _space_at_start_only(self) -> bool:
-        return any(part.get("prepend_scheme") == "first" for part in _parts(json.loads(self._definition)))
+        return any(part.get("prepend_scheme") == "first" for part in _parts(parse(self._definition)))
 
     @property
     def chat_template(self) -> str | None:
@@ -277,7 +278,7 @@ class Tokenizer:
 def _build(definition: str, where: str) -> tokenizers.Tokenizer:
     """The tokenizer with every added token special, and none of them recognised in plain text."""
     try:
-        content = json.loads(definition)
+        content = parse(definition)
         for token in content.get("added_tokens", []):
             token["special"] = True
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
@@ -322,7 +323,7 @@ def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, str]:
             raise UserError(f"{where}: 'added_tokens_decoder': '{index}' must be a number and have a 'content'")
         added[int(index)] = text
     where = folder / ADDED_FILE
-    for text, i in (_read_json(where) if where.is_file() else {}).items():
+    for text, i in (read_json(where) if where.is_file() else {}).items():
         if type(i) is not int or i < 0 or not text:
             raise UserError(f"{where}: '{text}' must have an id, got {i!r}")
         if added.setdefault(i, text) != text:
@@ -330,11 +331,3 @@ def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, str]:
     return added
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: must be a JSON object")
-    return content

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmmamba.checkpoints import fingerprint, load, resolve, save_student
-from mmmamba.checkpoints.io import read_json, write_atomically
+from mmmamba.checkpoints.io import write_atomically
 from mmmamba.data.processor import Processor
 from mmmamba.device import pick_device, pick_precision
 from mmmamba.distill import dry_run as rehearsal
@@ -28,6 +28,7 @@ from mmmamba.distill.run import TENSORS, RunFolder, digest
 from mmmamba.distill.seeding import seed
 from mmmamba.distill.trainer import train
 from mmmamba.errors import UserError
+from mmmamba.jsonfile import read_json
 from mmmamba.model.config import ATTENTION, MAMBA2, ModelConfig
 from mmmamba.model.model import Model
 from mmmamba.progress import table

@@ -20,7 +20,6 @@ from torch import Tensor
 import mmmamba
 from mmmamba.checkpoints.io import (
     clear_leftovers,
-    read_json,
     read_safetensors,
     write_atomically,
     write_json,
@@ -30,6 +29,7 @@ from mmmamba.config import to_dict
 from mmmamba.data.batching import Skipped
 from mmmamba.distill import processes
 from mmmamba.errors import UserError
+from mmmamba.jsonfile import read_json, read_lines
 
 TENSORS = "tensors.safetensors"
 ABOUT = "about"  # key of its header: JSON that says what the tensors are, and which teacher the rest is from
@@ -168,8 +168,7 @@ class RunFolder:
         """Every whole line of metrics.jsonl (a killed process may leave half a line)."""
         if not self._metrics.is_file():
             return []
-        lines = self._metrics.read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        return read_lines(self._metrics)
 
     def cut_metrics(self, stage: str, step: int) -> None:
         """Forget what was logged past ``step`` of ``stage``: it will be logged again."""

@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from mmmamba.checkpoints.io import read_json, write_atomically
+from mmmamba.checkpoints.io import write_atomically
 from mmmamba.errors import UserError
 from mmmamba.evaluation.choices import LETTERS, choice_answer
+from mmmamba.jsonfile import MAX_DATA_BYTES, parse_json, read_json
 
 Source = Literal["pope", "scienceqa", "mme", "textvqa", "gqa"]
 Record = dict[str, Any]
@@ -95,7 +96,7 @@ def pope(path: Path, image_root: Path | None, split: str = "", prompt: str | Non
             if not line.strip():
                 continue
             where = f"{file}:{number}"
-            row = _object(_json(line, where), where)
+            row = _object(parse_json(line, where), where)
             label = _field(row, "label", str, where).strip().lower()
             if label not in ("yes", "no"):
                 raise UserError(f"{where}: field 'label' must be yes or no, got {label!r}")
@@ -227,17 +228,10 @@ def _lines(file: Path) -> list[str]:
     return [line.removesuffix("\r") for line in _text(file).split("\n")]
 
 
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON: {error}") from error
-
-
 def _mapping(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{file}: no such file")
-    return read_json(file)
+    return read_json(file, limit=MAX_DATA_BYTES)
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:

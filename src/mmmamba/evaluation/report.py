@@ -11,13 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mmmamba.checkpoints.io import read_json, write_atomically
+from mmmamba.checkpoints.io import write_atomically
 from mmmamba.errors import UserError
 from mmmamba.evaluation import plots
 from mmmamba.evaluation.results import Report
 from mmmamba.evaluation.tables import tables, to_data
 from mmmamba.evaluation.webpage import Answer, Example, pick_examples, write_html
 from mmmamba.figures import render
+from mmmamba.jsonfile import read_json
 
 __all__ = ["Answer", "Example", "check_folder", "markdown", "pick_examples", "write_html", "write_report"]
 

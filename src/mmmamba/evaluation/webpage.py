@@ -6,7 +6,6 @@ Nothing is fetched: style, plots and pictures are in the file. Plots exist twice
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -22,6 +21,7 @@ from mmmamba.evaluation.plots import Curve
 from mmmamba.evaluation.results import ModelResult, Report
 from mmmamba.evaluation.tables import Table, tables
 from mmmamba.figures import THEMES
+from mmmamba.jsonfile import read_lines
 
 PICTURE_SIDE = 384  # larger pictures are shrunk to this
 PIXEL_ART = 200  # pictures smaller than this are shown enlarged with hard pixels
@@ -129,13 +129,7 @@ def read_curves(label: str, path: str | Path) -> list[Curve]:
     if not file.is_file():
         raise UserError(f"{file}: no such metrics file")
     stages: dict[str, tuple[list[float], list[float]]] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line:
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{file}:{number}: not JSON: {error}") from error
+    for record in read_lines(file):
         if isinstance(record.get("loss"), (int, float)) and isinstance(record.get("step"), (int, float)):
             steps, losses = stages.setdefault(str(record.get("stage", "loss")), ([], []))
             steps.append(record["step"])

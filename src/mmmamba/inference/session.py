@@ -31,6 +31,7 @@ from mmmamba.errors import UserError
 from mmmamba.inference.conversation import Chat, Past
 from mmmamba.inference.fingerprint import digest, fingerprint
 from mmmamba.inference.sampling import Sampling
+from mmmamba.jsonfile import parse_json
 from mmmamba.model.config import ATTENTION
 from mmmamba.model.model import Model
 from mmmamba.model.state import KVState, LayerState, MambaState, State
@@ -167,10 +168,7 @@ def read_session(path: str | Path) -> Session:
     tensors, metadata = read_with_metadata(path)
     if HEADER not in metadata:
         raise UserError(f"{path}: is not a session file (no '{HEADER}' in its header)")
-    try:
-        content = json.loads(metadata[HEADER])
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: was altered or damaged: its header is not JSON ({error.msg})") from error
+    content = parse_json(metadata[HEADER], f"{path}: was altered or damaged: its header")
     if not isinstance(content, dict) or not isinstance(content.get("version"), int):
         raise UserError(f"{path}: was altered or damaged: its header has no 'version'")
     if content["version"] > VERSION:

@@ -15,6 +15,7 @@ from random import Random
 from typing import Any
 
 from mmmamba.errors import UserError
+from mmmamba.jsonfile import MAX_DATA_BYTES, read_any
 from mmmamba.progress import Progress
 
 PACKAGE, VERSION = "easy-vqa", "1.0"
@@ -75,7 +76,7 @@ def read_questions(data: Path, split: str) -> list[Question]:
     path = data / split / "questions.json"
     if not path.is_file():
         raise UserError(f"{path}: no such file; reinstall it: pip install --force-reinstall {PACKAGE}=={VERSION}")
-    rows = json.loads(path.read_text(encoding="utf-8"))
+    rows = read_any(path, limit=MAX_DATA_BYTES)
     if len(rows) != QUESTIONS[split]:
         raise UserError(f"{path}: has {len(rows)} questions, {PACKAGE} {VERSION} has {QUESTIONS[split]}")
     return [Question(text=text, answer=answer, image=image) for text, answer, image in rows]

@@ -1,0 +1,225 @@
+"""JSON, read strictly and within bounds: the one place where this package parses it.
+
+Python's own reader keeps the last of two equal keys, takes ``NaN`` and ``Infinity``, and ends in a RecursionError for a
+text of brackets. Here each of those, a number that no float holds, half a surrogate pair, and a file too large to be
+what it is read as are complaints of one line. What is not said twice is not guessed: a text either means one thing to
+every reader of JSON, or it is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+from mmmamba.errors import UserError
+
+MAX_BYTES = 16 << 20  # of a file that describes something; read, that may become twenty times as much
+MAX_TOKENIZER_BYTES = 128 << 20  # of tokenizer.json: one of 260,000 pieces takes 35 MB
+MAX_DATA_BYTES = 1 << 30  # of a file that holds data, or that a run of ours wrote
+MAX_DEPTH = 64  # lists and objects inside one another
+MAX_DIGITS = 64  # of a whole number; 2**63 has 19
+_SHOWN = 60  # characters of a value in a complaint
+
+
+class JsonError(ValueError):
+    """What is wrong with a text, and on which of its lines where that is known."""
+
+    def __init__(self, problem: str, line: int | None = None) -> None:
+        super().__init__(problem)
+        self.line = line
+
+
+def read_json(path: str | Path, where: str | Path | None = None, *, limit: int = MAX_BYTES) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        path: the file.
+        where: what a complaint names (default: the path).
+        limit: bytes that are read at most.
+
+    Raises:
+        UserError: for anything but an ordinary file of at most ``limit`` bytes that holds one object.
+    """
+    path, where = Path(path), where or path
+    data = read_any(path, where, limit=limit)
+    if not isinstance(data, dict):
+        raise UserError(f"{where}: must hold a JSON object, got {type(data).__name__}")
+    return data
+
+
+def read_any(path: str | Path, where: str | Path | None = None, *, limit: int = MAX_BYTES) -> Any:
+    """What a JSON file holds, whatever its kind; arguments and errors as :func:`read_json` has them."""
+    path, where = Path(path), where or path
+    try:
+        return parse(read_bytes(path, where, limit=limit))
+    except JsonError as error:
+        raise UserError(f"{where}:{error.line}: {error}" if error.line else f"{where}: {error}") from error
+
+
+def parse_json(text: str | bytes, where: str | Path, *, error: type[UserError] = UserError) -> Any:
+    """What a JSON text holds.
+
+    Args:
+        text: a text, or its UTF-8 bytes.
+        where: what a complaint names, such as ``file.jsonl:12``.
+        error: the kind of complaint.
+
+    Raises:
+        UserError: (or ``error``) saying what is wrong.
+    """
+    try:
+        return parse(text)
+    except JsonError as problem:
+        raise error(f"{where}: {problem}") from problem
+
+
+def read_lines(path: str | Path, *, limit: int = MAX_DATA_BYTES) -> list[dict[str, Any]]:
+    """The objects of a log that a run of ours writes, one a line. Half a last line, of a killed run, is left out.
+
+    Raises:
+        UserError: naming the file and the line.
+    """
+    *whole, _ = read_bytes(path, limit=limit).split(b"\n")
+    found = [parse_json(line, f"{path}:{number}") for number, line in enumerate(whole, start=1)]
+    for number, entry in enumerate(found, start=1):
+        if not isinstance(entry, dict):
+            raise UserError(f"{path}:{number}: must hold a JSON object, got {shown(entry)}")
+    return found
+
+
+def read_text(path: str | Path, where: str | Path | None = None, *, limit: int = MAX_BYTES) -> str:
+    """The UTF-8 text of an ordinary file of at most ``limit`` bytes; line breaks stay as they are.
+
+    Raises:
+        UserError: naming the file and what it is instead.
+    """
+    path, where = Path(path), where or path
+    try:
+        return read_bytes(path, where, limit=limit).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 text (byte {error.start})") from error
+
+
+def read_bytes(path: str | Path, where: str | Path | None = None, *, limit: int = MAX_BYTES) -> bytes:
+    """All bytes of an ordinary file of at most ``limit`` bytes. A pipe or a device is not waited for.
+
+    Raises:
+        UserError: naming the file and what it is instead.
+    """
+    path, where = Path(path), where or path
+    try:
+        # A pipe must not be opened for reading: that waits for a writer.
+        with open(path, "rb", buffering=0, opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise UserError(f"{where}: is not an ordinary file")
+            blocks, size = [], 0
+            while block := file.read(1 << 20):
+                blocks.append(block)
+                size += len(block)
+                if size > limit:
+                    raise UserError(f"{where}: has more than {limit:,} bytes, which is too much for such a file")
+    except FileNotFoundError as error:
+        raise UserError(f"{where}: no such file") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{where}: is a folder, not a file") from error
+    except OSError as error:
+        raise UserError(f"{where}: {error.strerror or error}") from error
+    except ValueError as error:  # a NUL in the path
+        raise UserError(f"{where}: is not a path ({error})") from error
+    return b"".join(blocks)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+# ---------------------------------------------------------------------------------------------- the text
+
+
+def parse(text: str | bytes) -> Any:
+    """What a JSON text (or its UTF-8 bytes, with or without a mark of byte order) holds.
+
+    Raises:
+        JsonError: saying what is wrong, without the file's name.
+    """
+    if isinstance(text, bytes):
+        try:
+            text = text.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise JsonError(f"not UTF-8 text (byte {error.start})") from error
+    try:
+        data = _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        raise JsonError(f"not JSON: {error.msg} (character {error.colno} of the line)", error.lineno) from error
+    except RecursionError as error:
+        raise JsonError(_too_deep()) from error
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        _check_depth(data)
+    if _HALF.search(text):
+        _check_surrogates(data)
+    return data
+
+
+def shown(value: Any) -> str:
+    """A value as it stands in Python, short and on one line."""
+    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise JsonError(f"the key {shown(key)} stands twice in one object")
+            seen.add(key)
+    return data
+
+
+def _whole(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise JsonError(f"not usable JSON: a number of {len(text)} digits ({text[:20]}...)")
+    return int(text)
+
+
+def _decimal(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise JsonError(f"not usable JSON: the number {shown(text)[1:-1]} is too large")
+    return value
+
+
+def _constant(name: str) -> float:
+    raise JsonError(f"not JSON: {name} is no number of JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_int=_whole, parse_float=_decimal, parse_constant=_constant)
+_HALF = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
+
+
+def _too_deep() -> str:
+    return f"not usable JSON: lists and objects nested too deeply (more than {MAX_DEPTH} levels)"
+
+
+def _check_depth(data: Any) -> None:
+    level: list[Any] = [[data]]
+    for _ in range(MAX_DEPTH + 1):
+        items = (item for holder in level for item in (holder.values() if isinstance(holder, dict) else holder))
+        level = [item for item in items if isinstance(item, (dict, list))]
+        if not level:
+            return
+    raise JsonError(_too_deep())
+
+
+def _check_surrogates(data: Any) -> None:
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])[1:-1]
+        raise JsonError(f"not usable JSON: half a character ({half}), which no text holds") from error
