@@ -11,6 +11,7 @@ import collections.abc
 import dataclasses
 import difflib
 import functools
+import math
 import re
 import sys
 import types
@@ -18,16 +19,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
+from mmmamba import yaml12
 from mmmamba.errors import UserError
+from mmmamba.files import read_text
 
 T = TypeVar("T")
 
 _NONE = type(None)
 _LISTS = (list, tuple, collections.abc.Sequence)
 _DICTS = (dict, collections.abc.Mapping)
-_NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)([eE][-+]?\d+)?")
+_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+_MAX_BYTES = 4 * yaml12.MAX_CHARACTERS
 
 
 # ---------------------------------------------------------------------------------------------- dict → dataclass
@@ -159,12 +161,12 @@ def _fits(hint: Any, value: Any) -> bool:
 
 
 def _is_float(value: Any) -> bool:
-    """Floats, ints, and numerals such as '1e-3', which YAML 1.1 reads as a string for want of a dot."""
+    """Finite floats, ints, and numerals such as '1e-3', which YAML 1.1 reads as a string for want of a dot."""
     if isinstance(value, str):
-        return _NUMBER.fullmatch(value) is not None
+        return _NUMBER.fullmatch(value) is not None and math.isfinite(float(value))
     if isinstance(value, int) and not isinstance(value, bool):
         return abs(value) <= sys.float_info.max
-    return isinstance(value, float)
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _member(args: tuple[Any, ...], value: Any) -> Any:
@@ -215,36 +217,25 @@ def _show(value: Any) -> str:
     """A value and its type as they stand in the file, shortened to stay on one line."""
     if value is None:
         return "null"
-    text = repr(value)
+    text = _repr(value)
     kind = {"dict": "mapping"}.get(type(value).__name__, type(value).__name__)
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({kind})"
+
+
+def _repr(value: Any) -> str:
+    try:
+        return repr(value)
+    except (ValueError, RecursionError):  # Python writes no number of thousands of digits
+        return "something very large"
 
 
 # ---------------------------------------------------------------------------------------------- YAML
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice instead of keeping the last one."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        assert isinstance(node, yaml.MappingNode)
-        seen: dict[tuple[str, str], int] = {}
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            name, line = (key.tag, key.value), key.start_mark.line + 1
-            if name in seen:
-                problem = f"the key '{key.value}' stands here again (first on line {seen[name]})"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-            seen[name] = line
-        return node
-
-
 @functools.lru_cache(maxsize=256)
 def _parsed(text: str) -> Any:
     """The data of a YAML text; shared, so callers copy it. A table of 150 cells reads few texts many times."""
-    return yaml.load(text, Loader=_StrictLoader)
+    return yaml12.parse(text)
 
 
 def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -254,17 +245,10 @@ def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         UserError: when the file can't be read, isn't YAML, repeats a key, or isn't a mapping at the top.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
     try:
-        data = _parsed(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        line, problem = _yaml_problem(error)
-        raise UserError(f"{path}:{line}: {problem}" if line else f"{path}: {problem}") from error
+        data = _parsed(read_text(path, _MAX_BYTES))
+    except yaml12.BadYaml as error:
+        raise UserError(f"{path}:{error.line}: {error}" if error.line else f"{path}: {error}") from error
     if not isinstance(data, dict):
         got = "nothing (the file is empty)" if data is None else _show(data)
         raise UserError(f"{path}: the top level must be a mapping of keys to values, got {got}")
@@ -273,26 +257,31 @@ def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
 
 def dump_yaml(obj: Any) -> str:
     """A dataclass (or plain data) as YAML text that :func:`load_yaml` and :func:`from_dict` read back."""
-    plain = to_dict(obj)
-    escaped = yaml.safe_dump(plain, sort_keys=False, width=120)
-    # Unescaped, the odd line breaks \N, \L and \P (U+0085, U+2028, U+2029) would be folded to spaces on reading.
-    if re.search(r"\\[NLP]", escaped):
-        return escaped
-    return yaml.safe_dump(plain, sort_keys=False, width=120, allow_unicode=True)
+    return yaml12.dump(to_dict(obj))
+
+
+def read_override(override: str) -> tuple[str, Any]:
+    """The dotted key and the value of "a.b.c=value", the value as YAML.
+
+    Raises:
+        UserError: it has no key or no equals sign, or the value is not YAML.
+    """
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not all(key.split(".")):
+        raise UserError(f"override '{override}' must read key.path=value, such as stages.stage1.steps=20")
+    try:
+        return key, _copy(_parsed(text))
+    except yaml12.BadYaml as error:
+        raise UserError(f"override '{override}': {error}") from error
 
 
 def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A copy of ``data`` with each "a.b.c=value" set; values are YAML, list items are named by index ("a.0.b=1")."""
     merged = _copy(data)
     for override in overrides:
-        key, equals, text = override.partition("=")
-        parts = key.strip().split(".")
-        if not equals or not all(parts):
-            raise UserError(f"override '{override}' must read key.path=value, such as stages.stage1.steps=20")
-        try:
-            value = _copy(_parsed(text))
-        except yaml.YAMLError as error:
-            raise UserError(f"override '{override}': {_yaml_problem(error)[1]}") from error
+        key, value = read_override(override)
+        parts = key.split(".")
         target: Any = merged
         for depth, part in enumerate(parts[:-1]):
             if isinstance(target, dict) and target.get(part) is None:
@@ -319,11 +308,3 @@ def _copy(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_copy(item) for item in value]
     return value
-
-
-def _yaml_problem(error: yaml.YAMLError) -> tuple[int | None, str]:
-    """(line, one-line message) of a YAML error."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        context = f" ({error.context})" if error.context else ""
-        return error.problem_mark.line + 1, f"{error.problem}{context}"
-    return None, " ".join(str(error).split())

@@ -132,7 +132,7 @@ def test_set_changes_what_no_cell_changes_itself() -> None:
     assert found["stages/all, seed 0"].stage1.steps == 5 and found["stages/only-3, seed 0"].stage1.steps == 0
     assert {recipe.stage3.lr for recipe in found.values()} == {1e-4}
     for wrong in ("stage3.lr", "=1"):
-        with pytest.raises(UserError, match=r"--set .*must read key.path=value"):
+        with pytest.raises(UserError, match=r"--set: .*must read key.path=value"):
             overlaid(plan, [wrong])
 
 

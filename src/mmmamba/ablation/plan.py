@@ -29,9 +29,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from mmmamba.config import from_dict, load_yaml, to_dict
+from mmmamba import yaml12
+from mmmamba.config import from_dict, load_yaml, read_override, to_dict
 from mmmamba.distill.recipe import ALIGNMENT, DistillRecipe, find_recipe, load_recipe
 from mmmamba.distill.run import digest
 from mmmamba.errors import UserError
@@ -262,13 +261,11 @@ def overlaid(plan: Plan, set: Sequence[str]) -> Plan:
     """The plan with ``key=value`` changes laid over every table; a cell's own changes stay above them."""
     given: dict[str, Any] = {}
     for change in set:
-        key, equals, text = change.partition("=")
-        if not equals or not key.strip():
-            raise UserError(f"--set {change}: must read key.path=value, such as data.root=data/nano")
         try:
-            given[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"--set {change}: {text!r} is not YAML") from error
+            key, value = read_override(change)
+        except UserError as error:
+            raise UserError(f"--set: {error}") from error
+        given[key] = value
     tables = {name: replace(table, set=_merged(table.set, given)) for name, table in plan.tables.items()}
     return replace(plan, tables=tables) if given else plan
 
@@ -346,7 +343,7 @@ def aligned(cell: Cell) -> Cell:
 
 def flow(value: Any) -> str:
     """A value as YAML on one line, as ``--set`` takes it."""
-    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=float("inf"), allow_unicode=True)
+    text = yaml12.dump(value, flow=True, width=float("inf"))
     return text.removesuffix("\n").removesuffix("\n...")
 
 

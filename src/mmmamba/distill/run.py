@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy
 import torch
-import yaml
 from torch import Tensor
 
 import mmmamba
@@ -25,7 +24,7 @@ from mmmamba.checkpoints.io import (
     write_json,
     write_safetensors,
 )
-from mmmamba.config import to_dict
+from mmmamba.config import dump_yaml, to_dict
 from mmmamba.data.batching import Skipped
 from mmmamba.distill import processes
 from mmmamba.errors import UserError
@@ -105,7 +104,7 @@ class RunFolder:
                 "versions": versions(),
                 "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             }
-            text = yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)
+            text = dump_yaml(recipe)
             self._write(self.path / "recipe.yaml", lambda p: p.write_text(text, encoding="utf-8"))
             self._write_manifest()
 
