@@ -170,7 +170,7 @@ def test_dynamic_rope_scaling_keeps_what_is_rotated_otherwise_apart(many):
     model = Model(replace(config, decoder=replace(config.decoder, **scaling)))
     prompts = [replace(many[0], input_ids=np.full(n, 20, np.int32)) for n in (5, 60, 20, 60, 55, 41)]
     shares = list(steps.shares(model, prompts, extra=10, budget=10**4))
-    assert [(share.members, share.max_length) for share in shares] == [
+    assert [(share.members, share.fixed["max_length"]) for share in shares] == [
         ((1, 3), 70),
         ((4,), 65),
         ((5,), 51),
@@ -267,7 +267,7 @@ def test_the_host_reads_the_device_at_the_end_of_a_block_only(model, tiny_proces
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(self.numel()) or tolist(self))
     ending = Ending.of(tiny_processor, (), NEW)
-    share = Share(members=tuple(range(4)), slots=4, capacity=200, max_length=200)
+    share = Share(members=tuple(range(4)), slots=4, capacity=200, fixed={"max_length": 200, "max_embedded": None})
     with torch.no_grad():
         batch = RunningBatch(model, share, sampling, replace(ending, tokens=frozenset()), 4)
         answers = [Answer(prompt, batch._ending) for prompt in many[:4]]

@@ -19,6 +19,7 @@ from mmmamba.data.tiling import normalise
 from mmmamba.errors import UserError
 from mmmamba.inference import engine, steps
 from mmmamba.inference.sampling import Sampling
+from mmmamba.inference.stream import Stream
 from mmmamba.model import MixerConfig, Model, RopeScaling, VisionConfig, initialise
 from tiny import make_config
 from videos import write_video
@@ -45,13 +46,13 @@ def pixels(encoded: Encoded) -> torch.Tensor | None:
     return normalise(torch.from_numpy(encoded.tiles)).double() if len(encoded.tiles) else None
 
 
-def greedy_without_state(model: Model, encoded: Encoded, steps: int) -> list[int]:
+def greedy_without_state(model: Model, encoded: Encoded, steps: int, **fixed: int | None) -> list[int]:
     """The plainest decoding there is: the whole sequence again for each token."""
     ids = torch.from_numpy(encoded.input_ids).long()[None]
     picked: list[int] = []
     with torch.no_grad():
         for _ in range(steps):
-            scores = model(ids, pixels(encoded), logits="last").logits[0]
+            scores = model(ids, pixels(encoded), logits="last", **fixed).logits[0]
             scores[model.config.img_context_token_id] = -math.inf
             picked.append(int(scores.argmax()))
             ids = torch.cat([ids, torch.tensor([[picked[-1]]])], dim=1)
@@ -98,6 +99,28 @@ def test_chunked_prefill_equals_the_whole(model, prompts, chunk):
             logits, state = steps.prefill(model, [prompt], chunk=chunk, max_new_tokens=1)
         assert torch.allclose(logits, whole.logits, atol=1e-9, rtol=0)
         assert torch.equal(state.positions, whole.state.positions)
+
+
+def test_scaled_patches_are_answered_alike_however_they_are_read(tiny_model, layer_map, tiny_processor):
+    scaling = {"rope_scaling": RopeScaling(type="dynamic", factor=2.0), "max_position_embeddings": 24}
+    config = make_config(layer_map, vision=VisionConfig(image_size=56, patch_size=14, pixel_shuffle_loc="post"))
+    config = replace(config, embedding=replace(config.embedding, **scaling), decoder=replace(config.decoder, **scaling))
+    model = initialise(Model(config), 0).double().eval()
+    processor = Processor(tiny_processor.tokenizer, config)
+    prompts = [
+        processor.prompt(
+            [Turn("human", "<image> what <image>\nhow many?")], [picture("red"), picture("blue", (112, 56))]
+        ),
+        processor.prompt([Turn("human", "<image> what?")], [picture("red")]),
+        processor.prompt([Turn("human", "what?")], []),
+    ]
+    alone = [greedy_without_state(model, prompt, NEW, **steps.fixed_for(model, [prompt], NEW)) for prompt in prompts]
+    for options in ({}, {"prefill_chunk": 6}, {"batch_tokens": 1}):
+        answers = engine.generate(model, StoppingAt(tiny_processor, ()), prompts, max_new_tokens=NEW, **options)
+        assert [list(answer.token_ids) for answer in answers] == alone
+    for prompt, tokens in zip(prompts, alone, strict=True):
+        stream = Stream(model, StoppingAt(tiny_processor, ()), prompt, max_new_tokens=NEW)
+        assert "".join(stream) is not None and list(stream.token_ids) == tokens
 
 
 @pytest.mark.parametrize("chunk", [1, 6, 20])

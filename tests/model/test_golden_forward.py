@@ -161,6 +161,27 @@ def test_teacher_left_padded_gives_the_same(published) -> None:
     torch.testing.assert_close(logits[rolled], tensors["out.logits"][mask], atol=TOLERANCE, rtol=0)
 
 
+@torch.no_grad()
+def test_teacher_that_merges_patches_late_with_scaled_positions(published) -> None:
+    """Of ``post``, with dynamic scaling: 44 positions in the embedding stack and 20 in the decoder, 24 unscaled."""
+    model, tensors, _ = published("hovle_tiny_C_post")
+    ids, pixels = tensors["in.input_ids"], tensors["in.pixel_values"]
+    found: dict[str, Tensor] = {}
+    names = ["out.embed.layer0", "out.embed.layer1", "out.llm.layer0", "out.llm.layer1"]
+    hooks = [
+        layer.register_forward_hook(lambda _m, _i, output, name=name: found.__setitem__(name, output[0]))
+        for name, layer in zip(names, model.layers, strict=True)
+    ]
+    output = model(ids, pixels)
+    for hook in hooks:
+        hook.remove()
+    assert_stages(found | {"out.logits": output.logits, "out.llm.norm": output.hidden}, tensors, TOLERANCE)
+    for step in range(tensors["out.greedy_ids"].shape[1]):  # each as the published code reads it: the base grows
+        logits = model(ids, pixels, logits="last").logits
+        torch.testing.assert_close(logits, tensors["out.greedy_last_logits"][:, step], atol=TOLERANCE, rtol=0)
+        ids = torch.cat([ids, tensors["out.greedy_ids"][:, step : step + 1]], 1)
+
+
 # ---------------------------------------------------------------------------------------------- students
 
 

@@ -52,8 +52,8 @@ def same(ours: Tensor, truth: Tensor) -> None:
 
 
 def run(model: Model, layers: range, x: Tensor) -> Tensor:
-    """Some layers over x (1, l, d), with positions from 0."""
-    turn = rotation(model.config.stack_of(layers[0]), torch.arange(x.shape[1])[None], 0, x.dtype)
+    """Some layers over x (1, l, d), with positions from 0; dynamic scaling goes by how many there are."""
+    turn = rotation(model.config.stack_of(layers[0]), torch.arange(x.shape[1])[None], x.shape[1], x.dtype)
     for i in layers:
         x, _ = model.layers[i](x, rotation=turn)
     return x
@@ -225,13 +225,29 @@ def test_what_late_tokens_do_not_allow_is_refused():
         model(ids, pixels, observe=lambda *_: None)
     with pytest.raises(ValueError, match="not both"):
         model(ids, pixels, torch.tensor([[1] * 10 + [0]]), cu_seqlens=torch.tensor([0, 11]))
-    stack = replace(
-        make_config().embedding, rope_scaling=RopeScaling(type="dynamic", factor=2.0), max_position_embeddings=22
-    )
-    model = model_with(embedding=stack)
-    with pytest.raises(UserError, match="would read 23 positions, at most 22 are defined"):
-        model(ids, pixels)
-    same(model(ids[:, 1:], pixels).logits, directly(model, ids[:, 1:], pixels))
+
+
+@pytest.mark.parametrize("limit", [8, 20, 30])
+@pytest.mark.parametrize("layer_map", [(), HYBRID], ids=["teacher", "hybrid"])
+def test_each_stack_is_scaled_by_the_positions_that_it_reads(layer_map, limit, caplog):
+    scaling = {"rope_scaling": RopeScaling(type="dynamic", factor=2.0), "max_position_embeddings": limit}
+    config = make_config()
+    stacks = {name: replace(getattr(config, name), **scaling) for name in ("embedding", "decoder")}
+    model = model_with(layer_map=layer_map, **stacks)
+    ids, pixels = prompt(3, 2, 5), tiles(2)  # 18 tokens, 42 positions
+    truth = directly(model, ids, pixels)
+    whole = model(ids, pixels, return_state=True)
+    same(whole.logits, truth)
+    assert (whole.state.max_length, whole.state.max_embedded) == (18, 42)
+    first = model(ids[:, :8], pixels[:1], return_state=True, max_length=18, max_embedded=42)
+    second = model(ids[:, 8:15], pixels[1:], state=first.state, return_state=True)
+    third = model(ids[:, 15:], state=second.state, return_state=True)
+    same(torch.cat([first.logits, second.logits, third.logits], 1), truth)
+    assert third.state.max_embedded == 42 and not caplog.records
+    room = model(ids[:, :15], pixels, return_state=True, max_length=18).state  # what text alone will add is known
+    assert (room.max_length, room.max_embedded) == (18, 42)
+    model(ids[:, 15:], pixels[:0], state=replace(room, max_embedded=40))
+    assert "the row of patches grew to 42 positions, past the 40" in caplog.text
 
 
 @given(st.lists(st.booleans(), max_size=12), st.integers(0, 12), st.integers(1, 4))

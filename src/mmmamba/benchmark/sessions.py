@@ -77,7 +77,9 @@ def _ms(call: Callable[[], object], device: torch.device) -> float:
 
 def _decoded(model: Model, state: State) -> torch.Tensor:
     """Logits (TOKENS, v) of greedy steps from a state of one sequence."""
-    decoder = Decoder(model, 1, state.longest + TOKENS, max_length=state.max_length, graph=False)
+    decoder = Decoder(
+        model, 1, state.longest + TOKENS, max_length=state.max_length, max_embedded=state.max_embedded, graph=False
+    )
     slots = torch.zeros(1, dtype=torch.long, device=model.device)
     decoder.admit(slots, state)
     token, found = torch.ones_like(slots), []

@@ -329,5 +329,3 @@ def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, str]:
         if added.setdefault(i, text) != text:
             raise UserError(f"{where}: the id {i} is '{text}' here and '{added[i]}' in {CONFIG_FILE}")
     return added
-
-

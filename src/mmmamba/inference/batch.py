@@ -49,7 +49,7 @@ class RunningBatch:
     def __init__(self, model: Model, share: Share, sampling: Sampling, ending: Ending, block: int) -> None:
         self._model, self._ending, self._block = model, ending, block
         # A block runs to its end, which may be behind that of the longest answer in it.
-        self._decoder = Decoder(model, share.slots, share.capacity + block, max_length=share.max_length)
+        self._decoder = Decoder(model, share.slots, share.capacity + block, **share.fixed)
         self._sampler = Sampler(sampling, banned=unspeakable(model))
         self._stops = torch.tensor(sorted(ending.tokens), dtype=torch.long, device=model.device)
         self._rows: list[_Row] = []

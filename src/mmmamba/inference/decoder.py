@@ -42,7 +42,8 @@ class Decoder:
             changes no value, name or shape.
         slots: sequences that the pool has room for.
         capacity: most tokens that a sequence will hold: the length of the softmax layers' caches.
-        max_length: the length that dynamic RoPE scaling was fixed for when the sequences' states were made.
+        max_length, max_embedded: the lengths that dynamic RoPE scaling was fixed for when the sequences' states were
+            made, as a :class:`~mmmamba.model.state.State` has them.
         graph: replay steps as CUDA graphs; by default wherever that can be done.
         state_dtype: of the SSM states (default: what the model's ``half_states`` says, else float32 at least).
             bfloat16 halves what a step moves in a large batch; it is rounded stochastically, so that a state does not
@@ -56,11 +57,13 @@ class Decoder:
         capacity: int,
         *,
         max_length: int,
+        max_embedded: int | None = None,
         graph: bool | None = None,
         state_dtype: torch.dtype | None = None,
     ) -> None:
         config = model.config
-        self.model, self.slots, self.capacity, self.max_length = model, slots, capacity, max_length
+        self.model, self.slots, self.capacity = model, slots, capacity
+        self.max_length, self.max_embedded = max_length, max_embedded
         self.graph = graphable(model) if graph is None else graph
         self.state_dtype = torch.bfloat16 if state_dtype is None and model.half_states else state_dtype
         # A seed for each layer's rounding, another one in every step.
@@ -86,7 +89,7 @@ class Decoder:
         longest = state.longest
         if longest > self.capacity:
             raise ValueError(f"a sequence of {longest} tokens does not fit into slots of {self.capacity}")
-        if not self.holds(len(slots), longest, state.max_length):
+        if not self.holds(len(slots), longest, state.max_length, state.max_embedded):
             raise ValueError(f"the state was fixed for {state.max_length} tokens, the pool for {self.max_length}")
         for layer, kept in zip(self.layers, state.layers, strict=True):
             layer.admit(slots, kept)
@@ -99,16 +102,17 @@ class Decoder:
         """Let sequences go: none that is still needed is longer than ``longest`` tokens (0: the pool is as new)."""
         self.longest = longest
 
-    def holds(self, slots: int, capacity: int, max_length: int) -> bool:
-        """Whether ``slots`` sequences of up to ``capacity`` tokens, begun for ``max_length``, fit into the pool."""
-        fixed = max_length == self.max_length or not self.model.dynamic_rope
+    def holds(self, slots: int, capacity: int, max_length: int, max_embedded: int | None = None) -> bool:
+        """Whether ``slots`` sequences of up to ``capacity`` tokens, begun for these lengths, fit into the pool."""
+        same = (max_length, max_embedded or max_length) == (self.max_length, self.max_embedded or self.max_length)
+        fixed = same or not self.model.dynamic_rope
         return slots <= self.slots and capacity <= self.capacity and fixed
 
     def export(self, slots: Tensor) -> State:
         """The state of some slots (s,): copies, which no later step changes."""
         embedded = self.embedded[slots] if self.model.merges_late else None
         layers = tuple(layer.export(slots) for layer in self.layers)
-        return State(layers, self.positions[slots], self.max_length, embedded)
+        return State(layers, self.positions[slots], self.max_length, embedded, self.max_embedded)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, slots: Tensor) -> Tensor:
@@ -215,6 +219,8 @@ class _Layer(ABC):
         self.first = layer.index == 0  # behind the embedding, which is no part of the chain
         self.stack = -1 if layer.index < model.config.embedding.num_layers else 0
         self.counts = decoder.counts[self.stack]
+        embedding = decoder.max_embedded if self.stack == -1 else None
+        self.max_length = embedding or decoder.max_length
 
     def step(self, x: Tensor, slots: Tensor, at: Tensor, longest: int | None) -> Tensor:
         """Rows x (b, d) through the layer, in place.
@@ -250,7 +256,7 @@ class _Mamba2Layer(_Layer):
         self.ssm = weight.new_zeros(decoder.slots, h, p, p, dtype=decoder.state_dtype or wide)
         self.squares = weight.new_empty(1, h, PARTS, dtype=wide)
         self.seed = decoder.seeds[layer.index : layer.index + 1]
-        self.frequencies = inverse_frequencies(stack, decoder.max_length, weight.device, wide) if config.rope else None
+        self.frequencies = inverse_frequencies(stack, self.max_length, weight.device, wide) if config.rope else None
 
     def admit(self, slots: Tensor, state: LayerState) -> None:
         assert isinstance(state, MambaState)
@@ -302,7 +308,7 @@ class _AttentionLayer(_Layer):
         shape = decoder.slots, decoder.capacity, mixer.groups, mixer.head_dim
         self.k, self.v = weight.new_zeros(shape), weight.new_zeros(shape)
         wide = torch.promote_types(weight.dtype, torch.float32)
-        self.frequencies = inverse_frequencies(stack, decoder.max_length, weight.device, wide)
+        self.frequencies = inverse_frequencies(stack, self.max_length, weight.device, wide)
 
     def admit(self, slots: Tensor, state: LayerState) -> None:
         assert isinstance(state, KVState)

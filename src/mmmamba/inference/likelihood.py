@@ -18,7 +18,7 @@ from mmmamba.inference.steps import (
     PREFILL_CHUNK,
     Progress,
     check_positive,
-    fixed_length,
+    fixed_for,
     groups,
     passes,
     pixels,
@@ -105,7 +105,7 @@ def _scored_positions(
             pixels(model, batch.tiles),
             cu_seqlens=batch.cu_seqlens.to(model.device),
             logits="none",
-            max_length=fixed_length(model, max(len(sample.input_ids) for sample in samples)),
+            **fixed_for(model, samples, 0),
         )
         hidden = out.hidden[0, torch.from_numpy(positions).to(model.device)]
     wanted = torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(model.device)
@@ -114,10 +114,9 @@ def _scored_positions(
 
 def _chunked_hidden(model: Model, sample: Encoded, positions: torch.Tensor, chunk: int) -> torch.Tensor:
     """Hidden states (m, d) at ``positions`` (m,) of one long sample."""
-    max_length = fixed_length(model, len(sample.input_ids))
     start = 0
     found = []
-    for out in passes(model, sample, chunk, logits="none", max_length=max_length, state=None):
+    for out in passes(model, sample, chunk, logits="none", extra=0, state=None):
         end = start + out.hidden.shape[1]
         found.append(out.hidden[0, positions[(positions >= start) & (positions < end)] - start])
         start = end

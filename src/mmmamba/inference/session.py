@@ -59,7 +59,7 @@ class Header:
 
     Attributes:
         fingerprint, dtype: which model and processor it is (:mod:`mmmamba.inference.fingerprint`), in which format.
-        max_length: the state's.
+        max_length, max_embedded: the state's.
         unfed, answers: the conversation's (see :class:`Past`).
         transcript: all that was said.
         pictures: where the chat template has the whole conversation read anew, those of all turns; else none.
@@ -72,6 +72,7 @@ class Header:
     answers: int
     transcript: tuple[Turn, ...]
     pictures: tuple[Reference, ...] = ()
+    max_embedded: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,7 @@ class Session:
             )
         past = Past(
             turns=self.header.transcript,
-            state=_state(self.path, self.tensors, model, self.header.max_length),
+            state=_state(self.path, self.tensors, model, self.header),
             unfed=self.header.unfed,
             answers=self.header.answers,
             shown=tuple(_picture(self.path, reference) for reference in self.header.pictures),
@@ -131,6 +132,7 @@ def save_session(path: str | Path, chat: Chat) -> Path:
         fingerprint=chat.fingerprint,
         dtype=_name(chat.model.dtype),
         max_length=past.state.max_length,
+        max_embedded=past.state.max_embedded,
         unfed=past.unfed,
         answers=past.answers,
         transcript=past.turns,
@@ -201,7 +203,7 @@ def _tensors(state: State) -> dict[str, Tensor]:
     return found if state.embedded is None else {**found, "embedded": state.embedded}
 
 
-def _state(path: Path, tensors: Mapping[str, Tensor], model: Model, max_length: int) -> State:
+def _state(path: Path, tensors: Mapping[str, Tensor], model: Model, header: Header) -> State:
     kinds: Sequence[type[LayerState]] = [KVState if k == ATTENTION else MambaState for k in model.config.layer_map]
     names = [[f"layers.{i}.{field.name}" for field in dataclasses.fields(kind)] for i, kind in enumerate(kinds)]
     expected = {"positions", *(["embedded"] if model.merges_late else []), *(name for layer in names for name in layer)}
@@ -210,8 +212,9 @@ def _state(path: Path, tensors: Mapping[str, Tensor], model: Model, max_length: 
     return State(
         layers=tuple(kind(*(tensors[name] for name in layer)) for kind, layer in zip(kinds, names, strict=True)),
         positions=tensors["positions"],
-        max_length=max_length,
+        max_length=header.max_length,
         embedded=tensors.get("embedded"),
+        max_embedded=header.max_embedded,
     ).to(model.device)
 
 

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
+from typing import Literal, TypedDict
 
 import numpy as np
 import torch
@@ -41,6 +41,25 @@ def fixed_length(model: Model, length: int) -> int:
     return length if limit is None else max(length, limit)
 
 
+class Fixed(TypedDict):
+    """What dynamic RoPE scaling is fixed for when sequences begin: arguments of a pass and of a pool."""
+
+    max_length: int
+    max_embedded: int | None
+
+
+def fixed_for(model: Model, encodeds: Sequence[Encoded], extra: int) -> Fixed:
+    """What dynamic RoPE scaling is fixed for in sequences read together, each to grow by ``extra`` tokens."""
+    return {
+        "max_length": fixed_length(model, max(len(encoded.input_ids) for encoded in encodeds) + extra),
+        "max_embedded": (
+            fixed_length(model, max(extent(model, encoded) for encoded in encodeds) + extra)
+            if model.merges_late
+            else None
+        ),
+    }
+
+
 def groups(model: Model, lengths: Sequence[int], *, budget: int, chunk: int) -> Iterator[list[int]]:
     """Indices of sequences to read together, longest first, so that the largest group shows at once whether it fits.
 
@@ -69,13 +88,13 @@ class Share:
         members: indices of the prompts, longest first.
         slots: how many are answered at once.
         capacity: tokens (or patches) of the longest prompt and its longest answer.
-        max_length: the length that dynamic RoPE scaling, if any, is fixed for in all of them.
+        fixed: what dynamic RoPE scaling, if any, is fixed for in all of them.
     """
 
     members: tuple[int, ...]
     slots: int
     capacity: int
-    max_length: int
+    fixed: Fixed
 
 
 def shares(model: Model, prompts: Sequence[Encoded], *, extra: int, budget: int) -> Iterator[Share]:
@@ -86,13 +105,13 @@ def shares(model: Model, prompts: Sequence[Encoded], *, extra: int, budget: int)
     prompts that are left are so much shorter; or when dynamic RoPE scaling rotates the next prompt otherwise.
     """
     held = [extent(model, prompt) + extra for prompt in prompts]
-    fixed = [fixed_length(model, len(prompt.input_ids) + extra) for prompt in prompts]
+    fixed = [fixed_for(model, [prompt], extra) for prompt in prompts]
     members: list[int] = []
 
     def share() -> Share:
-        capacity, max_length = held[members[0]], fixed[members[0]]
+        capacity = held[members[0]]
         slots = min(len(members), max(1, budget // capacity))
-        return Share(members=tuple(members), slots=slots, capacity=capacity, max_length=max_length)
+        return Share(members=tuple(members), slots=slots, capacity=capacity, fixed=fixed[members[0]])
 
     for i in sorted(range(len(prompts)), key=lambda i: (-held[i], i)):
         if members:
@@ -190,17 +209,18 @@ def _spans(model: Model, encoded: Encoded, size: int) -> Iterator[tuple[torch.Te
 
 
 def passes(
-    model: Model, encoded: Encoded, size: int, *, logits: Literal["last", "none"], max_length: int, state: State | None
+    model: Model, encoded: Encoded, size: int, *, logits: Literal["last", "none"], extra: int, state: State | None
 ) -> Iterator[Output]:
-    """Read one sequence behind ``state`` in pieces of at most ``size`` tokens: what each pass gives.
+    """Read one sequence behind ``state`` in pieces of at most ``size`` tokens: what each pass gives. ``extra`` tokens
+    are to follow it.
 
     The next pass may write into the caches of the last one's state, which therefore has to be settled
     (:func:`mmmamba.model.cache.settled`) when all is read.
     """
-    left = extent(model, encoded)
+    left, fixed = extent(model, encoded), fixed_for(model, [encoded], extra)
     for piece in chunks(model, encoded, size):
         grown = None if state is None else growing(state, left)
-        out = model(**piece, state=grown, logits=logits, return_state=True, max_length=max_length)
+        out = model(**piece, state=grown, logits=logits, return_state=True, **fixed)
         state, left = out.state, left - out.hidden.shape[1]
         yield out
 
@@ -215,9 +235,8 @@ def prefill(
     """
     for encoded in encodeds:
         _check_prompt(model, encoded)
-    max_length = fixed_length(model, max(len(e.input_ids) for e in encodeds) + max_new_tokens)
     if len(encodeds) == 1:
-        read = passes(model, encodeds[0], chunk, logits="last", max_length=max_length, state=state)
+        read = passes(model, encodeds[0], chunk, logits="last", extra=max_new_tokens, state=state)
         (last,) = deque(read, maxlen=1)
         assert last.logits is not None and last.state is not None
         return last.logits, settled(last.state)
@@ -229,6 +248,6 @@ def prefill(
         state=state,
         logits="last",
         return_state=True,
-        max_length=max_length,
+        **fixed_for(model, encodeds, max_new_tokens),
     )
     return out.logits, out.state

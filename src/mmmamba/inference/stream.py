@@ -111,7 +111,13 @@ class Stream:
         return piece
 
     def _decode_from(self, state: State) -> None:
-        decoder = Decoder(self._model, 1, state.longest + self._max_new_tokens, max_length=state.max_length)
+        decoder = Decoder(
+            self._model,
+            1,
+            state.longest + self._max_new_tokens,
+            max_length=state.max_length,
+            max_embedded=state.max_embedded,
+        )
         decoder.admit(self._slot, state)
         self._decoder, self._prefilled = decoder, None  # the pool has its own copy
 

@@ -141,6 +141,7 @@ class Model(nn.Module):
         logits: Literal["all", "last", "none"] = "all",
         return_state: bool = False,
         max_length: int | None = None,
+        max_embedded: int | None = None,
         observe: Observer | None = None,
         return_layers: bool = False,
     ) -> Output:
@@ -156,6 +157,8 @@ class Model(nn.Module):
             logits: ``all`` → (b, l, v); ``last`` → (s, v) behind each sequence's last token; ``none``.
             return_state: also return the new state, one row a sequence.
             max_length: length for which dynamic RoPE scaling is fixed when a state starts (default: this pass).
+            max_embedded: the same in positions of the embedding stack, where that reads patches (default: this pass's,
+                and as many more as ``max_length`` leaves room for).
             observe: called in every layer with the mixer's input and its heads' outputs.
             return_layers: also return what enters each layer.
 
@@ -193,10 +196,7 @@ class Model(nn.Module):
             inputs_embeds, cu_seqlens, None if state is None else state.positions
         )
         fixed = state.max_length if state is not None else max(max_length or 0, longest)
-        if longest > fixed and self.dynamic_rope:
-            log.warning(
-                "the text grew to %d tokens, past the %d that dynamic RoPE scaling was fixed for", longest, fixed
-            )
+        self._warn_if_outgrown("text", longest, "tokens", fixed)
         x, row = inputs_embeds, None
         if image is not None:
             assert isinstance(self.vision, VisionEmbedding) and pixel_values is not None and cu_seqlens is not None
@@ -212,13 +212,18 @@ class Model(nn.Module):
                 )
             row = PatchRow(image[0], cu_seqlens, self.vision.patches(pixel_values), self.vision.config.shuffle**2)
             x = row.widen(x)
-        embedding_positions, embedded = positions, None
+        # Each stack's base follows from the positions that this stack reads.
+        embedding_positions, embedded, embedding_fixed = positions, None, fixed
         if self.merges_late:
             borders = cu_seqlens if row is None else row.cu_seqlens
             past = None if state is None else state.embedded
-            embedding_positions, embedded, longest = self._positions(x, borders, past)
-            self._check_unscaled(longest)
-        turns = self._rotations(embedding_positions, positions, fixed, compute_dtype(inputs_embeds))
+            embedding_positions, embedded, widest = self._positions(x, borders, past)
+            if state is None:
+                embedding_fixed = max(max_embedded or widest + fixed - longest, widest)
+            elif state.max_embedded is not None:
+                embedding_fixed = state.max_embedded
+            self._warn_if_outgrown("row of patches", widest, "positions", embedding_fixed)
+        turns = self._rotations(embedding_positions, positions, embedding_fixed, fixed, compute_dtype(inputs_embeds))
         new, entered = [], []
         for layer in self.layers:
             if layer.index == self.config.embedding.num_layers and row is not None:
@@ -249,7 +254,11 @@ class Model(nn.Module):
             hidden = _repad(hidden, kept, batch_shape)
             result = _repad(result, kept, batch_shape) if logits == "all" and result is not None else result
             entered = [_repad(x, kept, batch_shape) for x in entered]
-        state = State(tuple(new), seen, fixed, embedded) if return_state else None
+        state = (
+            State(tuple(new), seen, fixed, embedded, None if embedded is None else embedding_fixed)
+            if return_state
+            else None
+        )
         return Output(hidden, result, state, (*entered, hidden) if return_layers else None)
 
     def _positions(self, x: Tensor, cu_seqlens: Tensor | None, seen: Tensor | None) -> tuple[Tensor, Tensor, int]:
@@ -275,18 +284,14 @@ class Model(nn.Module):
         stacks = (self.config.embedding, self.config.decoder)
         return any(s.rope_scaling is not None and s.rope_scaling.type == "dynamic" for s in stacks)
 
-    def _check_unscaled(self, longest: int) -> None:
-        """Refuse patches past the trained range under dynamic scaling: what base they would have nothing says."""
-        stack = self.config.embedding
-        dynamic = stack.rope_scaling is not None and stack.rope_scaling.type == "dynamic"
-        if dynamic and longest > stack.max_position_embeddings:
-            raise UserError(
-                f"pixel_shuffle_loc 'post' with dynamic RoPE scaling: the embedding stack would read {longest} "
-                f"positions, at most {stack.max_position_embeddings} are defined"
+    def _warn_if_outgrown(self, what: str, longest: int, unit: str, fixed: int) -> None:
+        if longest > fixed and self.dynamic_rope:
+            log.warning(
+                "the %s grew to %d %s, past the %d that dynamic RoPE scaling was fixed for", what, longest, unit, fixed
             )
 
     def _rotations(
-        self, embedding: Tensor, decoder: Tensor, max_length: int, dtype: torch.dtype
+        self, embedding: Tensor, decoder: Tensor, max_embedded: int, max_length: int, dtype: torch.dtype
     ) -> tuple[Rotation, Rotation]:
         """The rotation of each stack's positions (one, where stacks and positions agree)."""
         config = self.config
@@ -294,7 +299,7 @@ class Model(nn.Module):
         keys = ("head_dim", "rope_theta", "rope_scaling", "max_position_embeddings")
         if embedding is decoder and all(getattr(config.embedding, k) == getattr(config.decoder, k) for k in keys):
             return found, found
-        return rotation(config.embedding, embedding, max_length, dtype), found
+        return rotation(config.embedding, embedding, max_embedded, dtype), found
 
 
 def compile_layers(model: Model) -> Model:

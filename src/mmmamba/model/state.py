@@ -50,12 +50,15 @@ class State:
         max_length: the length that dynamic RoPE scaling was fixed for when the state was made.
         embedded: (s,) int64, positions that the embedding stack has seen, where it reads patches in place of image
             tokens (``pixel_shuffle_loc: post``); None where it has seen what the decoder has.
+        max_embedded: what ``max_length`` is for the decoder, for the positions of such an embedding stack (None: no
+            other length).
     """
 
     layers: tuple[LayerState, ...]
     positions: Tensor
     max_length: int
     embedded: Tensor | None = None
+    max_embedded: int | None = None
 
     @property
     def sequences(self) -> int:
