@@ -46,7 +46,7 @@ def write_gguf(path: Path, *, kind: str = "llama", tied: bool = True, more: dict
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(WORDS)
-    writer.add_token_types([3] * len(SPECIALS) + [1] * (len(WORDS) - len(SPECIALS)))
+    writer.add_token_types(more.pop("types", [3] * len(SPECIALS) + [1] * (len(WORDS) - len(SPECIALS))))
     writer.add_token_merges(["h e", "Ġ t"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
@@ -154,3 +154,14 @@ def test_a_file_that_changes_is_read_anew(tmp_path):
     file = write_gguf(tmp_path / "tiny.gguf")
     assert gguf_config(file).tie_word_embeddings
     assert not gguf_config(write_gguf(file, tied=False)).tie_word_embeddings
+
+
+def test_user_defined_tokens_are_read_in_text_and_control_tokens_are_not(tmp_path: Path) -> None:
+    """Kind 4 of a GGUF vocabulary is an added token that is not special, kind 3 a special one."""
+    types = [3, 3, 4, *[1] * (len(WORDS) - len(SPECIALS))]
+    file = write_gguf(tmp_path / "tiny.gguf", more={"types": types, "tokenizer.ggml.eos_token_id": 0})
+    tokenizer, theirs = Tokenizer.from_folder(tmp_path), AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
+    text = "a<|im_end|>b<|im_start|>"
+    ids = tokenizer.encode(text, allow_special=False)
+    assert ids == theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    assert 2 in ids and 1 not in ids and tokenizer.decode(ids) == text

@@ -29,9 +29,12 @@ START, END, IMG, IMG_END, CONTEXT = range(3, 8)
 class ToyTokenizer(Tokenizer):
     """The one of the golden values: five marks, and a token for each character."""
 
-    vocab_size = 16
+    vocab_size, others = 16, ()
 
     def __init__(self) -> None: ...
+
+    def strips(self, token: str) -> tuple[bool, bool]:
+        return False, False
 
     def token_id(self, token: str) -> int:
         return 10 + ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"].index(token)

@@ -167,7 +167,7 @@ def fingerprint(source: EncodedSource) -> str:
         "config": {name: config[name] for name in names},
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    digest.update(source.processor.tokenizer.definition.encode())
+    digest.update(source.processor.tokenizer.identity.encode())
     if isinstance(source.processor.template, JinjaTemplate):  # the others are code, which _VERSION covers
         digest.update(source.processor.template.definition.encode())
     with open(source.dataset.path, "rb") as file:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -39,6 +40,9 @@ from mmmamba.model.config import ModelConfig, VisionConfig
 #: Label of a token that no loss counts.
 UNSCORED = -100
 
+# White space as the tokenizers library has it: Unicode's, which Python's is but for four separators.
+_SPACE_AT_START, _SPACE_AT_END = re.compile(r"\A[^\S\x1c-\x1f]+"), re.compile(r"[^\S\x1c-\x1f]+\Z")
+
 
 @dataclass
 class Encoded:
@@ -68,12 +72,16 @@ class Processor:
     """
 
     def __init__(self, tokenizer: Tokenizer | tokenizers.Tokenizer, config: ModelConfig) -> None:
-        self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.from_bpe(tokenizer)
+        given = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.from_bpe(tokenizer)
+        reads_rows = config.vision is not None and config.vision.max_side is not None
+        self._context, self._image_end = (PATCH, PATCH_END) if reads_rows else (IMAGE_CONTEXT, IMAGE_END)
+        of_code = () if config.template == OF_TOKENIZER else get_template(config.template).marks()
+        # What our templates and pictures are made of is never read from a text, whatever the tokenizer calls it.
+        self.tokenizer = given.withholding((*of_code, *((self._context, self._image_end) if config.vision else ())))
         self.config = config
         self.template = _template(config.template, self.tokenizer)
         self._mark_ids = {mark: self.tokenizer.token_id(mark) for mark in self.template.marks()}
-        reads_rows = config.vision is not None and config.vision.max_side is not None
-        self._context, self._image_end = (PATCH, PATCH_END) if reads_rows else (IMAGE_CONTEXT, IMAGE_END)
+        self._strips = {mark: self.tokenizer.strips(mark) for mark in self._mark_ids}
         if config.img_context_token_id not in (-1, self._mark_ids.get(self._context)):
             raise UserError(
                 f"the model's img_context_token_id is {config.img_context_token_id}, "
@@ -104,7 +112,7 @@ class Processor:
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer: the end mark first, then the end of text and the start of another turn."""
-        marks = [self._mark_ids[mark] for mark in self.template.stop_marks()]
+        marks = [self.tokenizer.token_id(mark) for mark in self.template.stop_marks()]
         ids = (*marks[:1], self.config.eos_token_id, *self.config.stop_token_ids, *marks[1:])
         return tuple(token for token in dict.fromkeys(ids) if token >= 0)
 
@@ -188,7 +196,7 @@ class Processor:
         scored: list[tuple[int, int]] = []
         grids = iter(tiles.grids)
         text_before = False
-        for piece in pieces:
+        for piece in self._stripped(pieces):
             start = len(ids)
             if piece.kind == "mark":
                 ids.append(self._mark_ids[piece.text])
@@ -205,6 +213,26 @@ class Processor:
         for start, stop in scored:
             labels[start:stop] = input_ids[start:stop]
         return Encoded(input_ids, labels, np.asarray(tiles) if tiles.decoded else tiles, where=where)
+
+    def _stripped(self, pieces: Sequence[Piece]) -> Iterator[Piece]:
+        """The pieces, without the white space that a mark takes with it (``lstrip``, ``rstrip``).
+
+        An answer stands as it was given: what was generated must be what is read again.
+        """
+        if not any(map(any, self._strips.values())):
+            yield from pieces
+            return
+        for before, piece, after in zip([None, *pieces], pieces, [*pieces[1:], None], strict=False):
+            if piece.kind == "text" and not piece.scored:
+                text = piece.text
+                if before is not None and before.kind == "mark" and self._strips[before.text][1]:
+                    text = _SPACE_AT_START.sub("", text)
+                if after is not None and after.kind == "mark" and self._strips[after.text][0]:
+                    text = _SPACE_AT_END.sub("", text)
+                if not text:
+                    continue
+                piece = replace(piece, text=text)
+            yield piece
 
     def _image_ids(self, tiles: tuple[int, ...]) -> list[int]:
         """The tokens of a picture that takes ``tiles``: (t,), or (rows, columns) of patches."""
@@ -297,4 +325,4 @@ def _template(name: str, tokenizer: Tokenizer) -> Template | JinjaTemplate:
     source, tokens = tokenizer.chat_template, tokenizer.named_tokens
     if source is None:
         source, tokens = PLAIN, {**tokens, "bos_token": tokens.get("bos_token", "") if tokenizer.adds_bos else ""}
-    return JinjaTemplate(source, tokens, tokenizer.specials, tokenizer.where)
+    return JinjaTemplate(source, tokens, tokenizer.specials, tokenizer.where, tokenizer.others)

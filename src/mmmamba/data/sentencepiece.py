@@ -17,6 +17,7 @@ from typing import NamedTuple
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, processors
 
+from mmmamba.data.added import Token
 from mmmamba.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def parse(data: bytes, where: str) -> SentencePieceModel:
 
 def to_fast(
     model: SentencePieceModel,
-    added: Mapping[int, str],
+    added: Mapping[int, Token],
     where: str,
     *,
     add_bos: bool = True,
@@ -118,35 +119,41 @@ def to_fast(
 ) -> tokenizers.Tokenizer:
     """The model as a fast tokenizer.
 
-    Text that a user-defined symbol of several characters spells is taken for that symbol by sentencepiece; here such
-    symbols are special tokens, like the control pieces and the added tokens.
+    Text that a user-defined symbol of several characters spells is taken for that symbol, by sentencepiece and here:
+    such a symbol is an added token that is not special. Where a space is put before every text, one is also put behind
+    such a symbol, as transformers does (sentencepiece does not).
 
     Args:
-        added: id → text of the tokens that were added to the model. One whose id is that of a piece takes its place
-            (InternLM2 gives spare pieces their names so); the others must go on where the pieces end.
+        added: id → the tokens that were added to the model (see :mod:`mmmamba.data.added`). One whose id is that of a
+            piece takes its place (InternLM2 gives spare pieces their names so); the others must go on where the pieces
+            end.
         where: the file, named in error messages.
         add_bos, add_eos: what ``add_special_tokens=True`` puts around a text.
     """
-    texts = [added.get(i, piece.text) for i, piece in enumerate(model.pieces)]
-    special = {i for i, piece in enumerate(model.pieces) if i in added or _is_special(piece)}
+    texts = [added[i]["content"] if i in added else piece.text for i, piece in enumerate(model.pieces)]
+    tokens = {i: AddedToken(piece.text, normalized=False, special=piece.kind != USER_DEFINED)
+              for i, piece in enumerate(model.pieces) if _is_added(piece)}  # fmt: skip
+    tokens |= {i: AddedToken(**{**token, "normalized": False}) for i, token in added.items()}
     vocabulary = {text: i for i, text in enumerate(texts)}
-    for i, text in [*enumerate(texts), *added.items()]:
+    for i, text in [*enumerate(texts), *((i, token["content"]) for i, token in added.items())]:
         if vocabulary.get(text, i) != i:
             raise UserError(f"{where}: the ids {i} and {vocabulary[text]} are both called '{text}'")
-    for i in special:
-        if len(texts[i]) == 1:
+    for i, token in list(tokens.items()):
+        if token.special and len(token.content) == 1:
             raise UserError(
-                f"{where}: the special token {i} is a single character '{texts[i]}', which any text may hold"
+                f"{where}: the special token {i} is a single character '{token.content}', which any text may hold"
             )
-    for i in special:
-        if model.pieces[i].kind == USER_DEFINED and i not in added and not texts[i].strip(f"{SPACE} \t\n"):
-            raise UserError(f"{where}: the user-defined symbol {i} {texts[i]!r} of several spaces is not supported")
-    beyond = {i: text for i, text in sorted(added.items()) if i >= len(texts)}
-    for expected, (i, text) in enumerate(beyond.items(), start=len(texts)):
+        if i not in added and not token.special and SPACE in token.content:
+            if model.add_dummy_prefix or model.remove_extra_whitespaces:
+                raise UserError(f"{where}: the user-defined symbol {i} {token.content!r} with spaces is not supported")
+            tokens[i] = AddedToken(token.content, normalized=True, special=False)  # it is spelt as normalised text is
+    for expected, i in enumerate(sorted(i for i in added if i >= len(texts)), start=len(texts)):
         if i != expected:
-            raise UserError(f"{where}: the added token '{text}' has the id {i}, the next one free is {expected}")
+            raise UserError(
+                f"{where}: the added token '{added[i]['content']}' has the id {i}, the next one free is {expected}"
+            )
 
-    mergeable = {piece.text: piece for i, piece in enumerate(model.pieces) if i not in special and _may_merge(piece)}
+    mergeable = {piece.text: piece for i, piece in enumerate(model.pieces) if i not in tokens and _may_merge(piece)}
     bpe = tokenizers.Tokenizer(
         models.BPE(
             vocab=vocabulary,
@@ -160,8 +167,7 @@ def to_fast(
         log.warning("%s: its character map may treat rare combining marks otherwise than sentencepiece does", where)
     bpe.normalizer = normalizers.Sequence(_normalisers(model, where))
     bpe.decoder = decoders.Sequence(_decoders(model))
-    tokens = [AddedToken(texts[i], normalized=False, special=True) for i in sorted(special)]
-    bpe.add_special_tokens(tokens + [AddedToken(text, normalized=False, special=True) for text in beyond.values()])
+    bpe.add_tokens([tokens[i] for i in sorted(tokens)])
     bos = [(texts[model.bos_id], model.bos_id)] if add_bos and 0 <= model.bos_id < len(texts) else []
     eos = [(texts[model.eos_id], model.eos_id)] if add_eos and 0 <= model.eos_id < len(texts) else []
     if bos or eos:
@@ -174,7 +180,7 @@ def to_fast(
     return bpe
 
 
-def _is_special(piece: Piece) -> bool:
+def _is_added(piece: Piece) -> bool:
     return piece.kind in (UNKNOWN, CONTROL) or (piece.kind == USER_DEFINED and len(piece.text) > 1)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NoReturn
 
@@ -182,18 +182,21 @@ class JinjaTemplate:
         tokens: ``bos_token``, ``eos_token``, … as the template may name them.
         specials: every special token of the tokenizer.
         where: named in error messages.
+        others: its added tokens that are not special: texts like any other, but they may end an answer.
     """
 
     adds_bos: ClassVar[bool] = False
     name: ClassVar[str] = OF_TOKENIZER
 
-    def __init__(self, source: str, tokens: Mapping[str, str], specials: Sequence[str], where: str) -> None:
-        self._arguments = (source, dict(tokens), tuple(specials), where)
+    def __init__(
+        self, source: str, tokens: Mapping[str, str], specials: Sequence[str], where: str, others: Sequence[str] = ()
+    ) -> None:
+        self._arguments = (source, dict(tokens), tuple(specials), where, tuple(others))
         self._where = where
         self._tokens = dict(tokens)
         self._specials = frozenset(specials)
-        longest_first = sorted(self._specials, key=len, reverse=True)
-        self._marks = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if specials else None
+        self._marks = _any_of(self._specials)
+        self._ends = _any_of({*self._specials, *(token for token in others if not token.isspace())})
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
@@ -214,9 +217,10 @@ class JinjaTemplate:
         return tuple(sorted(self._specials))
 
     def stop_marks(self) -> tuple[str, ...]:
-        """The special tokens between an answer and the next question; the first ends the answer."""
+        """The added token that ends an answer, then the special ones up to the next question."""
         literals, order = self._slots([Turn(HUMAN, ""), Turn(GPT, ""), Turn(HUMAN, "")], reply=True)
-        return tuple(dict.fromkeys(self._marks.findall(literals[order.index(1) + 1]) if self._marks else ()))
+        between = self._ends.findall(literals[order.index(1) + 1]) if self._ends else []
+        return tuple(dict.fromkeys([*between[:1], *(mark for mark in between if mark in self._specials)]))
 
     def pieces(self, turns: Sequence[Turn], *, system_message: str | None = None, reply: bool) -> list[Piece]:
         """The whole conversation; with ``reply`` the assistant's header follows, for the model to go on from.
@@ -237,7 +241,7 @@ class JinjaTemplate:
         answered = False
         for literal, index in zip(literals, [*order, None], strict=True):
             if answered:  # what ends an answer is scored with it
-                end = self._marks.search(literal) if self._marks else None
+                end = self._ends.search(literal) if self._ends else None
                 built.literal(literal[: end.end()] if end else "", scored=True)
                 literal = literal[end.end() :] if end else literal
             turn = None if index is None else turns[index]
@@ -332,6 +336,12 @@ class JinjaTemplate:
 
     def _refuse(self, message: str) -> NoReturn:
         raise UserError(f"{self._where}: the chat template {message}")
+
+
+def _any_of(marks: Iterable[str]) -> re.Pattern[str] | None:
+    """Finds each of ``marks``, the longest first; None where there are none."""
+    longest_first = sorted(marks, key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
 
 
 class _Builder:

@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mmmamba.data import sentencepiece
+from mmmamba.data.added import CONFIG_FILE, NAMES_FILE, ROLES, declared, if_any, merged
 from mmmamba.data.template import IMAGE_CONTEXT, IMAGE_END, IMAGE_START
 from mmmamba.errors import UserError
 from mmmamba.jsonfile import MAX_TOKENIZER_BYTES, parse, read_json, read_text
@@ -22,12 +23,8 @@ UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 SPECIALS = (UNK, BOS, EOS, "<|im_start|>", "<|im_end|>", IMAGE_START, IMAGE_END, IMAGE_CONTEXT)
 
 TOKENIZER_FILE = "tokenizer.json"
-CONFIG_FILE = "tokenizer_config.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
-ADDED_FILE = "added_tokens.json"
-NAMES_FILE = "special_tokens_map.json"
 TEMPLATE_FILE = "chat_template.jinja"
-_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 STRETCH = 1 << 16
 """Characters that are tokenised at once, where a text can be cut."""
@@ -60,21 +57,34 @@ def train_bpe(texts: Iterable[str], vocab_size: int, specials: Sequence[str] = S
 class Tokenizer:
     """A thin wrapper of ``tokenizers.Tokenizer``, made from its JSON text.
 
+    Added tokens are transformers' own: those with ``special: false`` are read in any text and shown, by their flags
+    (``lstrip``, ``rstrip``, ``single_word``, ``normalized``). Special ones are withheld from text. Tokens with a role
+    (``bos_token``, …) are always special.
+
     Args:
         definition: the content of a ``tokenizer.json``.
         config: the content of ``tokenizer_config.json``; a minimal one is written by :meth:`save` when omitted.
         where: named in error messages.
+        withheld: added tokens that are special whatever the definition says.
     """
 
-    def __init__(self, definition: str, config: dict[str, Any] | None = None, where: str = TOKENIZER_FILE) -> None:
+    def __init__(
+        self,
+        definition: str,
+        config: dict[str, Any] | None = None,
+        where: str = TOKENIZER_FILE,
+        withheld: Iterable[str] = (),
+    ) -> None:
         self._definition = definition
         self._config = config
         self._where = where
-        self._tokenizer = _build(definition, where)
-        added = self._tokenizer.get_added_tokens_decoder()
-        self._special_ids = {token.content: index for index, token in added.items()}
-        longest_first = sorted(self._special_ids, key=len, reverse=True)
-        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
+        self._withheld = frozenset(withheld)
+        self._special_names = self._withheld.union(self.named_tokens.values() if config is not None else ())
+        self._tokenizer = self._build(definition)
+        self._added = self._tokenizer.get_added_tokens_decoder()
+        self._special_ids = {token.content: i for i, token in self._added.items() if token.special}
+        unknown = self._special_ids.get(getattr(self._tokenizer.model, "unk_token", None) or UNK)
+        self._withheld_ids = frozenset(self._special_ids.values()) - {unknown}  # (which stands for characters)
 
     @classmethod
     def from_bpe(cls, bpe: tokenizers.Tokenizer) -> Tokenizer:
@@ -97,7 +107,10 @@ class Tokenizer:
         if not path.is_file():
             found = cls._from_sentencepiece(model, config or {})
         else:
-            found = cls(read_text(path, limit=MAX_TOKENIZER_BYTES), config, str(path))
+            names = if_any(path.with_name(NAMES_FILE))
+            if names and not (config or {}).get("added_tokens_decoder"):  # an older folder: the roles stand there
+                config = {**(config or {}), **names}
+            found = cls(_with_added(path, config or {}), config, str(path))
         template = Path(folder) / TEMPLATE_FILE
         if template.is_file():
             own = found._config if found._config is not None else found._default_config()
@@ -107,18 +120,17 @@ class Tokenizer:
     @classmethod
     def _from_sentencepiece(cls, path: Path, config: dict[str, Any]) -> Tokenizer:
         """As InternLM2's and Llama's tokenizer classes read ``path`` and the files beside it."""
-        model = sentencepiece.parse(path.read_bytes(), str(path))
+        model, names = sentencepiece.parse(path.read_bytes(), str(path)), path.with_name(NAMES_FILE)
         bpe = sentencepiece.to_fast(
             model,
-            _added_tokens(path.parent, config),
+            declared(path.parent, {**if_any(names), **config}),
             str(path),
             add_bos=config.get("add_bos_token") is not False,
             add_eos=config.get("add_eos_token") is True,
         )
-        names = path.with_name(NAMES_FILE)
         roles = {"unk_token": model.unk_id, "bos_token": model.bos_id, "eos_token": model.eos_id}
         own = {role: bpe.id_to_token(i) for role, i in roles.items() if 0 <= i < len(model.pieces)}
-        merged = {**own, **(read_json(names) if names.is_file() else {}), **config}
+        merged = {**own, **if_any(names), **config}
         for key in ("added_tokens_decoder", "auto_map", "sp_model_kwargs", "legacy"):
             merged.pop(key, None)  # the definition says it now, or only the slow class knows it
         for role in ("unk_token", "bos_token", "eos_token", "pad_token"):  # written as a text or as a whole token
@@ -137,8 +149,15 @@ class Tokenizer:
 
     @property
     def definition(self) -> str:
-        """The ``tokenizer.json`` text: what a fingerprint of this tokenizer covers."""
+        """The ``tokenizer.json`` text."""
         return self._definition
+
+    @property
+    def identity(self) -> str:
+        """What a fingerprint of this tokenizer covers: its definition and, where an added token is no plain mark, how
+        added tokens are read (tokens that are not special were once withheld from text)."""
+        plain = all(t.special and not (t.lstrip or t.rstrip or t.single_word) for t in self._added.values())
+        return self._definition + ("" if plain else f"\nadded tokens by their flags, {sorted(self._special_ids)}")
 
     @property
     def where(self) -> str:
@@ -163,20 +182,41 @@ class Tokenizer:
         ``after`` says what precedes the text in its prompt (nothing, a special token, other text): a tokenizer that
         puts a space before its text does so at the start, some behind special tokens, and none in the middle of a text.
         """
-        if not allow_special or self._split is None:
-            bare = after == "text" or (after == "special" and self._space_at_start_only)
-            first, *rest = self._stretches(text)
-            found: list[int] = (self._bare if bare else self._tokenizer).encode(first, add_special_tokens=False).ids
-            for stretch in rest:
-                found.extend(self._bare.encode(stretch, add_special_tokens=False).ids)
-            return found
+        spaced = after == "start" or (after == "special" and not self._space_at_start_only)
         ids: list[int] = []
-        for part in self._split.split(text):
-            if part in self._special_ids:
-                ids.append(self._special_ids[part])
-            elif part:
-                ids.extend(self._tokenizer.encode(part, add_special_tokens=False).ids)
+        for stretch in [text] if allow_special else self._stretches(text):
+            ids += self._ids(stretch, allow_special, spaced)
+            spaced = False
         return ids
+
+    def _ids(self, text: str, allow_special: bool, spaced: bool) -> list[int]:
+        """The ids of ``text``; unless ``spaced`` no space is put before it (but before what follows an added token)."""
+        whole, bare = self._libraries(allow_special)
+        encoding = (whole if spaced else bare).encode(text, add_special_tokens=False)
+        ids: list[int] = encoding.ids
+        if not allow_special and not self._withheld_ids.isdisjoint(ids):
+            return self._spelt_out(ids, encoding.offsets, text)
+        if spaced or bare is whole or self._space_at_start_only:
+            return ids
+        found = next((i for i, token in enumerate(ids) if token in self._added), None)
+        if found is None:
+            return ids
+        rest = text[encoding.offsets[found][1] :]
+        return ids[: found + 1] + (whole.encode(rest, add_special_tokens=False).ids if rest else [])
+
+    def _spelt_out(self, ids: Sequence[int], offsets: Sequence[tuple[int, int]], text: str) -> list[int]:
+        """``ids``, with the characters of a special token in its place: its name may be a word of the vocabulary."""
+        _, bare = self._libraries(False)
+        found: list[int] = []
+        for token, (start, end) in zip(ids, offsets, strict=True):
+            apart = text[start:end] if token in self._withheld_ids and end - start > 1 else ""
+            found += [i for one in apart for i in bare.encode(one, add_special_tokens=False).ids] if apart else [token]
+        return found
+
+    def strips(self, token: str) -> tuple[bool, bool]:
+        """Whether a special token takes the white space before it, and behind it, with it."""
+        added = self._added.get(self.token_id(token))
+        return (False, False) if added is None else (added.lstrip, added.rstrip)
 
     def _stretches(self, text: str) -> Iterator[str]:
         """``text`` in stretches whose ids, one after another, are those of the whole.
@@ -200,16 +240,41 @@ class Tokenizer:
         )  # as they are, and as sentencepiece and byte-level BPE write them
         if any(across.search(token) for token in self._tokenizer.get_vocab(with_added_tokens=True)):
             return False
+        if any(not token.special and (token.rstrip or token.single_word) for token in self._added.values()):
+            return False  # they look at what follows, or came before
+        library, bare = self._libraries(False)
         whole, first, rest = (
             tokenizer.encode(text, add_special_tokens=False).ids
-            for tokenizer, text in ((self._tokenizer, "a b\nc"), (self._tokenizer, "a"), (self._bare, " b\nc"))
+            for tokenizer, text in ((library, "a b\nc"), (library, "a"), (bare, " b\nc"))
         )
         return bool(whole == first + rest)  # not so where the ends of a text are trimmed
 
+    def _libraries(self, allow_special: bool) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
+        """The library's tokenizer, and the same that puts no space before a text; both read special tokens or not."""
+        if allow_special not in self._pairs:
+            bare = _without_first_space(parse(self._definition))
+            same = bare == parse(self._definition)
+            whole = self._build(self._definition, allow_special) if allow_special else self._tokenizer
+            self._pairs[allow_special] = (whole, whole if same else self._build(json.dumps(bare), allow_special))
+        return self._pairs[allow_special]
+
     @cached_property
-    def _bare(self) -> tokenizers.Tokenizer:
-        """The same tokenizer, but it puts no space before a text."""
-        return _build(json.dumps(_without_first_space(parse(self._definition))), self._where)
+    def _pairs(self) -> dict[bool, tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]]:
+        return {}
+
+    def _build(self, definition: str, allow_special: bool = False) -> tokenizers.Tokenizer:
+        """The library's tokenizer, in which tokens with a role are special; special ones are read if allowed."""
+        try:
+            content = parse(definition)
+            for token in content.get("added_tokens", []):
+                token["special"] = token["special"] or token["content"] in self._special_names
+            tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+        except Exception as error:  # the library raises bare Exception on a malformed definition
+            raise UserError(f"{self._where}: not a usable tokenizer definition: {error}") from error
+        tokenizer.encode_special_tokens = not allow_special
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
 
     @cached_property
     def _space_at_start_only(self) -> bool:
@@ -231,7 +296,7 @@ class Tokenizer:
         found = {
             name: token["content"] if isinstance(token, dict) else token
             for name, token in (self._config if self._config is not None else self._default_config()).items()
-            if name in _NAMED and token is not None
+            if name in ROLES and token is not None
         }
         for name, token in found.items():
             if not isinstance(token, str):
@@ -242,6 +307,17 @@ class Tokenizer:
     def specials(self) -> tuple[str, ...]:
         """Every special token."""
         return tuple(self._special_ids)
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Every added token that is not special."""
+        return tuple(token.content for token in self._added.values() if not token.special)
+
+    def withholding(self, tokens: Iterable[str]) -> Tokenizer:
+        """This tokenizer, but ``tokens`` are special where they are added tokens: no text can hold them."""
+        if not set(tokens).intersection(self.others):
+            return self
+        return Tokenizer(self._definition, self._config, self._where, self._withheld.union(tokens))
 
     @property
     def adds_bos(self) -> bool:
@@ -258,9 +334,9 @@ class Tokenizer:
         texts = groupby(ids, key=special.__contains__)
         return "".join(self._tokenizer.decode(list(text), skip_special_tokens=False) for _, text in texts)
 
-    def __reduce__(self) -> tuple[type[Tokenizer], tuple[str, dict[str, Any] | None, str]]:
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[str, dict[str, Any] | None, str, frozenset[str]]]:
         # The wrapped object forgets `encode_special_tokens` when pickled, so a worker builds its own.
-        return (Tokenizer, (self._definition, self._config, self._where))
+        return (Tokenizer, (self._definition, self._config, self._where, self._withheld))
 
     def _default_config(self) -> dict[str, Any]:
         named = {"bos_token": BOS, "eos_token": EOS, "unk_token": UNK, "pad_token": EOS}
@@ -273,21 +349,6 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             "model_max_length": 1_000_000,
         }
-
-
-def _build(definition: str, where: str) -> tokenizers.Tokenizer:
-    """The tokenizer with every added token special, and none of them recognised in plain text."""
-    try:
-        content = parse(definition)
-        for token in content.get("added_tokens", []):
-            token["special"] = True
-        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
-    except Exception as error:  # the library raises bare Exception on a malformed definition
-        raise UserError(f"{where}: not a usable tokenizer definition: {error}") from error
-    tokenizer.encode_special_tokens = True
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def _parts(definition: dict[str, Any]) -> list[dict[str, Any]]:
@@ -311,21 +372,14 @@ def _without_first_space(definition: dict[str, Any]) -> dict[str, Any]:
     return definition
 
 
-def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, str]:
-    """id → text of what ``tokenizer_config.json`` (given) and ``added_tokens.json`` add to a sentencepiece model."""
-    where, decoder = folder / CONFIG_FILE, config.get("added_tokens_decoder", {})
-    if not isinstance(decoder, dict):
-        raise UserError(f"{where}: 'added_tokens_decoder' must be a JSON object")
-    added: dict[int, str] = {}
-    for index, token in decoder.items():
-        text = token.get("content") if isinstance(token, dict) else token
-        if not index.isdecimal() or not isinstance(text, str) or not text:
-            raise UserError(f"{where}: 'added_tokens_decoder': '{index}' must be a number and have a 'content'")
-        added[int(index)] = text
-    where = folder / ADDED_FILE
-    for text, i in (read_json(where) if where.is_file() else {}).items():
-        if type(i) is not int or i < 0 or not text:
-            raise UserError(f"{where}: '{text}' must have an id, got {i!r}")
-        if added.setdefault(i, text) != text:
-            raise UserError(f"{where}: the id {i} is '{text}' here and '{added[i]}' in {CONFIG_FILE}")
-    return added
+def _with_added(path: Path, config: dict[str, Any]) -> str:
+    """The text of a ``tokenizer.json``, with the added tokens that the files beside it say; itself where they agree."""
+    text = read_text(path, limit=MAX_TOKENIZER_BYTES)
+    try:
+        content = parse(text)
+        changed = merged(content, path.parent, config)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a definition of another form leads to
+        raise UserError(f"{path}: not a usable tokenizer definition: {error}") from error
+    return json.dumps(content, ensure_ascii=False) if changed else text

@@ -30,7 +30,7 @@ def fingerprint(model: Model, processor: Processor) -> str:
     template = processor.template
     texts = (
         json.dumps([_told(model.config), _told(processor.config)], sort_keys=True),
-        processor.tokenizer.definition,
+        processor.tokenizer.identity,
         template.definition if isinstance(template, JinjaTemplate) else template.name,
     )
     return _digest(texts, _parameters(model))
