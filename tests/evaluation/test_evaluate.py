@@ -271,7 +271,7 @@ def test_the_verb_writes_a_folder(
     assert [model["label"] for model in data["models"]] == ["linear", "teacher", "blind"]
     assert data["models"][0]["against"] == "teacher"
     assert {p.name for p in out.iterdir()} == {
-        "results.json", "results.md", "abilities.png", "abilities.svg",
+        ".mmmamba.json", "results.json", "results.md", "abilities.png", "abilities.svg",
         "predictions-linear.jsonl", "predictions-teacher.jsonl", "predictions-blind.jsonl",
     }  # fmt: skip
     lines = [json.loads(line) for line in (out / "predictions-linear.jsonl").read_text().splitlines()]
@@ -280,7 +280,7 @@ def test_the_verb_writes_a_folder(
     assert "| linear | teacher |" in (out / "results.md").read_text()
 
     evaluate(str(student), **options)  # the same again is no other evaluation
-    with pytest.raises(UserError, match="holds another evaluation; choose another --out, or pass --overwrite"):
+    with pytest.raises(UserError, match=r"holds another evaluation \(other models, weights\); choose .*--overwrite"):
         evaluate(str(student), **(options | {"against": None}))
     evaluate(str(student), **(options | {"against": None}), overwrite=True)
     assert not (out / "predictions-teacher.jsonl").exists()

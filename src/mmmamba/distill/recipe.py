@@ -15,6 +15,7 @@ import torch
 from mmmamba.config import from_dict, load_yaml
 from mmmamba.errors import UserError
 from mmmamba.model.config import ATTENTION, MAMBA2, MixerConfig
+from mmmamba.names import check_name
 
 T = TypeVar("T")
 
@@ -217,6 +218,7 @@ class DistillRecipe:
     stage4: StageConfig | None = None
 
     def __post_init__(self) -> None:
+        check_name(self.name, "name")  # of the folder runs/NAME
         for name in ALIGNMENT:
             others = [kind for kind in self.stages[name].train if kind not in MIXER_PARAMETERS]
             if others:
@@ -287,6 +289,9 @@ class TeachRecipe:
     seed: int = 0
     data: DataConfig
     train: TrainConfig
+
+    def __post_init__(self) -> None:
+        check_name(self.name, "name")
 
 
 def find_recipe(recipe: str | Path) -> Path:

@@ -13,14 +13,17 @@ import torch
 from rich.console import Console
 
 import mmmamba
-from mmmamba.checkpoints import resolve
+from mmmamba.checkpoints import fingerprint, resolve
 from mmmamba.errors import UserError
 from mmmamba.evaluation.predict import Loaded, answer, load_model
-from mmmamba.evaluation.report import check_folder, write_report
+from mmmamba.evaluation.report import check_results, write_report
 from mmmamba.evaluation.results import Report, Row, assemble
 from mmmamba.evaluation.scoring import Metric
 from mmmamba.evaluation.suite import NANO_DATA, NANO_FILES, NANO_LIMIT, OnBadSample, Suite, nano_suite, own_suite
 from mmmamba.evaluation.tables import print_report
+from mmmamba.locks import alone_in
+from mmmamba.names import file_labels, unique
+from mmmamba.outputs import check_folder
 from mmmamba.progress import Progress
 
 
@@ -85,7 +88,8 @@ def evaluate(
         half_states: Ask the model once more with the states of its Mamba-2 layers kept in bfloat16 between the tokens
             of an answer, which large batches gain from, to show what that costs.
         out: The folder for the results. Default: runs/eval-MODEL.
-        overwrite: Replace another evaluation's results in that folder.
+        overwrite: Replace another evaluation's results in that folder, and other files of the same names. Without it,
+            only what the same evaluation wrote there is replaced: the same models, questions and pictures.
         max_new_tokens: Longest answer, in tokens. Default: 16 in the nano suite, 64 for your own data.
         on_bad_sample: What to do with a question that cannot be used (a broken picture, a missing answer): stop with
             an error, or skip, count and list it.
@@ -100,36 +104,59 @@ def evaluate(
         raise UserError("--data asks your own questions and --data-dir the built-in ones: pass one of them")
     models = _labelled(model, against)
     label = next(iter(models))
-    folder = out if out is not None else Path("runs") / f"eval-{label}"
-    request = {
-        "models": {name: str(path) for name, path in models.items()},
-        "questions": str(data) if data else suite, "metric": metric, "abilities": list(abilities), "limit": limit,
-        "blind": blind, "int8": int8, "half_states": half_states, "max_new_tokens": max_new_tokens,
-        "on_bad_sample": on_bad_sample, "device": device, "dtype": dtype, "seed": seed,
-    }  # fmt: skip
-    check_folder(folder, request, overwrite)
-    for path in models.values():
-        resolve(path)  # a wrong name is said before any data is built
-    if data is not None:
-        questions = own_suite(
-            data, metric=metric, image_root=image_root, limit=limit, abilities=abilities, seed=seed,
-            max_new_tokens=64 if max_new_tokens is None else max_new_tokens, on_bad_sample=on_bad_sample,
+    folder = out if out is not None else Path("runs") / f"eval-{file_labels([label])[label]}"
+    paths = {name: resolve(path) for name, path in models.items()}  # a wrong name is said before any data is built
+    check_folder(folder, read=paths.values())
+    against_labels = {label: list(models)[1]} if against else {}
+    asked = list(models), _blinded(models, against_labels, blind), [label] * int8, [label] * half_states
+    with alone_in(folder):
+        questions = _questions(
+            suite, data, data_dir, metric, image_root, limit, abilities, seed, max_new_tokens, on_bad_sample
+        )
+        request = {
+            "models": {name: str(path) for name, path in models.items()},
+            "questions": str(data) if data else suite, "metric": metric, "abilities": list(abilities), "limit": limit,
+            "blind": blind, "int8": int8, "half_states": half_states, "max_new_tokens": max_new_tokens,
+            "on_bad_sample": on_bad_sample, "device": device, "dtype": dtype, "seed": seed,
+            "weights": {name: fingerprint(path)[:16] for name, path in paths.items()},
+            "asked": questions.content_hash(), "pictures": questions.picture_hash(),
+        }  # fmt: skip
+        labels = [*models, *_controls(*asked).values()]
+        check_results(folder, request, labels, read=[data] if data is not None else [], overwrite=overwrite)
+        report = compare(
+            models, questions, against=against_labels, blind=blind, int8=asked[2], half_states=asked[3],
+            on_bad_sample=on_bad_sample, batch_tokens=batch_tokens, device=device, dtype=dtype, seed=seed,
+            request=request,
         )  # fmt: skip
-    else:
-        questions = nano_suite(
-            data_dir or _built_data(), limit=NANO_LIMIT if limit is None else limit, abilities=abilities, seed=seed,
-            max_new_tokens=16 if max_new_tokens is None else max_new_tokens, on_bad_sample=on_bad_sample,
-        )  # fmt: skip
-    report = compare(
-        models, questions, against={label: list(models)[1]} if against else {}, blind=blind,
-        int8=[label] if int8 else (), half_states=[label] if half_states else (), on_bad_sample=on_bad_sample,
-        batch_tokens=batch_tokens, device=device, dtype=dtype, seed=seed, request=request,
-    )  # fmt: skip
-    results = write_report(report, folder)
+        results = write_report(report, folder)
     console = Console()
     print_report(report, console)
     console.print(f"results: {results}", highlight=False, soft_wrap=True)
     return report
+
+
+def _questions(
+    suite: str,
+    data: Path | None,
+    data_dir: Path | None,
+    metric: Metric,
+    image_root: Path | None,
+    limit: int | None,
+    abilities: tuple[str, ...],
+    seed: int,
+    max_new_tokens: int | None,
+    on_bad_sample: OnBadSample,
+) -> Suite:
+    """What the verb asks: the built-in suite or a user's own."""
+    if data is not None:
+        return own_suite(
+            data, metric=metric, image_root=image_root, limit=limit, abilities=abilities, seed=seed,
+            max_new_tokens=64 if max_new_tokens is None else max_new_tokens, on_bad_sample=on_bad_sample,
+        )  # fmt: skip
+    return nano_suite(
+        data_dir or _built_data(), limit=NANO_LIMIT if limit is None else limit, abilities=abilities, seed=seed,
+        max_new_tokens=16 if max_new_tokens is None else max_new_tokens, on_bad_sample=on_bad_sample,
+    )  # fmt: skip
 
 
 def compare(
@@ -174,6 +201,7 @@ def compare(
     for what, labels in (("int8 weights", int8), ("bfloat16 states", half_states)):
         if strangers := [label for label in labels if label not in models]:
             raise UserError(f"cannot ask '{strangers[0]}' with {what}: models are {', '.join(models)}")
+    controls = _controls(list(models), blinded, int8, half_states)
     rows: list[Row] = []
     for label, model in models.items():
         loaded = model if isinstance(model, Loaded) else load_model(model, device=device, dtype=dtype)
@@ -182,13 +210,13 @@ def compare(
         own = net.int8_steps, net.half_states
         runs = [(label, its_teacher, False, own)]
         if label in int8:
-            runs.append((f"{label}, int8", its_teacher, False, (True, own[1])))
+            runs.append((controls[label, "int8"], its_teacher, False, (True, own[1])))
         if label in half_states:
             if not net.config.mamba2_layers:
                 raise UserError(f"cannot ask '{label}' with bfloat16 states: it has no Mamba-2 layer")
-            runs.append((f"{label}, bfloat16 states", its_teacher, False, (own[0], True)))
+            runs.append((controls[label, "bfloat16 states"], its_teacher, False, (own[0], True)))
         if label in blinded:
-            runs.append((_blind_label(label, blinded), label, True, own))
+            runs.append((controls[label, "blind"], label, True, own))
         for name, teacher_label, is_blind, (net.int8_steps, net.half_states) in runs:
             with Progress(name, len(suite.items), console=console) as bar:
                 answers = answer(
@@ -223,8 +251,17 @@ def _blinded(models: Mapping[str, object], against: Mapping[str, str], blind: bo
     return list(blind)
 
 
-def _blind_label(label: str, blinded: Sequence[str]) -> str:
-    return "blind" if len(blinded) == 1 else f"{label}, blind"
+def _controls(
+    models: Sequence[str], blinded: Sequence[str], int8: Sequence[str], half_states: Sequence[str]
+) -> dict[tuple[str, str], str]:
+    """(model, what is done to it) → the label of its row; no row is called as a model or another row is."""
+    found: dict[tuple[str, str], str] = {}
+    for kind, labels in (("int8", int8), ("bfloat16 states", half_states), ("blind", blinded)):
+        for label in labels:
+            taken = [*models, *found.values()]
+            short = kind == "blind" and len(blinded) == 1 and kind not in taken
+            found[label, kind] = unique(kind if short else f"{label}, {kind}", taken)
+    return found
 
 
 def _labelled(model: str, against: str | None) -> dict[str, str]:

@@ -6,12 +6,11 @@ The one-file web page is `write_html` in `webpage.py`.
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mmmamba.checkpoints.io import write_atomically
 from mmmamba.errors import UserError
 from mmmamba.evaluation import plots
 from mmmamba.evaluation.results import Report
@@ -19,41 +18,68 @@ from mmmamba.evaluation.tables import tables, to_data
 from mmmamba.evaluation.webpage import Answer, Example, pick_examples, write_html
 from mmmamba.figures import render
 from mmmamba.jsonfile import read_json
+from mmmamba.names import file_labels
+from mmmamba.outputs import Ledger
 
-__all__ = ["Answer", "Example", "check_folder", "markdown", "pick_examples", "write_html", "write_report"]
+__all__ = ["Answer", "Example", "check_results", "markdown", "pick_examples", "write_html", "write_report"]
 
+VERB = "eval"
 RESULTS = "results.json"
+FILES = ("abilities.png", "abilities.svg", "results.md", RESULTS)
 
 
-def check_folder(out: Path, request: dict[str, Any], overwrite: bool) -> None:
-    """Refuse a folder that holds another evaluation: before the models run, not after.
+def check_results(
+    out: Path, request: Mapping[str, Any], labels: Sequence[str], *, read: Iterable[Path], overwrite: bool
+) -> None:
+    """Refuse to replace another evaluation or somebody's files: before the models run, not after.
 
     The same request may be repeated into the same folder.
+
+    Args:
+        out: the folder.
+        request: what is asked for.
+        labels: of the report's rows.
+        read: files that the evaluation reads.
+        overwrite: replace what is there.
     """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; --out takes a folder")
-    earlier = out / RESULTS
-    if overwrite or not earlier.is_file():
-        return
-    if read_json(earlier).get("request") != request:
-        raise UserError(f"{earlier} holds another evaluation; choose another --out, or pass --overwrite to replace it")
+    ledger, earlier = Ledger(out, VERB), out / RESULTS
+    otherwise = "choose another --out, or pass --overwrite to replace it"
+    if not overwrite and ledger.wrote(RESULTS) and earlier.is_file():
+        found = read_json(earlier).get("request")
+        found = found if isinstance(found, dict) else {}
+        other = [key for key in {**request, **found} if found.get(key) != request.get(key)]
+        if other:
+            raise UserError(f"{earlier} holds another evaluation (other {', '.join(other)}); {otherwise}")
+    ledger.check([*FILES, *_prediction_files(labels).values()], otherwise=otherwise, read=read, overwrite=overwrite)
 
 
 def write_report(report: Report, out: Path) -> Path:
-    """Write everything into the folder ``out``; results.json comes last, so its presence means the rest is there."""
-    names = {model.label: f"predictions-{file_label(model.label)}.jsonl" for model in report.models}
-    for label, name in names.items():
-        lines = [json.dumps(asdict(p), ensure_ascii=False) for p in report.predictions[label]]
-        _write(out / name, ("\n".join(lines) + "\n").encode())
-    for stale in set(out.glob("predictions-*.jsonl")) - {out / name for name in names.values()}:
-        stale.unlink()  # of the evaluation that this one replaces
+    """Write everything into the folder ``out``; results.json comes last, so its presence means the rest is there.
+
+    What an earlier evaluation wrote there is replaced, other files of these names too (see :func:`check_results`).
+    """
+    names = _prediction_files([model.label for model in report.models])
     figure = plots.ability_bars(report)
-    _write(out / "abilities.png", render(figure, "png"))
-    _write(out / "abilities.svg", render(figure, "svg"))
-    _write(out / "results.md", markdown(report).encode())
     data = to_data(report) | {"predictions": names}
-    _write(out / RESULTS, (json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    predictions = {
+        name: "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in report.predictions[label]).encode()
+        for label, name in names.items()
+    }
+    Ledger(out, VERB).write(
+        predictions
+        | {
+            "abilities.png": render(figure, "png"),
+            "abilities.svg": render(figure, "svg"),
+            "results.md": markdown(report).encode(),
+            RESULTS: (json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(),
+        }
+    )
     return out / RESULTS
+
+
+def _prediction_files(labels: Sequence[str]) -> dict[str, str]:
+    """label → the file of what that row said."""
+    return {label: f"predictions-{name}.jsonl" for label, name in file_labels(labels).items()}
 
 
 def markdown(report: Report) -> str:
@@ -69,12 +95,3 @@ def markdown(report: Report) -> str:
     lines += ["### How this was made", "", "```", json.dumps(report.request, ensure_ascii=False), "```", ""]
     lines += [f"- {name}: {value}" for name, value in report.environment.items()]
     return "\n".join(lines) + "\n"
-
-
-def file_label(label: str) -> str:
-    """A label as part of a file name."""
-    return re.sub(r"[^\w.+-]+", "-", label).strip("-") or "model"
-
-
-def _write(path: Path, content: bytes) -> None:
-    write_atomically(path, lambda temporary: temporary.write_bytes(content))

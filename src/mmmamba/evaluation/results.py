@@ -124,6 +124,9 @@ def assemble(
     kept = [i for i in range(len(suite.items)) if all(i in row.answers.texts for row in rows)]
     if not kept:
         raise UserError(f"{suite.source}: no question could be asked; {len(suite.items)} were skipped as bad samples")
+    labels = [row.label for row in rows]
+    if len(set(labels)) < len(labels):
+        raise UserError(f"two rows are called {next(label for label in labels if labels.count(label) > 1)!r}")
     by_label = {row.label: _Scored(suite, row, kept) for row in rows}
     blinds = {row.against: by_label[row.label] for row in rows if row.blind}
     models = tuple(_model(by_label[row.label], by_label, blinds, seed) for row in rows)

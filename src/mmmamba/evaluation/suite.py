@@ -6,6 +6,8 @@ Which questions are taken depends only on the data, the limit and the seed, so e
 
 from __future__ import annotations
 
+import hashlib
+import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +21,7 @@ from mmmamba.data.samples import BadSample, Sample, Turn
 from mmmamba.errors import UserError
 from mmmamba.evaluation.choices import LETTERS, choice_answer, normalise
 from mmmamba.evaluation.scoring import METRICS
+from mmmamba.outputs import file_hash
 
 NANO_ABILITIES = ("easy", "read", "count", "relate", "absent", "text", "recall-1x", "recall-4x", "recall-16x")
 NANO_FILES = ("easy-vqa/test.jsonl", "primer/test.jsonl")
@@ -65,6 +68,26 @@ class Suite:
     def of(self, ability: str) -> list[int]:
         """Indices of the items of one ability."""
         return [i for i, item in enumerate(self.items) if item.ability == ability]
+
+    def content_hash(self) -> str:
+        """A short hash of all that is asked and of what counts as right, the pictures' content excepted."""
+        digest = hashlib.sha256(f"{self.metric} {self.max_new_tokens}".encode())
+        for item in self.items:
+            said = [(turn.role, turn.text) for turn in item.sample.turns]
+            about = [item.sample.id, said, len(item.sample.images), item.ability, item.references, item.choices]
+            digest.update(json.dumps([*about, item.chance]).encode())
+        return digest.hexdigest()[:16]
+
+    def picture_hash(self) -> str:
+        """A short hash of the bytes of all pictures, in the order in which they are shown."""
+        digest = hashlib.sha256()
+        known: dict[str, bytes] = {}
+        for item in self.items:
+            for path in item.sample.images:
+                if path not in known:
+                    known[path] = file_hash(Path(path)).encode() + b";"  # what can't be read is told when it is asked
+                digest.update(known[path])
+        return digest.hexdigest()[:16]
 
 
 def nano_suite(

@@ -1,0 +1,210 @@
+"""Where a verb may write, found out before its work begins; and which files of a folder it wrote itself.
+
+A verb replaces only what it wrote. A folder of reports says so in :data:`LEDGER`: the name of each file, the verb that
+wrote it, and the hash of what it wrote. A file that is not listed, or was changed since, is somebody's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mmmamba.errors import UserError
+
+LEDGER = ".mmmamba.json"
+
+
+def check_folder(out: Path, option: str = "--out", *, read: Iterable[Path] = ()) -> None:
+    """Refuse a folder that can't be made or written, or lies inside a folder that is ``read``.
+
+    Raises:
+        UserError: naming ``out`` and what is wrong with it.
+    """
+    kind = _kind(out, option)
+    if kind not in ("", "a folder"):
+        raise UserError(f"{out}: is {kind}; {option} takes a folder")
+    for source in read:
+        if any(same(place, source) for place in (out, *out.absolute().parents)):
+            raise UserError(f"{out}: lies in {source}, which is read; give another {option}")
+    _check_writable(out)
+
+
+def check_file(
+    out: Path, option: str = "--out", *, read: Iterable[Path] = (), overwrite: bool = False, flag: str = "--overwrite"
+) -> None:
+    """Refuse a file that is there (unless it is to be replaced), can't be written, or is one that is ``read``.
+
+    Raises:
+        UserError: naming ``out`` and what is wrong with it.
+    """
+    kind = _kind(out, option)
+    if kind not in ("", "a file"):
+        raise UserError(f"{out}: is {kind}; {option} takes a file")
+    for source in read:
+        if same(out, source) or (kind and source.is_dir() and _inside(out, source)):
+            where = "is" if same(out, source) else f"lies in {source},"
+            raise UserError(f"{out}: {where} what is read; give another {option}")
+    if kind and not overwrite:
+        also = f", or pass {flag} to replace it" if flag else ""
+        raise UserError(f"{out}: is there already; give another {option}{also}")
+    _check_writable(out.parent)
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether both are one file or folder, by whatever name: a link, a relative path, another case."""
+    try:
+        return os.path.samefile(one, other)
+    except (OSError, ValueError):
+        return False
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    return any(same(parent, folder) for parent in path.resolve().parents)
+
+
+def _kind(path: Path, option: str) -> str:
+    """What is there: '' (nothing), 'a folder', 'a file', or words for what can't be written to."""
+    if "\0" in str(path):
+        raise UserError(f"{option}: a path can't hold a null character")
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return "a link to nothing" if path.is_symlink() else ""
+    except NotADirectoryError:
+        return ""  # what is in the way is named by what asks for a place to write
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFREG: "a file"}
+    return kinds.get(stat.S_IFMT(mode), "a device or a pipe")
+
+
+def _check_writable(folder: Path) -> None:
+    for place in (folder, *folder.absolute().parents):
+        with contextlib.suppress(NotADirectoryError):
+            if place.exists() or place.is_symlink():
+                break
+    if not place.is_dir():
+        raise UserError(f"{folder}: can't be made: {place} is not a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: can't be written: {place} is read-only")
+
+
+class Ledger:
+    """The files in ``folder`` that ``verb`` writes.
+
+    Args:
+        folder: there or not.
+        verb: who writes.
+    """
+
+    def __init__(self, folder: Path, verb: str) -> None:
+        self.folder, self.verb = folder, verb
+        self._path = folder / LEDGER
+        self._entries = _read(self._path)
+
+    def check(
+        self, names: Iterable[str], *, otherwise: str, read: Iterable[Path] = (), overwrite: bool = False
+    ) -> None:
+        """Refuse, before any work, to replace what the verb did not write.
+
+        Args:
+            names: of the files that will be written.
+            otherwise: what a user can do instead.
+            read: files that are read, which are not replaced in any case.
+            overwrite: replace other files of these names.
+
+        Raises:
+            UserError: naming the file.
+        """
+        sources = list(read)
+        for name in names:
+            path = self.folder / name
+            if not os.path.lexists(path):
+                continue
+            if any(same(path, source) for source in sources):
+                raise UserError(f"{path}: is what is read, and would be replaced; {otherwise}")
+            if path.is_symlink() or not path.is_file():
+                raise UserError(f"{path}: is a {'link' if path.is_symlink() else 'folder'}, not a file; {otherwise}")
+            if not overwrite and not self.wrote(name):
+                why = "was changed since" if self._is_listed(name) else "was not written by"
+                raise UserError(f"{path}: {why} mmmamba {self.verb}{' wrote it' * self._is_listed(name)}; {otherwise}")
+
+    def wrote(self, name: str) -> bool:
+        """Whether the file is as this verb left it (a killed process may have left it in any state)."""
+        entry = self._entries.get(name)
+        if entry is None or entry["by"] != self.verb:
+            return False
+        return entry["sha256"] is None or entry["sha256"] == file_hash(self.folder / name)
+
+    def _is_listed(self, name: str) -> bool:
+        return name in self._entries and self._entries[name]["by"] == self.verb
+
+    def write(self, files: Mapping[str, bytes | Callable[[Path], object]], *, keep: Iterable[str] = ()) -> None:
+        """Write the files in this order, and remove those that the verb wrote earlier and does not write now.
+
+        Args:
+            files: name → content, or what writes it to a path.
+            keep: names of earlier ones that stay.
+        """
+        from mmmamba.checkpoints.io import write_atomically  # which stands above the data that uses this
+
+        stale = [
+            name for name in self._entries if name not in files and name not in set(keep) and self._is_listed(name)
+        ]
+        gone = [name for name in stale if self.wrote(name)]
+        # Under way: whatever a killed process leaves under these names is ours.
+        self._entries |= {name: {"by": self.verb, "sha256": None} for name in files}
+        self._save()
+        for name, content in files.items():
+            write = content if callable(content) else _bytes(content)
+            write_atomically(self.folder / name, write)
+            self._entries[name]["sha256"] = file_hash(self.folder / name)
+        for name in stale:
+            if name in gone:
+                (self.folder / name).unlink(missing_ok=True)
+            del self._entries[name]
+        self._save()
+
+    def _save(self) -> None:
+        from mmmamba.checkpoints.io import write_atomically
+
+        text = json.dumps({"written": self._entries}, indent=1, ensure_ascii=False) + "\n"
+        write_atomically(self._path, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _bytes(content: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(content)
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file; '' where there is none or it can't be read. A pipe is not opened: it could wait for ever."""
+    digest = hashlib.sha256()
+    try:
+        if not path.is_file():
+            return ""
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except (OSError, ValueError):
+        return ""
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    """The entries of a ledger; none where it is missing or not one, so that nothing counts as ours."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["written"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {
+        name: entry for name, entry in found.items()
+        if Path(name).name == name and isinstance(entry, dict) and {"by", "sha256"} <= set(entry)
+    }  # fmt: skip
