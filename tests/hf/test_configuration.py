@@ -26,7 +26,7 @@ def test_round_trip_through_a_folder_that_mmmamba_reads_too(tmp_path: Path) -> N
     assert loaded.model_config() == ours
     assert copy.deepcopy(loaded).model_config() == ours
     assert set(json.loads((tmp_path / "config.json").read_text())) == {
-        "model_type", "model", "delta", "tensors", "teacher"
+        "architectures", "model_type", "model", "delta", "tensors", "teacher"
     }  # fmt: skip
 
 

@@ -15,15 +15,17 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mmmamba.hf.cache import StateCache
     from mmmamba.hf.configuration import MMMambaConfig
     from mmmamba.hf.image_processing import MMMambaImageProcessor
-    from mmmamba.hf.modeling import MMMambaForConditionalGeneration, StateCache
+    from mmmamba.hf.modeling import MMMambaForConditionalGeneration, MMMambaModel
     from mmmamba.hf.processing import MMMambaProcessor
 
 __all__ = [
     "MMMambaConfig",
     "MMMambaForConditionalGeneration",
     "MMMambaImageProcessor",
+    "MMMambaModel",
     "MMMambaProcessor",
     "StateCache",
     "register",
@@ -33,8 +35,9 @@ _HOME = {
     "MMMambaConfig": "configuration",
     "MMMambaForConditionalGeneration": "modeling",
     "MMMambaImageProcessor": "image_processing",
+    "MMMambaModel": "modeling",
     "MMMambaProcessor": "processing",
-    "StateCache": "modeling",
+    "StateCache": "cache",
 }
 
 
@@ -52,10 +55,12 @@ def _config(auto: ModuleType) -> None:
 
 def _model(auto: ModuleType) -> None:
     from mmmamba.hf.configuration import MMMambaConfig
-    from mmmamba.hf.modeling import MMMambaForConditionalGeneration
+    from mmmamba.hf.modeling import MMMambaForConditionalGeneration, MMMambaModel
 
-    for kind in (auto.AutoModelForCausalLM, auto.AutoModelForImageTextToText):
-        kind.register(MMMambaConfig, MMMambaForConditionalGeneration)
+    auto.AutoModel.register(MMMambaConfig, MMMambaModel)
+    for kind in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
+        if hasattr(auto, kind):  # the last is not in every version
+            getattr(auto, kind).register(MMMambaConfig, MMMambaForConditionalGeneration)
 
 
 def _image_processor(auto: ModuleType) -> None:

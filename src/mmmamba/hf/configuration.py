@@ -12,6 +12,7 @@ from mmmamba.config import to_dict
 from mmmamba.errors import UserError
 from mmmamba.model.config import ModelConfig
 
+ARCHITECTURE = "MMMambaForConditionalGeneration"
 _NONE = -1  # how our config says that there is no such token
 
 
@@ -90,7 +91,8 @@ class MMMambaConfig(PretrainedConfig):
         self.delta = folder.delta
         self.tensors = folder.tensors
         self.teacher: dict[str, Any] | None = to_dict(folder.teacher)
-        super().__init__(**kwargs)
+        # No code in a folder makes the model; trainers that look for such code, and for a class by name, ask for both.
+        super().__init__(**{"auto_map": {}, "architectures": [ARCHITECTURE]} | kwargs)
 
     @property
     def num_hidden_layers(self) -> int:
@@ -104,4 +106,6 @@ class MMMambaConfig(PretrainedConfig):
         """What ``config.json`` holds: our own layout, which knows no version of transformers."""
         data: dict[str, Any] = super().to_dict()
         data.pop("transformers_version", None)
+        if not data.get("auto_map"):
+            data.pop("auto_map", None)
         return data

@@ -90,7 +90,7 @@ class Model(nn.Module):
             return self._embed_text(input_ids)
         if self.merges_late:
             raise ValueError("with pixel_shuffle_loc 'post' pictures are no input embeddings: give ids and pixels")
-        image = self._image(input_ids)
+        image = self.image(input_ids)
         return self._with_pictures(self._embed_text(input_ids), image, pixel_values, spare_tiles=spare_tiles)
 
     def _with_pictures(self, x: Tensor, image: Tensor, pixel_values: Tensor, *, spare_tiles: bool = False) -> Tensor:
@@ -110,7 +110,8 @@ class Model(nn.Module):
         """Whether patches become image tokens behind the embedding stack (``pixel_shuffle_loc: post``)."""
         return self.vision is not None and self.vision.config.pixel_shuffle_loc == "post"
 
-    def _image(self, input_ids: Tensor) -> Tensor:
+    def image(self, input_ids: Tensor) -> Tensor:
+        """Which ids (b, l) are <IMG_CONTEXT>, (b, l) bool."""
         return input_ids == self.config.img_context_token_id
 
     def image_positions(self, inputs_embeds: Tensor) -> Tensor:
@@ -173,7 +174,7 @@ class Model(nn.Module):
             if input_ids is None:
                 raise ValueError("forward needs input_ids or inputs_embeds")
             if self.merges_late and pixel_values is not None:
-                image, inputs_embeds = self._image(input_ids), self._embed_text(input_ids)
+                image, inputs_embeds = self.image(input_ids), self._embed_text(input_ids)
             else:
                 inputs_embeds = self.embed(input_ids, pixel_values)
         elif pixel_values is not None and self.vision is not None:

@@ -38,6 +38,11 @@ class VisionEmbedding(nn.Module):
             else None
         )
 
+    def unused(self) -> list[nn.Parameter]:
+        """What the checkpoints hold and no pass reads."""
+        projection = self.proj.parameters() if self.proj is not None and self.config.pixel_shuffle_loc == "none" else ()
+        return [self.class_embedding, *projection]
+
     def positions(self, rows: int, columns: int) -> Tensor:
         """The position table (1, rows·columns, d), bicubically resized when the grid is not its own."""
         table, side = self.position_embedding[:, 1:], self.config.patches_per_side
@@ -56,7 +61,10 @@ class VisionEmbedding(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(tiles, 3, H, W) normalised → what stands for the tiles at the network's entrance, (tiles, tokens, d)."""
-        x = self.patches(pixel_values)
+        return self.tokens(self.patches(pixel_values))
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """Patches (tiles, rows, columns, d) → what stands for them at the network's entrance, (tiles, tokens, d)."""
         return self.merge(x) if self.config.pixel_shuffle_loc == "pre" else x.flatten(1, 2)
 
     def merge(self, x: Tensor) -> Tensor:

@@ -1,0 +1,74 @@
+"""The attention weights of a teacher's layers, for callers who want to look at them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmmamba.errors import UserError
+from mmmamba.model.attention import Attention
+from mmmamba.model.model import Model
+from mmmamba.model.rope import Rotation
+from mmmamba.model.state import KVState, State
+from mmmamba.ops import rotate
+
+
+class AttentionWeights:
+    """An observer of a pass that works out each layer's weights, next to the kernels, which never make them.
+
+    Args:
+        mask: (b, l), non-zero for real tokens; None for all.
+        state: what the pass goes on from.
+
+    Attributes:
+        layers: per layer (b, h, l, past + l), zero in rows of padding.
+
+    Raises:
+        UserError: of a model with a layer that has no attention, and of padded rows that go on from a cache, whose
+            columns are no longer those of the caller.
+    """
+
+    def __init__(self, network: Model, mask: Tensor | None, state: State | None) -> None:
+        for i in range(network.config.num_layers):
+            if not isinstance(network.mixer(i), Attention):
+                raise UserError(
+                    f"output_attentions: layer {i} is a state space layer, which attends to a state and not to "
+                    "tokens: it has no attention weights"
+                )
+        self.network, self.state = network, state
+        self.mask = None if mask is None or bool((mask != 0).all()) else mask != 0
+        if state is not None:
+            caches = [layer for layer in state.layers if isinstance(layer, KVState)]
+            if self.mask is not None or not all(bool(cache.filled.all()) for cache in caches):
+                raise UserError("output_attentions: padded rows that go on from a cache have no columns to show")
+        self.layers: list[Tensor] = []
+
+    def __call__(self, index: int, u: Tensor, heads: Tensor, rotation: Rotation) -> None:
+        """Take in layer ``index``: the mixer's input u (b, l, d), or (1, n, d) where padding is left out."""
+        mixer = self.network.mixer(index)
+        assert isinstance(mixer, Attention)
+        q, k = (
+            rotate(project(u).unflatten(-1, (-1, mixer.head_dim)), rotation.cos, rotation.sin)
+            for project in (mixer.q_proj, mixer.k_proj)
+        )
+        if self.mask is not None:
+            q, k = self._repad(q), self._repad(k)
+        if self.state is not None:
+            past = self.state.layers[index]
+            assert isinstance(past, KVState)
+            k = torch.cat([past.k.to(k.dtype), k], 1)
+        k = k.repeat_interleave(mixer.heads_count // mixer.groups, 2)
+        scores = torch.einsum("blhp,bmhp->bhlm", q, k) * mixer.head_dim**-0.5
+        new, seen = scores.shape[-2:]
+        hidden = torch.ones(new, seen, dtype=torch.bool, device=u.device).triu(seen - new + 1)
+        if self.mask is not None:
+            hidden = hidden | ~self.mask[:, None, None, :]
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1, dtype=torch.float32).to(q.dtype)
+        self.layers.append(weights if self.mask is None else weights.nan_to_num() * self.mask[:, None, :, None])
+
+    def _repad(self, x: Tensor) -> Tensor:
+        """(1, n, h, p) → (b, l, h, p), zeros at the padding."""
+        assert self.mask is not None
+        out = x.new_zeros(*self.mask.shape, *x.shape[2:])
+        out[self.mask] = x[0]
+        return out
