@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -18,15 +19,16 @@ def check_file(path: str | Path, what: str = "file", prefix: str = "") -> int:
     Args:
         path: the file; links are followed.
         what: what it should be ("data file"), for the message.
-        prefix: opens the message.
+        prefix: opens the message, which then ends with the path; it begins with the path otherwise.
 
     Raises:
         UserError: nothing is there, or it is a folder, a pipe, a device or a socket, or no file can have this name.
     """
     try:
-        return _size(os.stat(path), path, what, prefix)
+        found = os.stat(path)
     except (OSError, ValueError) as error:  # ValueError: a NUL byte or half of a surrogate pair in the name
-        raise UserError(f"{prefix}{_complaint(path, what, error)}") from error
+        raise _error(path, prefix, _reason(what, error)) from error
+    return _size(found, path, what, prefix)
 
 
 def open_file(path: str | Path, what: str = "file", prefix: str = "") -> BinaryIO:
@@ -40,7 +42,7 @@ def open_file(path: str | Path, what: str = "file", prefix: str = "") -> BinaryI
         # Should a pipe take the file's place just now, opening it does not wait.
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except (OSError, ValueError) as error:
-        raise UserError(f"{prefix}{_complaint(path, what, error)}") from error
+        raise _error(path, prefix, _reason(what, error)) from error
     try:
         _size(os.fstat(handle), path, what, prefix)
         return os.fdopen(handle, "rb")
@@ -59,16 +61,16 @@ def read_bytes(path: str | Path, limit: int, what: str = "file", prefix: str = "
     """
     size = check_file(path, what, prefix)
     if size > limit:
-        raise UserError(f"{prefix}{path}: has {size:,} bytes; a {what} may have {limit:,}")
+        raise _error(path, prefix, f"has {size:,} bytes; a {what} may have {limit:,}")
     if size == 0:
         return b""
     with open_file(path, what, prefix) as file:
         try:
             content = file.read(limit + 1)
         except OSError as error:
-            raise UserError(f"{prefix}{path}: {error.strerror or error}") from error
+            raise _error(path, prefix, _reason(what, error)) from error
     if len(content) > limit:
-        raise UserError(f"{prefix}{path}: has more than the {limit:,} bytes that a {what} may have")
+        raise _error(path, prefix, f"has more than the {limit:,} bytes that a {what} may have")
     return content
 
 
@@ -83,7 +85,7 @@ def read_text(path: str | Path, limit: int, what: str = "file", prefix: str = ""
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         hint = " (UTF-16?)" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-        raise UserError(f"{prefix}{path}: not UTF-8 text (byte {error.start}){hint}") from error
+        raise _error(path, prefix, f"not UTF-8 text (byte {error.start}){hint}") from error
 
 
 def _size(found: os.stat_result, path: str | Path, what: str, prefix: str) -> int:
@@ -91,11 +93,15 @@ def _size(found: os.stat_result, path: str | Path, what: str, prefix: str) -> in
         return found.st_size
     kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket"}
     kind = next((name for test, name in kinds.items() if test(found.st_mode)), "a device")
-    raise UserError(f"{prefix}{path}: is {kind}, not a {what}")
+    raise _error(path, prefix, f"is {kind}, not a {what}")
 
 
-def _complaint(path: str | Path, what: str, error: OSError | ValueError) -> str:
+def _reason(what: str, error: OSError | ValueError) -> str:
+    if not isinstance(error, OSError) or error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+        return f"no such {what}"
+    return error.strerror or str(error)
+
+
+def _error(path: str | Path, prefix: str, reason: str) -> UserError:
     shown = str(path) if len(str(path)) <= SHOWN else f"{str(path)[:SHOWN]}..."
-    if isinstance(error, (FileNotFoundError, NotADirectoryError, ValueError)):
-        return f"{shown}: no such {what}"
-    return f"{shown}: {error.strerror or error}"
+    return UserError(f"{prefix}{reason}: {shown}" if prefix else f"{shown}: {reason}")

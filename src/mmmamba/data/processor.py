@@ -14,7 +14,7 @@ import numpy as np
 import tokenizers
 from PIL import Image
 
-from mmmamba.data.images import load_image, to_rgb
+from mmmamba.data.images import load_image, upright_rgb
 from mmmamba.data.patches import PATCH, PATCH_END, fitted_size, patch_marks, patch_rows
 from mmmamba.data.pictures import Picture, PictureFile, Tiles, Unread
 from mmmamba.data.samples import GPT, HUMAN, BadSample, NothingScored, Sample, Turn
@@ -272,7 +272,8 @@ class Processor:
                 found.append(image)
                 grids.append(self._grid(vision, most, image))
             else:
-                tiles = cut(to_rgb(image) if isinstance(image, Image.Image) else load_image(image, where), None)
+                opened = upright_rgb(image, where) if isinstance(image, Image.Image) else load_image(image, where)
+                tiles = cut(opened, None)
                 found.append(tiles)
                 grids.append(tiles.shape[:-3])
         return Tiles(found, grids, cut, (side, side, 3), where)

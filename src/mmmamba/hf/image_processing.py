@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,13 +11,14 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
-from transformers.image_transforms import to_pil_image
-from transformers.image_utils import load_image as fetch_image
 
-from mmmamba.data.images import load_image, to_rgb
+from mmmamba.data.images import MAX_BYTES, decode_image, decode_text, from_array, load_image, upright_rgb
 from mmmamba.data.patches import patch_rows
 from mmmamba.data.tiling import IMAGENET_MEAN, IMAGENET_STD, normalise, tile
 from mmmamba.errors import UserError
+
+MAX_DOWNLOAD, MAX_SECONDS = 100 << 20, 60  # of a picture that a URL names
+_WHERE = "images"
 
 
 class MMMambaImageProcessor(BaseImageProcessor):
@@ -58,7 +61,7 @@ class MMMambaImageProcessor(BaseImageProcessor):
             raise UserError(f"image_mean and image_std must be {IMAGENET_MEAN} and {IMAGENET_STD}")
 
     def tiles(self, image: Any, max_tiles: int | None = None) -> np.ndarray:
-        """One picture (Pillow's, an array, a path, a URL or base64 text) as uint8 (t, H, W, 3).
+        """One picture (whatever :func:`open_image` takes) as uint8 (t, H, W, 3).
 
         With ``max_side`` it is (rows, columns, H, W, 3).
         """
@@ -75,6 +78,12 @@ class MMMambaImageProcessor(BaseImageProcessor):
         if not self.dynamic_image_size:
             least = most = 1
         return tile(open_image(image), self.image_size, most, min(least, most), self.use_thumbnail)
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Pictures in place of paths and URLs, in lists as they were given: transformers' own way has no bounds."""
+        if isinstance(image_url_or_urls, (list, tuple)):
+            return [self.fetch_images(image) for image in image_url_or_urls]
+        return open_image(image_url_or_urls)
 
     def preprocess(
         self, images: Any, return_tensors: str | None = None, max_tiles: int | None = None, **kwargs: Any
@@ -98,15 +107,52 @@ def in_order(tiles: np.ndarray) -> np.ndarray:
 
 
 def open_image(image: Any) -> Image.Image:
-    """An RGB picture. A file is checked for its size before it is decoded."""
+    """An RGB picture: Pillow's, an array or tensor, a file's bytes, a path, a URL or a data URL.
+
+    All ways give the same pixels, and all are checked for format and size before they are decoded.
+
+    Raises:
+        UserError: naming what is wrong with it.
+    """
     if isinstance(image, Image.Image):
-        return to_rgb(image)
-    if isinstance(image, (np.ndarray, torch.Tensor)):
-        return to_rgb(to_pil_image(image))
+        return upright_rgb(image, _WHERE)
+    if isinstance(image, torch.Tensor):
+        plain = image.detach().cpu()
+        plain = plain.float() if plain.is_floating_point() else plain
+        return from_array(plain.numpy(), _WHERE, channels_first=True)
+    if isinstance(image, np.ndarray):
+        return from_array(image, _WHERE)
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return decode_image(bytes(image), _WHERE)
+    if hasattr(image, "read"):
+        return decode_image(image.read(MAX_BYTES + 1), _WHERE)
+    if not isinstance(image, (str, os.PathLike)):
+        kind = type(image).__name__
+        raise UserError(f"{_WHERE}: a picture may be Pillow's, an array, bytes, a path or a URL, not {kind}")
     text = str(image)
-    if text.startswith(("http://", "https://", "data:image/")):
-        return to_rgb(fetch_image(text))
-    return load_image(text, "images")
+    if text.startswith("data:"):
+        return decode_text(text, _WHERE)
+    if text.startswith(("http://", "https://")):
+        return decode_image(_fetched(text), _WHERE, text)
+    return load_image(text, _WHERE)
+
+
+def _fetched(url: str) -> bytes:
+    """What a URL answers with, at most :data:`MAX_DOWNLOAD` bytes in :data:`MAX_SECONDS`."""
+    import httpx  # transformers brings it
+
+    parts, size, began = [], 0, time.monotonic()
+    try:
+        with httpx.stream("GET", url, follow_redirects=True, timeout=10) as response:
+            response.raise_for_status()
+            for part in response.iter_bytes():
+                parts.append(part)
+                size += len(part)
+                if size > MAX_DOWNLOAD or time.monotonic() - began > MAX_SECONDS:
+                    raise UserError(f"{url}: not read: more than {MAX_DOWNLOAD:,} bytes, or {MAX_SECONDS} seconds")
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise UserError(f"{url}: not read: {error}") from error
+    return b"".join(parts)
 
 
 def flat(images: Any) -> list[Any]:
