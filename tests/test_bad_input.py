@@ -121,7 +121,7 @@ SPOILT: dict[str, tuple[Callable[[Setup], None], str]] = {
         change_picture(lambda path: path.write_bytes(png_header(50_000, 50_000))),
         "larger than 20,000 pixels a side or 64 megapixels",
     ),
-    "no picture": (change_picture(lambda path: path.write_text("hello")), "'image': not a picture that can be read: "),
+    "no picture": (change_picture(lambda path: path.write_text("hello")), "not a picture of a kind that is read"),
     "more marks": (
         change_line(lambda r: r["conversations"][0].update({"value": "<image><image> ?"})),
         "'conversations' has 2 <image> marks for 1 images",

@@ -25,7 +25,7 @@ def special(tmp_path: Path) -> dict[str, Path]:
 def test_what_is_no_regular_file_is_refused_and_not_opened(tmp_path: Path) -> None:
     for kind, path in special(tmp_path).items():
         for read in (check_file, open_file, lambda p: read_bytes(p, 10), load_yaml):
-            with pytest.raises(UserError, match=f"is {kind}, not a"):
+            with pytest.raises(UserError, match=f"is {kind}, not a file"):
                 read(path)
     with pytest.raises(UserError, match="link: is a pipe"):
         check_file(tmp_path / "link")

@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 from mmmamba.errors import UserError
 
+_READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 SHOWN = 300  # characters of a name in a message: a picture given as text may be megabytes long
 
 
@@ -18,7 +19,7 @@ def check_file(path: str | Path, what: str = "file", prefix: str = "") -> int:
 
     Args:
         path: the file; links are followed.
-        what: what it should be ("data file"), for the message.
+        what: what it should be ("data file"), for messages.
         prefix: opens the message, which then ends with the path; it begins with the path otherwise.
 
     Raises:
@@ -28,7 +29,7 @@ def check_file(path: str | Path, what: str = "file", prefix: str = "") -> int:
         found = os.stat(path)
     except (OSError, ValueError) as error:  # ValueError: a NUL byte or half of a surrogate pair in the name
         raise _error(path, prefix, _reason(what, error)) from error
-    return _size(found, path, what, prefix)
+    return _size(found, path, prefix)
 
 
 def open_file(path: str | Path, what: str = "file", prefix: str = "") -> BinaryIO:
@@ -40,11 +41,11 @@ def open_file(path: str | Path, what: str = "file", prefix: str = "") -> BinaryI
     check_file(path, what, prefix)
     try:
         # Should a pipe take the file's place just now, opening it does not wait.
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        handle = os.open(path, _READ)
     except (OSError, ValueError) as error:
         raise _error(path, prefix, _reason(what, error)) from error
     try:
-        _size(os.fstat(handle), path, what, prefix)
+        _size(os.fstat(handle), path, prefix)
         return os.fdopen(handle, "rb")
     except BaseException:
         os.close(handle)
@@ -88,12 +89,39 @@ def read_text(path: str | Path, limit: int, what: str = "file", prefix: str = ""
         raise _error(path, prefix, f"not UTF-8 text (byte {error.start}){hint}") from error
 
 
-def _size(found: os.stat_result, path: str | Path, what: str, prefix: str) -> int:
+def stamp_of(found: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file is written to, or another takes its place: device, number, bytes, time of change."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def read_part(path: str | Path, start: int, length: int, stamp: tuple[int, ...], what: str = "file") -> bytes:
+    """``length`` bytes from ``start`` on of a file that was opened before and had this stamp then.
+
+    Raises:
+        UserError: it is gone, cannot be read, or has another stamp now.
+    """
+    try:
+        handle = os.open(path, _READ)
+        try:
+            content = b""
+            if stamp_of(os.fstat(handle)) == stamp:
+                os.lseek(handle, start, os.SEEK_SET)
+                content = os.read(handle, length)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise _error(path, "", f"{_reason(what, error)} (it was there before)") from error
+    if len(content) != length:
+        raise _error(path, "", "changed, or was replaced by another file, while it was in use")
+    return content
+
+
+def _size(found: os.stat_result, path: str | Path, prefix: str) -> int:
     if stat.S_ISREG(found.st_mode):
         return found.st_size
     kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket"}
     kind = next((name for test, name in kinds.items() if test(found.st_mode)), "a device")
-    raise _error(path, prefix, f"is {kind}, not a {what}")
+    raise _error(path, prefix, f"is {kind}, not a file")
 
 
 def _reason(what: str, error: OSError | ValueError) -> str:

@@ -64,7 +64,7 @@ def mixed(tmp_path: Path) -> Path:
 REASONS = {
     6: "'image': damaged or unsupported picture",
     7: "'image': empty file (zero bytes)",
-    8: "'image': not a picture that can be read",
+    8: "'image': not a picture of a kind that is read",
     9: "'image': no such file",
     10: "not JSON: ",
     11: "the line must be a JSON object, got a list",

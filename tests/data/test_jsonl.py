@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from mmmamba.data.jsonl import JsonlDataset
+from mmmamba.data.jsonl import MAX_LINE, JsonlDataset
 from mmmamba.data.samples import BadSample, Turn
 from mmmamba.errors import UserError
 
@@ -55,8 +57,9 @@ def test_lines_are_found_without_reading_the_file_whole(tmp_path):
     assert [data[0].id, data[-1].where] == ["é", f"{path}:4"]
     with pytest.raises(IndexError):
         data[2]
+    last = data[1].turns
     path.write_bytes(path.read_bytes()[:-1])  # no newline at the end
-    assert JsonlDataset(path)[1].turns == data[1].turns
+    assert JsonlDataset(path)[1].turns == last
 
 
 def test_pickles_and_iterates(tmp_path):
@@ -82,7 +85,18 @@ BAD = {
     "empty object": (b"{}", "'conversations' is missing"),
     "not UTF-8": (b'{"id": "\xff"}', "not UTF-8"),
     "very deep": (b"[" * 100_000, "not usable JSON|not JSON"),
-    "very long number": (b'{"id": ' + b"9" * 5000 + b"}", "not JSON"),
+    "very long number": (b'{"id": ' + b"9" * 5000 + b"}", "a number of 5000 digits"),
+    "key twice": (b'{"image": "0.png", "image": "1.png"}', "the key 'image' stands twice"),
+    "key twice inside": (
+        b'{"conversations": [{"from": "human", "value": "a", "value": "b"}]}',
+        "the key 'value' stands",
+    ),
+    "NaN": (b'{"id": NaN}', "NaN is no number of JSON"),
+    "infinity": (b'{"score": -Infinity}', "-Infinity is no number"),
+    "too large": (b'{"score": 1e999}', "1e999 is too large"),
+    "deep": (b'{"a": ' + b"[" * 200 + b"]" * 200 + b"}", "nested too deeply"),
+    "too long": (b'{"id": "' + b"x" * MAX_LINE + b'"}', "the line has 8,388,619 bytes, may have 8,388,608"),
+    "zero byte": (b'{"id": "\0"}', "not JSON"),
     "list": ([1], "must be a JSON object, got a list"),
     "string": ("text", "must be a JSON object, got a string"),
     "null": (None, "must be a JSON object, got null"),
@@ -105,7 +119,7 @@ BAD = {
     "value is a number": (turns(("human", 5)), r"\[0\]\.value' must be a string, got a number"),
     "value is null": (turns(("human", "a"), ("gpt", None)), r"\[1\]\.value' must be a string, got null"),
     "value is a list": (turns(("human", [])), r"\[0\]\.value' must be a string, got a list"),
-    "lone surrogate": (turns(("human", "\ud800")), r"\[0\]\.value' holds a lone surrogate"),
+    "lone surrogate": (turns(("human", "\ud800")), "half a character"),
     "image is a number": ({**GOOD, "image": 5}, "'image' must be a path or a list of paths, got a number"),
     "image is an object": ({**GOOD, "image": {}}, "'image' must be a path or a list of paths, got an object"),
     "image is true": ({**GOOD, "image": True}, "'image' must be a path or a list of paths, got true/false"),
@@ -125,3 +139,72 @@ def test_bad_records_are_named(tmp_path, line, reason):
     assert str(caught.value).startswith(f"{path}:2: ")
     assert "\n" not in str(caught.value)
     assert data[2].turns == data[0].turns  # its neighbours are unharmed
+
+
+def test_float_ids_are_taken(tmp_path):
+    data = JsonlDataset(write(tmp_path, {"id": 17.0, **GOOD}, {"id": 0.5, **GOOD}))
+    assert [data[0].id, data[1].id, data[0].named] == ["17.0", "0.5", True]
+
+
+def test_windows_line_ends_and_marks(tmp_path):
+    path = tmp_path / "file.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join([json.dumps(GOOD).encode()] * 2) + b"\r\n\r\n")
+    assert [sample.turns for sample in JsonlDataset(path)] == [JsonlDataset(path)[1].turns] * 2
+    path.write_bytes(json.dumps(GOOD).encode("utf-16"))
+    with pytest.raises(UserError, match="is UTF-16 text, must be UTF-8"):
+        JsonlDataset(path)
+
+
+def test_what_is_no_regular_file_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path, kind in ((tmp_path / "pipe", "pipe"), ("/dev/zero", "device")):
+        with pytest.raises(UserError, match=f"is a {kind}, not a file"):
+            JsonlDataset(path)
+
+
+def test_a_very_long_line_is_passed_over_in_little_memory(tmp_path):
+    path = tmp_path / "file.jsonl"
+    with open(path, "wb") as file:
+        file.write(json.dumps(GOOD).encode() + b"\n")
+        file.truncate(200 << 20)  # zero bytes, on no disk
+    with open(path, "ab") as file:
+        file.write(b"\n" + json.dumps(GOOD).encode())
+    tracemalloc.start()
+    data = JsonlDataset(path)
+    assert tracemalloc.get_traced_memory()[1] < 40 << 20
+    tracemalloc.stop()
+    assert len(data) == 3 and data[0].turns == data[2].turns
+    with pytest.raises(BadSample, match=r"file\.jsonl:2: the line has"):
+        data[1]
+
+
+def change_in_place(path):
+    path.write_bytes(path.read_bytes().replace(b"Hello", b"Hullo"))
+    os.utime(path, ns=(1, 1))
+
+
+def replace(path):
+    path.with_name("new").write_bytes(path.read_bytes())
+    path.with_name("new").replace(path)
+
+
+CHANGES = {
+    "gone": (lambda path: path.unlink(), r"no such data file \(it was there before\)"),
+    "shorter": (lambda path: path.write_bytes(path.read_bytes()[:10]), "changed, or was replaced"),
+    "longer": (lambda path: path.write_bytes(b"\n" + path.read_bytes()), "changed, or was replaced"),
+    "other": (change_in_place, "changed, or was replaced"),
+    "replaced": (replace, "changed, or was replaced"),
+    "a pipe now": (lambda path: (path.unlink(), os.mkfifo(path)), "changed, or was replaced"),
+}
+
+
+@pytest.mark.parametrize("change, reason", CHANGES.values(), ids=CHANGES.keys())
+def test_a_file_that_changes_while_it_is_in_use(tmp_path, change, reason):
+    path = write(tmp_path, GOOD, GOOD)
+    data = JsonlDataset(path)
+    assert data[1].turns
+    change(path)
+    with pytest.raises(UserError, match=reason) as caught:
+        data[1]
+    assert str(caught.value).startswith(f"{path}: ")
+    assert not isinstance(caught.value, BadSample)  # which a run may be told to skip

@@ -23,6 +23,7 @@ from mmmamba.data.processor import Encoded, Processor
 from mmmamba.data.samples import BadSample
 from mmmamba.data.template import JinjaTemplate
 from mmmamba.errors import UserError
+from mmmamba.files import open_file
 from mmmamba.progress import Progress
 
 #: Raised whenever what is stored, or how samples are encoded, changes: an older cache is then made anew.
@@ -170,7 +171,7 @@ def fingerprint(source: EncodedSource) -> str:
     digest.update(source.processor.tokenizer.identity.encode())
     if isinstance(source.processor.template, JinjaTemplate):  # the others are code, which _VERSION covers
         digest.update(source.processor.template.definition.encode())
-    with open(source.dataset.path, "rb") as file:
+    with open_file(source.dataset.path, "data file") as file:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()

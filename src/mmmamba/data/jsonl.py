@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from array import array
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,13 @@ import numpy as np
 
 from mmmamba.data.samples import GPT, HUMAN, ROLES, SYSTEM, BadSample, Sample, Turn
 from mmmamba.errors import UserError
+from mmmamba.files import check_file, open_file, read_part, stamp_of
+from mmmamba.jsonfile import parse_json
 
+#: Bytes of a line: about two million tokens of English.
+MAX_LINE = 8 << 20
+
+_WHAT = "data file"
 _KNOWN_KEYS = ("id", "image", "video", "conversations")
 
 
@@ -28,13 +34,12 @@ class JsonlDataset:
 
     def __init__(self, path: str | Path, image_root: str | Path | None = None) -> None:
         self.path = Path(path)
-        if not self.path.is_file():
-            raise UserError(f"{path}: no such data file" if not self.path.exists() else f"{path}: not a file")
+        check_file(self.path, _WHAT)
         self.image_root = Path(image_root if image_root is not None else self.path.parent).absolute()
         if image_root is not None and not self.image_root.is_dir():
             raise UserError(f"{image_root}: no such image folder")
         #: (n,) byte offset, byte length and 1-based line number of each record.
-        self._starts, self._lengths, self._lines = _index(self.path)
+        self._starts, self._lengths, self._lines, self._stamp = _index(self.path)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -46,23 +51,38 @@ class JsonlDataset:
     def __getitem__(self, index: int) -> Sample:
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.path}: record {index} of {len(self)}")
-        with open(self.path, "rb") as file:
-            file.seek(int(self._starts[index]))
-            line = file.read(int(self._lengths[index]))
+        start, length = int(self._starts[index]), int(self._lengths[index])
+        if length > MAX_LINE:
+            raise BadSample(f"{self.where(index)}: the line has {length:,} bytes, may have {MAX_LINE:,}")
+        line = read_part(self.path, start, length, self._stamp, _WHAT)
         return parse(line, where=self.where(index), image_root=self.image_root)
 
 
-def _index(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _index(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, ...]]:
+    """Start, length and number of each line that is not blank, and the stamp of the file they are of."""
     starts, lengths, lines = array("q"), array("q"), array("q")
-    offset = 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.isspace():
-                starts.append(offset)
-                lengths.append(len(line))
-                lines.append(number)
-            offset += len(line)
-    return tuple(np.array(column, dtype=np.int64) for column in (starts, lengths, lines))  # type: ignore[return-value]
+    offset = number = 0
+    with open_file(path, _WHAT) as file:
+        stamp = stamp_of(os.fstat(file.fileno()))
+        try:
+            # A file that says it is empty is not read: among the system's own are some that never end.
+            while stamp[2] and (line := file.readline(MAX_LINE + 1)):
+                length, blank = len(line), line.isspace()
+                while len(line) > MAX_LINE and not line.endswith(b"\n"):  # too long a line is passed over in pieces
+                    line = file.readline(MAX_LINE + 1)
+                    length, blank = length + len(line), blank and (not line or line.isspace())
+                number += 1
+                if number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                    raise UserError(f"{path}: is UTF-16 text, must be UTF-8")
+                if not blank:
+                    starts.append(offset)
+                    lengths.append(length)
+                    lines.append(number)
+                offset += length
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror or error}") from error
+    begins, sizes, numbers = (np.array(column, dtype=np.int64) for column in (starts, lengths, lines))
+    return begins, sizes, numbers, stamp
 
 
 def parse(line: bytes, *, where: str, image_root: Path) -> Sample:
@@ -81,14 +101,7 @@ def parse(line: bytes, *, where: str, image_root: Path) -> Sample:
 
 
 def _load_object(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise BadSample(f"{where}: not UTF-8 text (byte {error.start} of the line)") from error
-    except RecursionError as error:
-        raise BadSample(f"{where}: not usable JSON: nested too deeply") from error
-    except ValueError as error:
-        raise BadSample(f"{where}: not JSON: {error}") from error
+    record = parse_json(line, where, error=BadSample)
     if not isinstance(record, dict):
         raise BadSample(f"{where}: the line must be a JSON object, got {_kind(record)}")
     return record
@@ -98,7 +111,7 @@ def _identity(record: dict[str, Any], where: str) -> str:
     value = record.get("id")
     if value is None:
         return where.rpartition(":")[2]
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise BadSample(f"{where}: 'id' must be a string or a number, got {_kind(value)}")
     return encodable(str(value), where, "id")
 

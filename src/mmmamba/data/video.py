@@ -17,6 +17,7 @@ from PIL import Image
 from mmmamba.data.images import MAX_PIXELS, MAX_SIDE
 from mmmamba.data.samples import IMAGE_MARK
 from mmmamba.errors import UserError
+from mmmamba.files import check_file, open_file
 
 # From the frame as it is stored to upright: PyAV gives the quarter turn, counter-clockwise, that shows it so.
 _TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
@@ -98,15 +99,13 @@ def _decoded(path: Path) -> Iterator[tuple[Fraction, Any]]:
     """(time in seconds, PyAV frame) of a video in the order of showing; a few frames are in memory at once."""
     if importlib.util.find_spec("av") is None:
         raise UserError(f"{path}: reading a video needs PyAV: pip install 'mmmamba[video]' (or pip install av)")
-    if not path.is_file():
-        raise UserError(f"{path}: {'is a folder, not a video' if path.is_dir() else 'no such file'}")
-    if path.stat().st_size == 0:
+    if check_file(path) == 0:
         raise UserError(f"{path}: the video is an empty file (zero bytes)")
     av = importlib.import_module("av")
     with contextlib.ExitStack() as opened:
         try:
             # A stream, not a name, and no protocol: a playlist must not make us open other files or the network.
-            stream = opened.enter_context(path.open("rb"))
+            stream = opened.enter_context(open_file(path))
             container = opened.enter_context(av.open(stream, options={"protocol_whitelist": "none"}))
             if not container.streams.video:
                 raise UserError(f"{path}: has no video stream")

@@ -18,6 +18,7 @@ from mmmamba.device import cores
 from mmmamba.distill import processes
 from mmmamba.distill.recipe import DataConfig, TrainConfig
 from mmmamba.errors import UserError
+from mmmamba.files import open_file
 
 
 class Feed:
@@ -130,7 +131,7 @@ def prepare_root(config: DataConfig) -> Path:
 
 def _hash(path: Path) -> str:
     """The start of a file's SHA-256."""
-    with path.open("rb") as file:
+    with open_file(path, "data file") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)

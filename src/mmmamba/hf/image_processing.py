@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import time
+import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
@@ -139,18 +141,16 @@ def open_image(image: Any) -> Image.Image:
 
 def _fetched(url: str) -> bytes:
     """What a URL answers with, at most :data:`MAX_DOWNLOAD` bytes in :data:`MAX_SECONDS`."""
-    import httpx  # transformers brings it
-
     parts, size, began = [], 0, time.monotonic()
     try:
-        with httpx.stream("GET", url, follow_redirects=True, timeout=10) as response:
-            response.raise_for_status()
-            for part in response.iter_bytes():
+        request = urllib.request.Request(url, headers={"User-Agent": "mmmamba"})
+        with urllib.request.urlopen(request, timeout=10) as response:
+            while part := response.read(1 << 16):
                 parts.append(part)
                 size += len(part)
                 if size > MAX_DOWNLOAD or time.monotonic() - began > MAX_SECONDS:
-                    raise UserError(f"{url}: not read: more than {MAX_DOWNLOAD:,} bytes, or {MAX_SECONDS} seconds")
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+                    raise UserError(f"{url}: not read: over {MAX_DOWNLOAD:,} bytes, or {MAX_SECONDS} seconds")
+    except (OSError, http.client.HTTPException, UnicodeError) as error:
         raise UserError(f"{url}: not read: {error}") from error
     return b"".join(parts)
 

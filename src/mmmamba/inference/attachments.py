@@ -10,6 +10,9 @@ from mmmamba.data.pictures import PictureFile, Unread
 from mmmamba.data.samples import IMAGE_MARK
 from mmmamba.data.video import Frame, check_choice, choose_frames, frame_marks
 from mmmamba.errors import UserError
+from mmmamba.files import read_bytes
+
+MAX_TEXT = 64 << 20  # bytes of a text file
 
 
 @dataclass(kw_only=True)
@@ -69,12 +72,9 @@ def read_text(path: Path) -> str:
         UserError: naming ``path``: missing, empty, not UTF-8 (with the offset of the byte), or holding the mark that
             stands for a picture (with the line).
     """
-    if not path.is_file():
-        raise UserError(f"{path}: {'is a folder, not a text file' if path.is_dir() else 'no such file'}")
+    content = read_bytes(path, MAX_TEXT)
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from error
+        text = content.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise UserError(f"{path}: not UTF-8 text: byte 0x{byte:02x} at offset {error.start}") from error
