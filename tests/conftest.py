@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,11 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
-from safetensors.torch import load_file
 
 if not torch.cuda.is_available():  # Triton reads it once, when the first module that uses it is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
+import goldens
 from mmmamba.model import MixerConfig, Model, initialise
 from tiny import SPECIALS, WORDS, make_config
 
@@ -23,15 +22,13 @@ hypothesis.settings.register_profile("fixed", derandomize=True)
 hypothesis.settings.register_profile("random", derandomize=False)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
-GOLDEN = Path(__file__).parent / "golden"
-
 
 @pytest.fixture(scope="session")
 def golden():
     """``golden(name)`` → (tensors, json) of one golden file."""
 
     def read(name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        return load_file(GOLDEN / f"{name}.safetensors"), json.loads((GOLDEN / f"{name}.json").read_text())
+        return goldens.tensors(name), goldens.about(name)
 
     return read
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import goldens
 from mmmamba.data import images
 from mmmamba.data.images import load_image
 from mmmamba.data.samples import BadSample
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-PHOTO = GOLDEN / "images/01_640x480_grad.png"
+PHOTO = goldens.picture("01_640x480_grad.png")
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
 
@@ -63,10 +63,10 @@ def test_jpeg(tmp_path):
 def test_transparent_pixels_keep_their_colour(tmp_path):
     """As in the published data path; the golden RGBA picture has partly transparent pixels."""
     assert corner(save(Image.new("RGBA", (2, 2), (10, 20, 30, 0)), tmp_path / "a.png")) == (10, 20, 30)
-    golden = Image.open(GOLDEN / "images/10_300x300_rgba.png")
+    golden = Image.open(goldens.picture("10_300x300_rgba.png"))
     assert golden.mode == "RGBA"
     np.testing.assert_array_equal(
-        np.asarray(load_image(GOLDEN / "images/10_300x300_rgba.png", "x:1")), np.asarray(golden)[..., :3]
+        np.asarray(load_image(goldens.picture("10_300x300_rgba.png"), "x:1")), np.asarray(golden)[..., :3]
     )
 
 

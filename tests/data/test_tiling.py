@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.numpy import load_file
 
+import goldens
 from mmmamba.data.images import load_image
 from mmmamba.data.tiling import grid, normalise, tile
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-EXPECTED = json.loads((GOLDEN / "preprocess.json").read_text(encoding="utf-8"))
+EXPECTED = goldens.about("preprocess")
 
 
 def test_golden_grids():
@@ -34,7 +32,7 @@ def test_golden_grids():
 def test_golden_pixels(entry, case):
     expected = entry["cases"][case]
     side, most = (int(number) for number in case.removeprefix("size").split("_max"))
-    image = load_image(GOLDEN / entry["file"], entry["file"])
+    image = load_image(goldens.picture(entry["file"]), entry["file"])
     assert list(image.size) == entry["size"]
     assert list(grid(*image.size, side, 1, most)) == expected["grid_cols_rows"]
     tiles = normalise(tile(image, side, most))
@@ -46,12 +44,11 @@ def test_golden_pixels(entry, case):
 
 
 def test_golden_pixels_in_full():
-    tensors = load_file(GOLDEN / "preprocess.safetensors")
-    assert len(tensors) == len(EXPECTED["images"])
+    assert len(goldens.made()["tiles"]) == len(EXPECTED["images"])
     for entry in EXPECTED["images"]:
         name = Path(entry["file"]).name
-        tiles = tile(load_image(GOLDEN / entry["file"], name), 56, 12)
-        golden = tensors[f"out.pixel_values_size56_max12.{name[:2]}"]
+        tiles = tile(load_image(goldens.picture(entry["file"]), name), 56, 12)
+        golden = goldens.tiles(name[:2])
         np.testing.assert_allclose(normalise(tiles), golden, atol=1e-5, err_msg=name)
         np.testing.assert_allclose(normalise(torch.from_numpy(tiles)).numpy(), golden, atol=1e-5, err_msg=name)
 
