@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import os
 import re
 import shutil
 import sys
@@ -19,7 +18,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, get_origin, get_type_hints
 
-from mmmamba.errors import UserError
+from mmmamba import streams
+from mmmamba.errors import UserError, printable
 
 OK, USAGE, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141
 
@@ -116,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     verb: Verb | None = None
     try:
+        streams.prepare(args)
         if args[:1] == ["--version"]:
             args = ["version"]
         verb, name, rest = _find(VERBS, "mmmamba", args)
@@ -128,15 +129,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, so that a closed pipe is met inside this `try`
         return OK
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        streams.complain(f"error: {error}")
         return USAGE
     except KeyboardInterrupt:
-        print(f"\ninterrupted: {verb.go_on if verb else Verb.go_on}", file=sys.stderr)
+        streams.complain(f"\ninterrupted: {verb.go_on if verb else Verb.go_on}")
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader (head, less) has gone. Python flushes stdout once more at exit: give it somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        streams.discard_stdout()  # the reader (head, less) has gone
         return BROKEN_PIPE
+    except OSError as error:  # a full disk, a folder that may not be read: the system's reason is the user's business
+        streams.complain(f"error: {printable(streams.why_not_written(error))}")
+        return USAGE
 
 
 def parse(argv: Sequence[str]) -> partial[Any]:
@@ -170,7 +173,7 @@ def _find(
 ) -> tuple[Verb | None, str, list[str]]:
     """(verb, its full name, its arguments); the verb is None when the overview was asked for, and printed."""
     if not args:
-        print(_overview(verbs, prog), file=sys.stderr)
+        streams.complain(_overview(verbs, prog))
         raise UserError(f"{prog} needs a verb: {', '.join(verbs)}")
     word, *rest = args
     if word in ("-h", "--help"):

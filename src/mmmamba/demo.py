@@ -8,7 +8,6 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from mmmamba.ablation.measure import logged
 from mmmamba.ablation.schedule import workers
@@ -21,6 +20,7 @@ from mmmamba.evaluation.report import write_report
 from mmmamba.evaluation.suite import nano_suite
 from mmmamba.evaluation.tables import print_report
 from mmmamba.evaluation.webpage import pick_examples, write_html
+from mmmamba.progress import Terminal
 
 DATA = Path("data/nano")
 ABILITIES = ("easy", "read", "count", "relate", "absent", "text", "recall-1x", "recall-4x")
@@ -47,7 +47,7 @@ def demo(*, out: Path = Path("runs/demo"), limit: int = 100, fresh: bool = False
     Returns:
         the path of report.html.
     """
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     began = time.monotonic()
     if fresh and out.exists():
         shutil.rmtree(out)
@@ -69,7 +69,7 @@ def demo(*, out: Path = Path("runs/demo"), limit: int = 100, fresh: bool = False
     suite = nano_suite(DATA, limit=limit, abilities=ABILITIES)
     report = compare(models, suite, against=against, blind=["teacher"], device=device)
     write_report(report, out / "evaluation")
-    print_report(report, Console())
+    print_report(report, Terminal())
     page = write_html(
         out / "report.html",
         title="mmmamba demo",
@@ -85,12 +85,12 @@ def demo(*, out: Path = Path("runs/demo"), limit: int = 100, fresh: bool = False
             "long as anything that linear and hybrid were distilled on (the nano students have seen such lengths).",
         ],
     )
-    console.print(f"{(time.monotonic() - began) / 60:.1f} minutes", highlight=False)
+    console.print(f"{(time.monotonic() - began) / 60:.1f} minutes")
     print(f"report: {page}")
     return page
 
 
-def _stage3(out: Path, device: str, console: Console) -> dict[str, Path]:
+def _stage3(out: Path, device: str, console: Terminal) -> dict[str, Path]:
     """Both students from the mixers aligned beside them, at the same time, each with its share of the cores.
 
     A step is so small here that two processes of one thread do half as much again as one of two threads.
@@ -101,7 +101,7 @@ def _stage3(out: Path, device: str, console: Console) -> dict[str, Path]:
     with workers(len(STUDENTS), device) as pool:
         running = {recipe: pool.submit(_apart, recipe, out, device, log) for recipe, log in logs.items()}
         for recipe, log in logs.items():
-            console.print(f"{recipe} is distilled beside {here}; see {log}", highlight=False)
+            console.print(f"{recipe} is distilled beside {here}; see {log}")
         torch.set_num_threads(max(1, cores() // len(STUDENTS)))
         try:
             distill(here, out=out / here, resume=True, device=device)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import warnings
 from typing import TYPE_CHECKING, Literal
+
+from mmmamba.errors import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -12,6 +15,7 @@ if TYPE_CHECKING:
 # Colours that stay apart for colour-blind readers and read on white and on near-black.
 PALETTE = ("#3b82c4", "#e0862f", "#2f9e77", "#c65a9e", "#8a6fd1", "#b59a1c", "#4fb3d1", "#d1574b")
 Theme = Literal["light", "dark"]
+LABEL = 100  # characters of a name in a figure
 THEMES: tuple[Theme, Theme] = ("light", "dark")
 INK = {"light": "#1f2933", "dark": "#e4e9ee"}
 GRID = {"light": "#d9dee4", "dark": "#3a444f"}
@@ -39,11 +43,21 @@ def style(axis: Axes, theme: Theme = "light") -> None:
         text.set_color(INK[theme])
 
 
+def label(name: str) -> str:
+    """A name as a figure shows it: as it is, on one line, not too long.
+
+    To matplotlib, dollars enclose mathematics, and a label that begins with an underscore is not for the legend.
+    """
+    shown = printable(name, LABEL).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
 def render(figure: Figure, format: Literal["png", "svg"]) -> bytes:
     """The figure's file content; the same figure gives the same bytes."""
     buffer = io.BytesIO()
     from matplotlib import rc_context
 
-    with rc_context({"svg.hashsalt": "mmmamba"}):
+    with rc_context({"svg.hashsalt": "mmmamba"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # it is drawn as a box; the tables have it
         figure.savefig(buffer, format=format, dpi=160, metadata={"Date": None} if format == "svg" else None)
     return buffer.getvalue()

@@ -12,9 +12,34 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mmmamba.errors import LONGEST, printable
+
 T = TypeVar("T")
 
 PLAIN_WIDTH = 1000  # a log file has no width: tables are as wide as what they hold
+LABEL = 200  # characters of what is being done
+CELL = 1000  # characters of a cell of a table
+
+
+class Terminal(Console):
+    """Where this package prints: what it is given is text, never markup, emoji or a command to the terminal.
+
+    A reader that has gone (``| head``) is told to the command line, which ends quietly.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, highlight=False, emoji=False, **options)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(_lines(one) if isinstance(one, str) else one for one in objects), **options)
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+def _lines(text: str) -> str:
+    """Printable lines; what a terminal obeys is escaped."""
+    return "\n".join(printable(line) for line in text.split("\n"))
 
 
 class Progress:
@@ -42,14 +67,14 @@ class Progress:
         *,
         start: int = 0,
         interval: float = 10.0,
-        console: Console | None = None,
+        console: Terminal | None = None,
     ) -> None:
-        self.description = description
+        self.description = printable(description, LABEL)
         self.total = total
         self.done = start
         self.start = start
         self.interval = interval
-        self.console = console or Console(stderr=True)
+        self.console = console or Terminal(stderr=True)
         # Not `is_terminal` alone: FORCE_COLOR makes rich say yes for a log file, where a bar would be garbage.
         self.live = self.console.is_interactive and self.console.file.isatty()
         self.tokens = 0
@@ -88,7 +113,8 @@ class Progress:
         """
         self.done = done
         self.tokens += tokens or 0
-        self.info = "  ".join([*(f"{name} {_number(value)}" for name, value in fields.items()), *self._rates()])
+        shown = (f"{name} {printable(_number(value), LABEL)}" for name, value in fields.items())
+        self.info = "  ".join([*shown, *self._rates()])
         if self._bar is not None:
             self._bar.update(self._task, completed=done, info=self.info)
         elif self._printed is None or time.monotonic() - self._printed_at >= self.interval:
@@ -100,7 +126,8 @@ class Progress:
 
     def note(self, message: str) -> None:
         """A line that stays, above the bar."""
-        (self._bar.console if self._bar is not None else self.console).print(Text(message), soft_wrap=True)
+        console = self._bar.console if self._bar is not None else self.console
+        console.print(printable(message, LONGEST), soft_wrap=True)
 
     def _rates(self) -> list[str]:
         elapsed, units = time.monotonic() - self._began, self.done - self.start
@@ -115,12 +142,12 @@ class Progress:
 
     def _print_line(self) -> None:
         of = "" if self.total is None else f"/{self.total}"
-        self.console.print(Text(f"{self.description}: {self.done}{of}  {self.info}".rstrip()), soft_wrap=True)
+        self.console.print(f"{self.description}: {self.done}{of}  {self.info}".rstrip(), soft_wrap=True)
         self._printed, self._printed_at = self.done, time.monotonic()
 
 
 def track(
-    iterable: Iterable[T], description: str, total: int | None = None, *, console: Console | None = None
+    iterable: Iterable[T], description: str, total: int | None = None, *, console: Terminal | None = None
 ) -> Iterator[T]:
     """The items of ``iterable``, with a :class:`Progress` that counts them."""
     if total is None and isinstance(iterable, Sized):
@@ -131,17 +158,19 @@ def track(
             bar.advance()
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, console: Console | None = None) -> None:
+def table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, console: Terminal | None = None
+) -> None:
     """Print a table, on stdout unless ``console`` is given: numbers to the right, None as an empty cell."""
     if console is None:
-        console = Console() if Console().file.isatty() else Console(width=PLAIN_WIDTH)
+        console = Terminal() if Terminal().file.isatty() else Terminal(width=PLAIN_WIDTH)
     cells = [[*row] for row in rows]
-    drawn = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
+    drawn = Table(title=Text(printable(title, CELL)), title_justify="left", box=box.SIMPLE_HEAD)
     for i, name in enumerate(columns):
         numeric = bool(cells) and all(row[i] is None or isinstance(row[i], (int, float)) for row in cells)
-        drawn.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
+        drawn.add_column(Text(printable(name, CELL)), justify="right" if numeric else "left", overflow="fold")
     for row in cells:
-        drawn.add_row(*(Text("" if cell is None else _number(cell)) for cell in row))  # Text: no markup in data
+        drawn.add_row(*(Text("" if cell is None else printable(_number(cell), CELL)) for cell in row))
     console.print(drawn)
 
 

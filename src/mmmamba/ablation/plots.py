@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mmmamba.ablation.plan import MEAN
 from mmmamba.ablation.tables import Measured
-from mmmamba.figures import GRID, INK, PALETTE, Theme, new_figure, style
+from mmmamba.figures import GRID, INK, PALETTE, Theme, label, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +28,7 @@ def dots(measured: Measured, theme: Theme = "light") -> Figure:
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axis, abilities in zip(axes, panels, strict=True):
         _panel(axis, measured, cells, abilities, theme)
-    axes[0].set_yticks(range(len(cells)), cells)
+    axes[0].set_yticks(range(len(cells)), [label(cell) for cell in cells])
     axes[0].set_ylim(len(cells) - 0.5, -0.5)
     axes[0].set_title("mean", loc="left", fontsize=10, color=INK[theme])
     if beside:
@@ -38,7 +38,7 @@ def dots(measured: Measured, theme: Theme = "light") -> Figure:
         kept = measured.interval(str(table.reference))
         if kept is not None:
             axes[0].axvline(kept.value, color=INK[theme], linewidth=0.8, alpha=0.5, zorder=0)
-    figure.suptitle(f"{table.title}", x=0.01, ha="left", fontsize=11, color=INK[theme])
+    figure.suptitle(label(table.title), x=0.01, ha="left", fontsize=11, color=INK[theme])
     figure.supxlabel("kept of the teacher, % (dot: mean over seeds, bar: 95 % t interval, ring: a seed)", fontsize=9,
                      color=INK[theme])  # fmt: skip
     return figure
@@ -63,7 +63,7 @@ def _panel(axis: Axes, measured: Measured, cells: list[str], abilities: list[str
             axis.plot([interval.value], [row + shift], "o", markersize=6, color=colour)
             if math.isfinite(interval.low):
                 axis.plot([interval.low, interval.high], [row + shift] * 2, color=colour, linewidth=2)
-        axis.plot([], [], "o", color=colour, label=ability)
+        axis.plot([], [], "o", color=colour, label=label(ability))
     # The seeds decide what is seen: the interval of three that differ may be wider than the page.
     if shown:
         margin = max(1.0, 0.35 * (max(shown) - min(shown)))

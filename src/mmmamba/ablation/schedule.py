@@ -19,14 +19,13 @@ from multiprocessing.queues import SimpleQueue
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from mmmamba.ablation.measure import Setting, align, measure
 from mmmamba.ablation.plan import Cell
 from mmmamba.ablation.results import Result
 from mmmamba.device import cores
 from mmmamba.errors import UserError
-from mmmamba.progress import Progress
+from mmmamba.progress import Progress, Terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +95,7 @@ def run(todo: Sequence[Unit], setting: Setting, jobs: int, done: Callable[[Unit,
     running: dict[Future[Any], _Task] = {}
     failed: dict[str, str] = {}
     # The stream as it is now: while a cell runs in this process, sys.stderr is its log.
-    console = Console(file=sys.stderr)
+    console = Terminal(file=sys.stderr)
     with workers(jobs, setting.device) as executor, Progress("cells", len(todo), console=console) as bar:
         while ready or running:
             while ready and len(running) < jobs:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from rich.console import Console
 
 from mmmamba.benchmark.compare import comparison
 from mmmamba.benchmark.limits import measure_rates, prefill_cost, state_bytes
@@ -34,7 +33,7 @@ from mmmamba.device import pick_device, pick_dtype
 from mmmamba.errors import UserError
 from mmmamba.inference.steps import check_positive
 from mmmamba.model.model import Model
-from mmmamba.progress import Progress
+from mmmamba.progress import Progress, Terminal
 
 CONTEXTS = {"cpu": "1k,4k,16k", "cuda": "1k,8k,32k,103424,262144,1m"}
 POINT_SECONDS = {"cpu": 8.0, "cuda": 30.0}
@@ -147,9 +146,9 @@ def bench(
     )
     results = runner.run(subjects, tasks(subjects, series, numbers, request["measure"]), results, folder)
     page = write_report(results, folder)
-    console = Console()
+    console = Terminal()
     print_results(results, console)
-    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    console.print(f"report: {page}", soft_wrap=True)
     return results
 
 

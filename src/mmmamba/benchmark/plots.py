@@ -11,7 +11,7 @@ from mmmamba.benchmark.measure import Measured
 from mmmamba.benchmark.paper import CONTEXT, DEVICE, POINTS
 from mmmamba.benchmark.results import Results, Task, What
 from mmmamba.benchmark.subjects import Series
-from mmmamba.figures import GRID, INK, PALETTE, Theme, new_figure, style
+from mmmamba.figures import GRID, INK, PALETTE, Theme, label, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -128,11 +128,11 @@ def _line(
     line: str,
     colour: str,
 ) -> None:
-    label = f"{series.label}, {variant}" if len(plot.variants) > 1 and variant != "cache" else series.label
+    name = f"{series.label}, {variant}" if len(plot.variants) > 1 and variant != "cache" else series.label
     values = [plot.value(measured) for _, measured in found]
     marker = MARKERS[series.style]
     axis.plot(
-        [x for x, _ in found], values, line, color=colour, marker=marker, markersize=4, linewidth=1.8, label=label
+        [x for x, _ in found], values, line, color=colour, marker=marker, markersize=4, linewidth=1.8, label=label(name)
     )
 
 
@@ -153,8 +153,8 @@ def _mark_paper(axis: Axes, values: Mapping[str, float], results: Results, colou
     by_kind = {one.kind: colours[one.subject] for one in results.series}
     for kind, value in values.items():
         if kind in by_kind:
-            label = f"the paper's {kind} ({DEVICE})"
-            axis.plot(CONTEXT, value, "*", color=by_kind[kind], markersize=13, linestyle="none", label=label)
+            name = f"the paper's {kind} ({DEVICE})"
+            axis.plot(CONTEXT, value, "*", color=by_kind[kind], markersize=13, linestyle="none", label=label(name))
 
 
 def _finish(axis: Axes, plot: Plot, results: Results, theme: Theme) -> None:
@@ -168,7 +168,7 @@ def _finish(axis: Axes, plot: Plot, results: Results, theme: Theme) -> None:
     axis.set_xlim(contexts[0] / 1.3, contexts[-1] * 1.3)
     axis.set_xlabel("tokens before")
     axis.set_ylabel(plot.unit)
-    axis.set_title(f"{plot.title} ({results.environment['device']})", loc="left", fontsize=11)
+    axis.set_title(label(f"{plot.title} ({results.environment['device']})"), loc="left", fontsize=11)
     axis.grid(axis="x", color=GRID[theme], linewidth=0.5)
     axis.legend(
         fontsize=8,

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
-from rich.console import Console
-
 from mmmamba.benchmark.cells import absent, held, limit_ms, measured_points, number
 from mmmamba.benchmark.headline import growth, optimised, protocol
 from mmmamba.benchmark.measure import Measured
 from mmmamba.benchmark.results import Point, Results
 from mmmamba.evaluation.tables import EMPTY, Table
-from mmmamba.progress import table
+from mmmamba.progress import Terminal, table
 
 
 def notes(results: Results) -> list[str]:
@@ -31,7 +29,7 @@ def title(point: Point) -> str:
     return f"{task.series}, {task.what}{variant}, {task.context:,} tokens"
 
 
-def print_results(results: Results, console: Console) -> None:
+def print_results(results: Results, console: Terminal) -> None:
     """The short form: the students beside the published way of running the teacher, and beside the best."""
     for one in tables(results, HEADLINE[:2]):
         table(one.title, one.columns, one.rows, console=console if console.is_terminal else None)

@@ -23,14 +23,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 import mmmamba
 from mmmamba.data.sources import easyvqa
 from mmmamba.data.sources.primer import write as primer
 from mmmamba.device import cores
 from mmmamba.errors import UserError
 from mmmamba.jsonfile import read_json
+from mmmamba.progress import Terminal
 
 SOURCES = ("easy-vqa", "primer")
 RECORD = "source.json"
@@ -135,10 +134,10 @@ def _build_source(
     folder: Path, maker: Callable[[Path], dict[str, int]], settings: Mapping[str, Any], packages: tuple[str, ...]
 ) -> None:
     """Make one source in a folder beside its own, and give it its name when it is whole."""
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     if folder.exists():
         _check_same(folder, settings)
-        console.print(f"{folder}: already there", highlight=False, soft_wrap=True)
+        console.print(f"{folder}: already there", soft_wrap=True)
         return
     partial = folder.with_name(f".{folder.name}.partial")
     if partial.exists():  # of a killed run
@@ -152,7 +151,7 @@ def _build_source(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    console.print(f"{folder}: {sum(counts.values()):,} records", highlight=False, soft_wrap=True)
+    console.print(f"{folder}: {sum(counts.values()):,} records", soft_wrap=True)
 
 
 def _check_same(folder: Path, settings: Mapping[str, Any]) -> None:

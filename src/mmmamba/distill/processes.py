@@ -14,11 +14,11 @@ from datetime import timedelta
 from typing import TypeVar
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from torch import distributed as dist
 
 from mmmamba.errors import UserError
+from mmmamba.progress import Terminal
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=3)  # with what the main process does alone: building data, encoding a cache, saving
@@ -64,9 +64,9 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def console() -> Console | None:
+def console() -> Terminal | None:
     """Where this process shows how far it is: on stderr (None), or nowhere."""
-    return None if is_main() else Console(quiet=True)
+    return None if is_main() else Terminal(quiet=True)
 
 
 def local_count() -> int:

@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
 from mmmamba.checkpoints.io import write_atomically
 from mmmamba.errors import UserError
 from mmmamba.evaluation.choices import LETTERS, choice_answer
 from mmmamba.jsonfile import MAX_DATA_BYTES, parse_json, read_json
+from mmmamba.progress import Terminal
 
 Source = Literal["pope", "scienceqa", "mme", "textvqa", "gqa"]
 Record = dict[str, Any]
@@ -75,9 +74,9 @@ def convert_dataset(
             raise UserError(f"{path}: no {source} question found")
 
     write_atomically(out, write)
-    console = Console()
-    console.print(f"{count} questions: {out}", highlight=False, soft_wrap=True)
-    console.print(f"mmmamba eval MODEL --data {out} --metric {METRIC_OF[source]}", highlight=False, soft_wrap=True)
+    console = Terminal()
+    console.print(f"{count} questions: {out}", soft_wrap=True)
+    console.print(f"mmmamba eval MODEL --data {out} --metric {METRIC_OF[source]}", soft_wrap=True)
     return out
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from rich.console import Console
 
 import mmmamba
 from mmmamba.checkpoints import fingerprint, resolve
@@ -24,7 +23,7 @@ from mmmamba.evaluation.tables import print_report
 from mmmamba.locks import alone_in
 from mmmamba.names import file_labels, unique
 from mmmamba.outputs import check_folder
-from mmmamba.progress import Progress
+from mmmamba.progress import Progress, Terminal
 
 
 def evaluate(
@@ -129,9 +128,9 @@ def evaluate(
             request=request,
         )  # fmt: skip
         results = write_report(report, folder)
-    console = Console()
+    console = Terminal()
     print_report(report, console)
-    console.print(f"results: {results}", highlight=False, soft_wrap=True)
+    console.print(f"results: {results}", soft_wrap=True)
     return report
 
 
@@ -173,7 +172,7 @@ def compare(
     dtype: str = "auto",
     seed: int = 0,
     request: Mapping[str, object] | None = None,
-    console: Console | None = None,
+    console: Terminal | None = None,
 ) -> Report:
     """Ask several models the same questions, one model in memory at a time.
 
@@ -278,10 +277,7 @@ def _built_data() -> Path:
     if not all((NANO_DATA / name).is_file() for name in NANO_FILES):
         from mmmamba.data.build import build
 
-        Console().print(
-            f"{NANO_DATA} is not there: building it (once; about a minute)",
-            highlight=False,
-        )
+        Terminal().print(f"{NANO_DATA} is not there: building it (once; about a minute)")
         build(out=NANO_DATA)
     return NANO_DATA
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mmmamba.evaluation.results import Report
-from mmmamba.figures import GRID, INK, PALETTE, Theme, new_figure, style
+from mmmamba.figures import GRID, INK, PALETTE, Theme, label, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,10 +77,10 @@ def loss_curves(curves: Sequence[Curve], theme: Theme = "light") -> Figure:
             colour = PALETTE[runs.index(curve.label) % len(PALETTE)]
             smooth = running_mean(curve.losses)
             axis.plot(curve.steps, curve.losses, color=colour, alpha=0.22, linewidth=0.8)
-            axis.plot(curve.steps, smooth, color=colour, linewidth=1.8, label=curve.label)
+            axis.plot(curve.steps, smooth, color=colour, linewidth=1.8, label=label(curve.label))
         if all(loss > 0 for curve in curves if curve.stage == stage for loss in curve.losses):
             axis.set_yscale("log")
-        axis.set_title(stage, loc="left", fontsize=11)
+        axis.set_title(label(stage), loc="left", fontsize=11)
         axis.set_xlabel("step")
     for axis in axes[len(stages) :]:
         axis.set_visible(False)
@@ -118,14 +118,14 @@ def _bars(
     """Grouped bars in per cent. ``values``: label → per group (value, low, high) in [0, 1]; NaN draws nothing."""
     style(axis, theme)
     width = 0.82 / max(len(values), 1)
-    for k, (label, row) in enumerate(values.items()):
+    for k, (name, row) in enumerate(values.items()):
         places = [g - 0.41 + width * (k + 0.5) for g in range(len(groups))]
         heights = [100 * value for value, _, _ in row]
         errors = [[100 * (v - low) for v, low, _ in row], [100 * (high - v) for v, _, high in row]]
-        axis.bar(places, heights, width * 0.9, color=colours[label], label=label)
+        axis.bar(places, heights, width * 0.9, color=colours[name], label=label(name))
         axis.errorbar(places, heights, yerr=errors, fmt="none", ecolor=INK[theme], elinewidth=0.9, alpha=0.75)
     axis.set_ylim(0, 104)
     axis.set_xlim(-0.6, len(groups) - 0.4)
-    axis.set_xticks(range(len(groups)), groups)
+    axis.set_xticks(range(len(groups)), [label(group) for group in groups])
     if groups[-1] == "mean":
         axis.axvline(len(groups) - 1.5, color=GRID[theme], linewidth=1.2)

@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
+from mmmamba.errors import printable
 from mmmamba.evaluation.results import AbilityResult, ModelResult, Report
 from mmmamba.evaluation.statistics import Interval
+from mmmamba.progress import CELL, Terminal
 
 METRIC_TITLES = {
     "exact": "Exact match",
@@ -111,21 +113,22 @@ def to_data(report: Report) -> dict[str, Any]:
     }
 
 
-def print_report(report: Report, console: Console) -> None:
+def print_report(report: Report, console: Terminal) -> None:
     """The short form: score and retention of every model."""
     for table in tables(report)[: 2 if any(m.against for m in report.models) else 1]:
         if not console.is_terminal:
-            console.print(plain(table), highlight=False, markup=False, soft_wrap=True)
+            console.print(plain(table), soft_wrap=True)
             continue
-        shown = RichTable(title=table.title, title_justify="left", header_style="bold")
+        shown = RichTable(title=Text(table.title), title_justify="left", header_style="bold")
         for i, column in enumerate(table.columns):
-            shown.add_column(column, justify="left" if i == 0 else "right")
+            shown.add_column(Text(printable(column, CELL)), justify="left" if i == 0 else "right")
         for i, row in enumerate(table.rows):
             # Only the mean, the last column, shows its interval: the others would not fit.
-            shown.add_row(*row[:-1], f"{row[-1]} [dim]{_bracketless(table.details[i][-1])}[/dim]".rstrip())
+            *cells, last = (Text(printable(cell, CELL)) for cell in row)
+            shown.add_row(*cells, last.append(f" {_bracketless(table.details[i][-1])}".rstrip(), "dim"))
         console.print(shown)
     if report.bad_samples:
-        console.print(f"{len(report.bad_samples)} bad samples were skipped; results.json lists them", highlight=False)
+        console.print(f"{len(report.bad_samples)} bad samples were skipped; results.json lists them")
 
 
 def plain(table: Table) -> str:
@@ -133,7 +136,7 @@ def plain(table: Table) -> str:
     rows = [
         [*row[:-1], f"{row[-1]} {detail[-1]}".rstrip()] for row, detail in zip(table.rows, table.details, strict=True)
     ]
-    cells = [list(table.columns), *rows]
+    cells = [[printable(cell, CELL) for cell in row] for row in (table.columns, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(table.columns))]
     lines = [
         "  ".join(
@@ -238,7 +241,7 @@ def _range(value: Interval | float | None) -> str:
 
 
 def _bracketless(text: str) -> str:
-    return text.strip("[]").replace(", ", "–")  # rich reads brackets as markup
+    return text.strip("[]").replace(", ", "–")
 
 
 def _number(value: float, digits: int = 3) -> str:

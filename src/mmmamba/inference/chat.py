@@ -8,18 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from mmmamba.checkpoints import load
 from mmmamba.data.processor import Processor
 from mmmamba.device import pick_device, pick_dtype
-from mmmamba.errors import UserError
+from mmmamba.errors import UserError, printable
 from mmmamba.inference.attachments import Attachments
 from mmmamba.inference.conversation import Chat
 from mmmamba.inference.guard import within_memory
 from mmmamba.inference.sampling import Sampling
 from mmmamba.inference.session import read_session, save_session
+from mmmamba.progress import Terminal
+from mmmamba.streams import is_text
 
 __all__ = ["Chat", "chat", "converse"]
 
@@ -124,7 +125,7 @@ def chat(
     else:
         conversation = stored.resume(network, processor, sampling, max_new_tokens=max_new_tokens, stop=stop)
     kept = None if keep_session else session
-    console = _Terminal()
+    console = Terminal()
     if question is not None:
         _print_answer(console, conversation.ask(*shown.before(question)))
         if kept is not None:
@@ -132,23 +133,16 @@ def chat(
         return
     begun = f", goes on from {session} (question {conversation.turns + 1})" if conversation.turns else ""
     console.print(
-        f"[bold]{escape(model)}[/bold]{escape(begun)}, /help lists the commands", highlight=False, soft_wrap=True
+        Text.assemble((printable(model), "bold"), printable(begun), ", /help lists the commands"), soft_wrap=True
     )
     converse(conversation, shown, console, _read_line, kept)
-
-
-class _Terminal(Console):
-    """A console of which a reader that has gone (``| head``) is no business: the command line ends quietly."""
-
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError
 
 
 def converse(
     conversation: Chat,
     shown: Attachments,
-    console: Console,
-    read: Callable[[Console], str | None],
+    console: Terminal,
+    read: Callable[[Terminal], str | None],
     session: Path | None = None,
 ) -> None:
     """The interactive loop: read a line, do what it says, until /quit or the end of the input.
@@ -164,10 +158,12 @@ def converse(
         command, _, argument = line.strip().partition(" ")
         path = argument.strip().strip("\"'")
         try:
+            if not is_text(line):
+                raise UserError("this line is not UTF-8 text")
             if command == "/quit":
                 return
             if command == "/help":
-                console.print(HELP, markup=False, highlight=False)
+                console.print(HELP)
             elif command == "/reset":
                 conversation.reset()
                 shown.clear()
@@ -176,13 +172,13 @@ def converse(
                 console.print(f"{command} needs the path of {_PATHS[command]}.")
             elif command == "/save":
                 save_session(Path(path).expanduser(), conversation)
-                console.print(f"Saved: {path}", markup=False, highlight=False, soft_wrap=True)
+                console.print(f"Saved: {path}", soft_wrap=True)
             elif command in _PATHS:
                 add = {"/image": shown.add_picture, "/video": shown.add_video, "/text": shown.add_text}[command]
                 add(Path(path).expanduser())
-                console.print(f"Shown with your next question: {shown}.", highlight=False)
+                console.print(f"Shown with your next question: {shown}.")
             elif command.startswith("/"):
-                console.print(f"There is no command {command}; /help lists them.", markup=False, highlight=False)
+                console.print(f"There is no command {command}; /help lists them.")
             elif command:
                 answer = conversation.ask(*shown.before(line.strip()))
                 shown.clear()
@@ -190,12 +186,12 @@ def converse(
                 if session is not None:
                     save_session(session, conversation)
         except UserError as error:  # a wrong path or question must not end the conversation
-            console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"error: {error}", style="red", soft_wrap=True)
         except KeyboardInterrupt:
             console.print("\n(stopped)")
 
 
-def _print_answer(console: Console, pieces: Iterator[str], stopped: str | None = None) -> None:
+def _print_answer(console: Terminal, pieces: Iterator[str], stopped: str | None = None) -> None:
     """Show an answer as it comes. With ``stopped``, Ctrl-C ends it, and this is shown."""
     try:
         for piece in pieces:
@@ -209,12 +205,12 @@ def _print_answer(console: Console, pieces: Iterator[str], stopped: str | None =
     console.print()
 
 
-def _read_line(console: Console) -> str | None:
+def _read_line(console: Terminal) -> str | None:
     """A line from the terminal, or None at the end of the input or at Ctrl-C."""
     if importlib.util.find_spec("readline"):
         importlib.import_module("readline")  # gives input() line editing and history, where the system has it
     try:
-        return console.input("[bold cyan]>[/bold cyan] ")
+        return console.input(Text("> ", "bold cyan"))
     except (EOFError, KeyboardInterrupt):
         console.print()
         return None
