@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # Colours that stay apart for colour-blind readers and read on white and on near-black.
 PALETTE = ("#3b82c4", "#e0862f", "#2f9e77", "#c65a9e", "#8a6fd1", "#b59a1c", "#4fb3d1", "#d1574b")
 Theme = Literal["light", "dark"]
-LABEL = 100  # characters of a name in a figure
+LABEL, TITLE = 60, 120  # characters of a name in a figure, and of its heading
 THEMES: tuple[Theme, Theme] = ("light", "dark")
 INK = {"light": "#1f2933", "dark": "#e4e9ee"}
 GRID = {"light": "#d9dee4", "dark": "#3a444f"}
@@ -43,12 +43,12 @@ def style(axis: Axes, theme: Theme = "light") -> None:
         text.set_color(INK[theme])
 
 
-def label(name: str) -> str:
+def label(name: str, longest: int = LABEL) -> str:
     """A name as a figure shows it: as it is, on one line, not too long.
 
     To matplotlib, dollars enclose mathematics, and a label that begins with an underscore is not for the legend.
     """
-    shown = printable(name, LABEL).replace("$", r"\$")
+    shown = printable(name, longest).replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 
 
@@ -58,6 +58,7 @@ def render(figure: Figure, format: Literal["png", "svg"]) -> bytes:
     from matplotlib import rc_context
 
     with rc_context({"svg.hashsalt": "mmmamba"}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # it is drawn as a box; the tables have it
+        # A letter that no font has is drawn as a box, names that leave a plot no room overlap: tables have them.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font|constrained_layout not applied")
         figure.savefig(buffer, format=format, dpi=160, metadata={"Date": None} if format == "svg" else None)
     return buffer.getvalue()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mmmamba.ablation.plan import MEAN
 from mmmamba.ablation.tables import Measured
-from mmmamba.figures import GRID, INK, PALETTE, Theme, label, new_figure, style
+from mmmamba.figures import GRID, INK, PALETTE, TITLE, Theme, label, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +38,7 @@ def dots(measured: Measured, theme: Theme = "light") -> Figure:
         kept = measured.interval(str(table.reference))
         if kept is not None:
             axes[0].axvline(kept.value, color=INK[theme], linewidth=0.8, alpha=0.5, zorder=0)
-    figure.suptitle(label(table.title), x=0.01, ha="left", fontsize=11, color=INK[theme])
+    figure.suptitle(label(table.title, TITLE), x=0.01, ha="left", fontsize=11, color=INK[theme])
     figure.supxlabel("kept of the teacher, % (dot: mean over seeds, bar: 95 % t interval, ring: a seed)", fontsize=9,
                      color=INK[theme])  # fmt: skip
     return figure

@@ -11,7 +11,7 @@ from mmmamba.benchmark.measure import Measured
 from mmmamba.benchmark.paper import CONTEXT, DEVICE, POINTS
 from mmmamba.benchmark.results import Results, Task, What
 from mmmamba.benchmark.subjects import Series
-from mmmamba.figures import GRID, INK, PALETTE, Theme, label, new_figure, style
+from mmmamba.figures import GRID, INK, PALETTE, TITLE, Theme, label, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -168,7 +168,7 @@ def _finish(axis: Axes, plot: Plot, results: Results, theme: Theme) -> None:
     axis.set_xlim(contexts[0] / 1.3, contexts[-1] * 1.3)
     axis.set_xlabel("tokens before")
     axis.set_ylabel(plot.unit)
-    axis.set_title(label(f"{plot.title} ({results.environment['device']})"), loc="left", fontsize=11)
+    axis.set_title(label(f"{plot.title} ({results.environment['device']})", TITLE), loc="left", fontsize=11)
     axis.grid(axis="x", color=GRID[theme], linewidth=0.5)
     axis.legend(
         fontsize=8,
