@@ -125,6 +125,12 @@ def test_published_reduction_divides_by_samples(tiny_model):
 # ---------------------------------------------------------------------------------------------- the pieces
 
 
+def as_head(weight: torch.Tensor) -> torch.nn.Linear:
+    head = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    head.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return head
+
+
 def test_weights_fall_on_the_positions_that_predict_an_answer():
     labels = torch.tensor([[-100, -100, 5, 6, -100, -100, 7]])
     assert token_weights(labels, 0.0).tolist() == [[0, 1, 1, 0, 0, 1, 0]]
@@ -136,7 +142,7 @@ def test_a_token_without_weight_counts_for_nothing():
     random = torch.Generator().manual_seed(0)
     predicted, target = (torch.randn(1, 6, 4, 16, generator=random) for _ in range(2))
     hidden, other = (torch.randn(1, 6, 8, generator=random) for _ in range(2))
-    head = torch.randn(11, 8, generator=random)
+    head = as_head(torch.randn(11, 8, generator=random))
     weights = torch.tensor([[1.0, 1.0, 0.0, 1.0, 0.0, 0.0]])
     kept = weights[0].bool()
     ones = torch.ones(1, 3)
@@ -156,6 +162,7 @@ def test_answer_loss_is_cross_entropy_of_the_scored_tokens():
     expected = F.cross_entropy(
         logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
     )
+    head = as_head(head)
     torch.testing.assert_close(answer_loss(hidden, head, labels, torch.tensor([0, 2, 8])), expected)
     with_padding = torch.tensor([0, 2, 8, 5, 5])
     torch.testing.assert_close(answer_loss(hidden, head, labels, with_padding), expected)
@@ -169,7 +176,7 @@ def test_logits_of_many_answers_are_never_alive_at_once(monkeypatch):
     for chunk in (4096, 40):
         monkeypatch.setattr(losses, "CHUNK", chunk)
         with Allocated(torch.device("cpu")) as allocated:
-            loss = answer_loss(hidden, head, labels, torch.arange(399))
+            loss = answer_loss(hidden, as_head(head), labels, torch.arange(399))
             (gradient,) = torch.autograd.grad(loss, hidden)
             peaks.append(allocated.peak)
         found.append((loss.detach(), gradient))
@@ -183,5 +190,5 @@ def test_a_student_that_is_its_teacher_has_no_divergence(tiny_model):
     loss = MatchLogits(teacher, seed(teacher), stage()).backward(rows, torch.float32)["loss"]
     assert float(loss) > 0
     hidden = torch.randn(1, 4, 64)
-    head = teacher.head.weight
+    head = teacher.head
     assert float(divergence(hidden, head, hidden, head, torch.ones(1, 4)).detach()) == pytest.approx(0, abs=1e-5)

@@ -145,26 +145,6 @@ def test_copies_and_replaced_modules_reach_the_network(tiny: Model) -> None:
     assert model(ids).logits.shape == (1, 3, 3)
 
 
-def test_an_adapter_works_or_is_refused(tiny: Model) -> None:
-    class Adapter(torch.nn.Module):
-        def __init__(self, base: torch.nn.Linear) -> None:
-            super().__init__()
-            self.base, self.weight = base, base.weight
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.base(x) + 1
-
-    ids, model = torch.tensor([[1, 20, 30]]), wrap(tiny)
-    before = model(ids).logits
-    model.layers[1].mixer.gate_proj = Adapter(model.layers[1].mixer.gate_proj)
-    assert not torch.equal(model(ids).logits, before)
-    for layer, name in ((1, "o_proj"), (0, "q_proj")):
-        changed = copy.deepcopy(model)
-        setattr(changed.layers[layer].mixer, name, Adapter(getattr(changed.layers[layer].mixer, name)))
-        with pytest.raises(UserError, match=f"layers.{layer}.mixer.{name} is a .*Adapter, which would have no effect"):
-            changed(ids)
-
-
 def test_the_vocabulary_grows(tiny: Model, tmp_path: Path) -> None:
     ids, model = torch.tensor([[1, 20, 30]]), wrap(tiny)
     before = model(ids).logits

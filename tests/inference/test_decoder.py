@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mmmamba.inference.decoder import Decoder, fused
+from mmmamba.inference.decoder import Decoder
 from mmmamba.model import ATTENTION, MAMBA2, MixerConfig, Model, RopeScaling, State, initialise
 from mmmamba.ops import quantize_rows
 from tiny import make_config
@@ -123,7 +123,7 @@ def test_states_in_bfloat16_stay_near_the_others(name):
     wide = Decoder(model, 4, 60, max_length=40)
     model.half_states = True
     narrow = Decoder(model, 4, 60, max_length=40)
-    assert narrow.layers[0].ssm.dtype == torch.bfloat16
+    assert narrow.pool[0].ssm.dtype == torch.bfloat16
     for decoder in (wide, narrow):
         decoder.admit(torch.arange(4), state)
     for step in range(40):
@@ -144,18 +144,35 @@ def test_a_sequence_never_outgrows_its_slot():
         Decoder(model, 4, 8, max_length=state.max_length).admit(torch.arange(4), state)
 
 
-def test_fusing_takes_no_memory_twice_and_changes_no_value():
-    model = build("hybrid")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    decoder = Decoder(model, 1, 4, max_length=4)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name]), name
-    mlp = model.layers[0].mlp
-    whole = decoder.layers[0].gate_up.weight
-    assert mlp.up.weight.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
-    assert fused(mlp.gate, [mlp.gate.weight, mlp.up.weight]) is whole
-    mlp.up.weight.data = mlp.up.weight.data.clone()  # moved, as by a load: joined anew
-    assert fused(mlp.gate, [mlp.gate.weight, mlp.up.weight]) is not whole
+def held(decoder: Decoder) -> int:
+    return sum(tensor.nbytes for kept in decoder.pool for tensor in vars(kept).values())
+
+
+@pytest.mark.parametrize("name", ["teacher", "hybrid", "linear"])
+def test_caches_grow_with_what_they_hold_and_change_nothing(name, monkeypatch):
+    model = build(name)
+    state = begun(model)
+    fixed, long = (Decoder(model, 4, capacity, max_length=40) for capacity in (40, 1_000_000))
+    for decoder in (fixed, long):
+        decoder.admit(torch.arange(4), state)
+    assert held(long) < 2**24  # with room for a million tokens it would be 2**33
+    monkeypatch.setattr("mmmamba.inference.decoder.AHEAD", 2)
+    growing = Decoder(model, 4, 40, max_length=40)
+    growing.admit(torch.arange(4), state)
+    rooms = []
+    for step in range(31):
+        tokens, slots = torch.arange(8, 12) + step, torch.tensor([0, 1, -1, 3] if step % 3 else [0, 1, 2, 3])
+        truth = fixed.step(tokens, slots)
+        assert torch.equal(long.step(tokens, slots), truth)
+        close(growing.step(tokens, slots), truth)
+        rooms.append(growing.room)
+    if name != "linear":
+        assert sorted(set(rooms)) == [11, 22, 40]  # each time twice, and never more than the capacity
+    for ours, truth in zip(growing.export(torch.arange(4)).layers, fixed.export(torch.arange(4)).layers, strict=True):
+        for one, other in zip(vars(ours).values(), vars(truth).values(), strict=True):
+            torch.testing.assert_close(one, other)
+    with pytest.raises(ValueError, match="40 tokens"):
+        growing.step(torch.arange(8, 12), torch.arange(4))
 
 
 def test_steps_with_int8_weights_are_those_of_the_rounded_matrices():
@@ -188,7 +205,8 @@ def test_steps_with_int8_weights_are_those_of_the_rounded_matrices():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", ["teacher", "linear, rotated", "linear, delta rule", "hybrid"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_graph_gives_what_the_steps_give(name, dtype):
+def test_a_graph_gives_what_the_steps_give(name, dtype, monkeypatch):
+    monkeypatch.setattr("mmmamba.inference.decoder.AHEAD", 4)  # caches grow, and graphs are made again
     model = build(name, head_dim=32).to("cuda", dtype)
     state = begun(model)
     logits = {}
@@ -196,7 +214,7 @@ def test_a_graph_gives_what_the_steps_give(name, dtype):
         decoder = Decoder(model, 4, 40, max_length=state.max_length, graph=graph)
         decoder.admit(torch.arange(4, device="cuda"), state)
         seen = []
-        for step in range(8):
+        for step in range(12):
             rows = torch.tensor([0, 1, 2, 3] if step % 2 else [3, 1, 0], device="cuda")
             seen.append(decoder.step(rows + 20 + step, rows).clone())
         logits[graph] = torch.cat(seen)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -113,6 +112,7 @@ def furnished(
     capacity = context + STEPS
     length = fixed_length(model, capacity)
     decoder = Decoder(model, batch, capacity, max_length=length, graph=graph, state_dtype=state_dtype)
+    decoder.reserve(capacity)
     for tensor in _pool(decoder):
         tensor.normal_()
     for counts in (decoder.positions, decoder.embedded):
@@ -122,8 +122,7 @@ def furnished(
 
 
 def _pool(decoder: Decoder) -> list[Tensor]:
-    found: list[Any] = [getattr(layer, name, None) for layer in decoder.layers for name in ("k", "v", "conv", "ssm")]
-    return [tensor for tensor in found if tensor is not None]
+    return [tensor for kept in decoder.pool for tensor in vars(kept).values()]
 
 
 def _pool_bytes(decoder: Decoder) -> int:

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mmmamba.model.attention import Attention
 from mmmamba.model.layer import Layer
 from mmmamba.model.model import Model
-from mmmamba.model.rope import rotation
+from mmmamba.model.rope import Rotation, rotation
 
 #: Flash first, as published; what it cannot do (float32) goes to the others. cuDNN's came later.
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -71,30 +71,24 @@ class PublishedDecoder:
                 assert isinstance(layer, Layer)
                 turn = turns[layer.index >= config.embedding.num_layers]
                 assert turn is not None
-                x, kept = self._layer(layer, x, k, v, turn.cos, turn.sin)
+                x, kept = self._layer(layer, x, k, v, turn)
                 new.append(kept)
         self.cache = new
         self.length += 1
         return model.head(model.norm(x))[:, -1]
 
     def _layer(
-        self, layer: Layer, x: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
+        self, layer: Layer, x: Tensor, k: Tensor, v: Tensor, turn: Rotation
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        mixer, mlp = layer.mixer, layer.mlp
+        mixer = layer.mixer
         assert isinstance(mixer, Attention)
-        q, new_k, new_v = mixer.project(
-            layer.input_norm(x), cos, sin, mixer.head_dim,
-            mixer.q_proj.weight, mixer.k_proj.weight, mixer.v_proj.weight,
-            mixer.q_proj.bias, mixer.k_proj.bias, mixer.v_proj.bias,
-        )  # fmt: skip
+        q, new_k, new_v = mixer.qkv(layer.input_norm(x), turn)
         k = torch.cat([k, new_k.transpose(1, 2)], dim=2)
         v = torch.cat([v, new_v.transpose(1, 2)], dim=2)
         seen_k, seen_v = (k, v) if self.mask is None else (_without_padding(t, self.mask) for t in (k, v))
         grouped = mixer.heads_count != mixer.groups
         y = F.scaled_dot_product_attention(q.transpose(1, 2), seen_k, seen_v, enable_gqa=grouped)
-        out = mixer.o_proj
-        weights = (out.weight, out.bias, layer.mlp_norm.weight, mlp.gate.weight, mlp.up.weight, mlp.down.weight)
-        return layer.finish(x, y.transpose(1, 2), *weights, layer.mlp_norm.eps), (k, v)
+        return layer.rest(x, y.transpose(1, 2)), (k, v)
 
 
 def _without_padding(cache: Tensor, mask: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from mmmamba.checkpoints.layouts import (
 from mmmamba.errors import UserError
 from mmmamba.jsonfile import read_json
 from mmmamba.model.config import ModelConfig
+from mmmamba.model.joined import join
 from mmmamba.model.model import Model
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -73,6 +74,8 @@ def load(
     model.load_state_dict(own, assign=True)
     if config.tie_word_embeddings:  # assign=True made two parameters of one tensor
         model.head.weight = model.text_embeddings.weight
+    del own
+    join(model.layers)
     model.int8_steps = int8
     return model.eval()
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mmmamba.model.plain import plain
 from mmmamba.ops import chunked_kl, squared_error
 from mmmamba.ops.kl import CHUNK
 
@@ -35,39 +38,54 @@ def heads_error(predicted: Tensor, target: Tensor, weights: Tensor) -> Tensor:
 
 def divergence(
     student_hidden: Tensor,
-    student_head: Tensor,
+    student_head: nn.Module,
     teacher_hidden: Tensor,
-    teacher_head: Tensor,
+    teacher_head: nn.Module,
     weights: Tensor,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Sum over tokens of weight · KL(teacher ‖ student): stage 3. Hidden states (b, l, d), weights (b, l)."""
-    return chunked_kl(
-        student_hidden.flatten(0, 1),
-        student_head,
-        teacher_hidden.flatten(0, 1),
-        teacher_head,
-        weight=weights.flatten(),
-        temperature=temperature,
-    )
+    """Sum over tokens of weight · KL(teacher ‖ student): stage 3. Hidden states (b, l, d), weights (b, l).
+
+    The heads' matrices are read, so that the logits of a whole row never exist. A head that has to be called (an
+    adapter, say) is called a chunk of tokens at a time, and again in the backward pass.
+    """
+    student, teacher, flat = student_hidden.flatten(0, 1), teacher_hidden.flatten(0, 1), weights.flatten()
+    if plain(nn.Linear, student_head, teacher_head):
+        heads: list[Tensor] = [student_head.weight, teacher_head.weight]  # type: ignore[list-item]
+        return chunked_kl(student, heads[0], teacher, heads[1], weight=flat, temperature=temperature)
+
+    def part(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+        wide = torch.float64 if student.dtype == torch.float64 else torch.float32
+        ours, theirs = (
+            F.log_softmax(head(hidden).to(wide) / temperature, dim=-1)
+            for head, hidden in ((student_head, student), (teacher_head, teacher))
+        )
+        return (F.kl_div(ours, theirs.detach(), reduction="none", log_target=True).sum(-1) * weight).sum()
+
+    parts = zip(student.split(CHUNK), teacher.split(CHUNK), flat.split(CHUNK), strict=True)
+    return torch.stack([_again(part, *one) for one in parts]).sum() * temperature**2
 
 
-def answer_loss(hidden: Tensor, head: Tensor, labels: Tensor, scored: Tensor) -> Tensor:
+def _again(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """A function's value; in a backward pass it is worked out once more, so that nothing of it is kept until then."""
+    found: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return found
+
+
+def answer_loss(hidden: Tensor, head: nn.Module, labels: Tensor, scored: Tensor) -> Tensor:
     """Summed cross-entropy of the scored tokens of a packed row; logits exist only where something is scored.
 
-    hidden (1, l, d) behind the final norm, head (v, d), labels (1, l) unshifted with -100 unscored, scored (k,) the
+    hidden (1, l, d) behind the final norm, head d → v, labels (1, l) unshifted with -100 unscored, scored (k,) the
     tokens whose next one is scored; one whose next is not counts nothing. Of more than :data:`CHUNK` of them the logits
     are made a chunk at a time, and again in the backward pass.
     """
+
+    def part(hidden: Tensor, scored: Tensor) -> Tensor:
+        logits = head(hidden[0].index_select(0, scored))
+        targets = labels[0].index_select(0, scored + 1)
+        return F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
+
     parts = scored.split(CHUNK)
     if len(parts) == 1:
-        return _answers(hidden, head, labels, scored)
-    return torch.stack([
-        checkpoint(_answers, hidden, head, labels, part, use_reentrant=False, preserve_rng_state=False)
-        for part in parts
-    ]).sum()  # fmt: skip
-
-
-def _answers(hidden: Tensor, head: Tensor, labels: Tensor, scored: Tensor) -> Tensor:
-    logits = F.linear(hidden[0].index_select(0, scored), head)
-    return F.cross_entropy(logits.float(), labels[0].index_select(0, scored + 1), ignore_index=-100, reduction="sum")
+        return part(hidden, scored)
+    return torch.stack([_again(part, hidden, one) for one in parts]).sum()

@@ -187,16 +187,16 @@ class MatchLogits(Objective):
             kept = slice(None) if stage.prompt_weight else row.scored
             kl = divergence(
                 hidden[:, kept],
-                self.student.head.weight,
+                self.student.head,
                 target[:, kept],
-                self.teacher.head.weight,
+                self.teacher.head,
                 weight[:, kept],
                 stage.temperature,
             )
             loss = kl / divisors["kl"] * stage.loss_scale
             found = {}
             if stage.supervised:
-                answers = answer_loss(hidden, self.student.head.weight, row.labels, row.scored) / divisors["answers"]
+                answers = answer_loss(hidden, self.student.head, row.labels, row.scored) / divisors["answers"]
                 loss = loss + stage.supervised * answers
                 found["ce"] = answers.detach()
         loss.backward()
@@ -222,7 +222,7 @@ class PredictAnswers(Objective):
     def pass_row(self, row: Batch, divisors: Mapping[str, Tensor], precision: torch.dtype) -> dict[str, Tensor]:
         with autocast(self.device, precision):
             hidden = self.model(**inputs(self.model, row), cu_seqlens=row.cu_seqlens, logits="none").hidden
-            answers = answer_loss(hidden, self.model.head.weight, row.labels, row.scored)
+            answers = answer_loss(hidden, self.model.head, row.labels, row.scored)
             loss = answers * self.scale / divisors["answers"]
         loss.backward()
         return {"loss": loss.detach()}

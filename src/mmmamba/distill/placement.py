@@ -49,8 +49,7 @@ def place(
         with autocast(teacher.device, precision):
             for x, row, weight, target in zip(given, rows, weights, targets, strict=True):
                 hidden = student(**x, cu_seqlens=row.cu_seqlens, logits="none").hidden
-                heads = student.head.weight, teacher.head.weight
-                found += divergence(hidden, heads[0], target, heads[1], weight, stage.temperature)
+                found += divergence(hidden, student.head, target, teacher.head, weight, stage.temperature)
         return float(processes.total(found) / divisor)
 
     kept: list[int] = []

@@ -20,15 +20,14 @@ def recompute(model: Model, part: str) -> None:
 
     Args:
         part: ``none``, also after a stage that had another; ``mlp``, all that follows a layer's heads
-            (:func:`mmmamba.model.layer.finish_layer`, compiled or not); ``layer``, whole layers.
+            (:meth:`mmmamba.model.layer.Layer.rest`, compiled or not); ``layer``, whole layers.
     """
     for layer in model.layers:
         assert isinstance(layer, Layer)
-        layer.__dict__.pop("forward", None)  # back to the class's own
-        if isinstance(layer.finish, partial):
-            layer.finish = layer.finish.args[0]
+        for name in ("forward", "rest"):
+            layer.__dict__.pop(name, None)  # back to the class's own
         if part == "mlp":
-            layer.finish = _again(layer.finish)
+            layer.rest = _again(layer.rest)  # type: ignore[method-assign]
         elif part == "layer":
             layer.forward = _again(layer.forward)  # type: ignore[method-assign]
 

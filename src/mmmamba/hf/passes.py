@@ -14,8 +14,6 @@ from mmmamba.errors import UserError
 from mmmamba.hf.attentions import AttentionWeights
 from mmmamba.hf.cache import CACHE, StateCache
 from mmmamba.hf.packing import BORDERS, Packed, packed
-from mmmamba.model.attention import Attention
-from mmmamba.model.model import Model
 
 if TYPE_CHECKING:
     from mmmamba.hf.pretrained import MMMambaPreTrainedModel
@@ -58,7 +56,6 @@ def run(
     if (input_ids is None) == (inputs_embeds is None):
         raise UserError("forward needs either input_ids or inputs_embeds")
     network, config = model.network, model.config
-    _refuse_replaced(network)
     rows, new = (input_ids if input_ids is not None else inputs_embeds).shape[:2]  # type: ignore[union-attr]
     if attention_mask is not None:
         if attention_mask.shape not in ((rows, new), (rows, past.columns + new)):
@@ -149,19 +146,3 @@ def refuse_unknown(method: str, kwargs: dict[str, Any]) -> None:
     for name, value in kwargs.items():
         if value is not None and value is not False:
             raise UserError(f"this model's {method} has no argument '{name}'")
-
-
-def _refuse_replaced(network: Model) -> None:
-    """The layers read some matrices without calling their modules: an adapter put in place of one would do nothing."""
-    for i in range(network.config.num_layers):
-        layer: Any = network.layers[i]
-        read = {"mixer.o_proj": layer.mixer.o_proj}
-        read |= {f"mlp.{name}": getattr(layer.mlp, name) for name in ("gate", "up", "down")}
-        if isinstance(layer.mixer, Attention):
-            read |= {f"mixer.{name}": getattr(layer.mixer, name) for name in ("q_proj", "k_proj", "v_proj")}
-        for name, module in read.items():
-            if not isinstance(module, torch.nn.Linear):
-                raise UserError(
-                    f"layers.{i}.{name} is a {type(module).__module__}.{type(module).__name__}, which would have no "
-                    "effect: of a layer, only the projections into a Mamba-2 mixer can be replaced (by an adapter, say)"
-                )

@@ -143,11 +143,8 @@ class MMMambaPreTrainedModel(PreTrainedModel):
                 "pixel_shuffle_loc 'post': pictures become tokens behind the embedding stack, with the text"
             )
         if isinstance(vision, VisionEmbedding):
-            grid = vision.patches(pixel_values)
-            patches, tokens = (
-                grid.flatten(1, 2),
-                vision.merge(grid) if vision.config.pixel_shuffle_loc == "pre" else None,
-            )
+            grid, merged = vision(pixel_values, with_patches=True)
+            patches, tokens = grid.flatten(1, 2), merged if vision.config.pixel_shuffle_loc == "pre" else None
         else:
             patches, tokens = vision(pixel_values), None
         found = BaseModelOutputWithPooling(

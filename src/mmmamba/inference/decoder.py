@@ -2,8 +2,11 @@
 
 A pass of the model takes a state and returns another; a decoding step is so small that making new tensors for it would
 cost more than the step. Here states lie in tensors that stay: a sequence is admitted to a slot, stepped, exported as a
-state again, and its slot given to another. What a layer projects is one product. On a GPU a step can be one CUDA graph
-for each size of batch.
+state again, and its slot given to another. What a layer projects is one product, where its matrices lie side by side
+(:mod:`mmmamba.model.joined`). On a GPU a step can be one CUDA graph for each size of batch.
+
+A step reads weights; it calls no module. A model of which a module has to be called (an adapter, a hook, an offloaded
+weight) is passed the tokens as anybody would pass them: slower, and right.
 """
 
 from __future__ import annotations
@@ -17,31 +20,39 @@ import torch
 from torch import Tensor, nn
 
 from mmmamba.device import uncollected
+from mmmamba.errors import UserError
+from mmmamba.inference.slots import KVSlots, MambaSlots, empty_slots
 from mmmamba.model.attention import Attention
 from mmmamba.model.config import StackConfig
-from mmmamba.model.layer import Layer, RMSNorm
-from mmmamba.model.mamba2 import Mamba2
+from mmmamba.model.joined import joined, maps_of
+from mmmamba.model.layer import Layer, RMSNorm, SwiGLU
+from mmmamba.model.mamba2 import Conv, GatedNorm, Mamba2
 from mmmamba.model.model import Model
+from mmmamba.model.plain import device_of, plain, weight_of
 from mmmamba.model.rope import inverse_frequencies
-from mmmamba.model.state import KVState, LayerState, MambaState, State
-from mmmamba.ops import attend_step, begin_step, linear_step, mixer_step, quantize_rows
+from mmmamba.model.state import State
+from mmmamba.ops import attend_step, begin_step, linear_step, linear_steps, mixer_step, quantize_rows
 from mmmamba.ops.triton import why_not
 
 WARM_UP = 2  # steps of a batch size before it is captured
 PARTS = 8  # of a head of a single row
+AHEAD = 1024  # tokens that there is room for after the longest sequence; with more, the caches are made twice as long
 
-_FUSED: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
-_QUANTIZED: WeakKeyDictionary[nn.Module, tuple[list[int], Tensor, Tensor, Tensor]] = WeakKeyDictionary()
+#: What a step does without calling: modules of these very classes, and no others.
+KINDS = (
+    nn.ModuleList, Layer, Attention, Mamba2, SwiGLU, RMSNorm, Conv, GatedNorm, nn.Linear, nn.Embedding
+)  # fmt: skip
+
+_QUANTIZED: WeakKeyDictionary[nn.Module, tuple[list[Any], list[Tensor], Tensor, Tensor]] = WeakKeyDictionary()
 
 
 class Decoder:
     """A pool of sequences whose next logits are computed in place.
 
     Args:
-        model: the network; its projections are laid side by side in memory (their parameters become views), which
-            changes no value, name or shape.
+        model: the network; it stays as it is.
         slots: sequences that the pool has room for.
-        capacity: most tokens that a sequence will hold: the length of the softmax layers' caches.
+        capacity: most tokens that a sequence may come to hold. The caches of softmax layers grow up to it with need.
         max_length, max_embedded: the lengths that dynamic RoPE scaling was fixed for when the sequences' states were
             made, as a :class:`~mmmamba.model.state.State` has them.
         graph: replay steps as CUDA graphs; by default wherever that can be done.
@@ -64,7 +75,11 @@ class Decoder:
         config = model.config
         self.model, self.slots, self.capacity = model, slots, capacity
         self.max_length, self.max_embedded = max_length, max_embedded
-        self.graph = graphable(model) if graph is None else graph
+        self.called = not decodable(model)  # a step is a pass of the model
+        if self.called and (model.int8_steps or model.half_states):
+            what = "int8 weights" if model.int8_steps else "bfloat16 states"
+            raise UserError(f"{what} are for steps of a model as it is; {why_called(model)}")
+        self.graph = not self.called and (graphable(model) if graph is None else graph)
         self.state_dtype = torch.bfloat16 if state_dtype is None and model.half_states else state_dtype
         # A seed for each layer's rounding, another one in every step.
         self.seeds = torch.arange(config.num_layers, device=model.device)
@@ -72,13 +87,25 @@ class Decoder:
         self.counts = torch.zeros(1 + model.merges_late, slots, dtype=torch.long, device=model.device)
         self.positions, self.embedded = self.counts[0], self.counts[-1]
         self.longest = 0  # no sequence of the pool is longer; known on the host
-        self.layers: list[_Mamba2Layer | _AttentionLayer] = []
-        for layer in model.layers:
-            assert isinstance(layer, Layer)
-            kind = _Mamba2Layer if isinstance(layer.mixer, Mamba2) else _AttentionLayer
-            self.layers.append(kind(layer, self, config.stack_of(layer.index)))
-        self.head = _Map(model, [model.head])
+        self.room = 0  # tokens of a sequence that the caches have room for now
+        self.pool = [self._empty(i) for i in range(config.num_layers)]
+        self.layers: list[_Layer] = []
+        if not self.called:
+            for layer, kept in zip(model.layers, self.pool, strict=True):
+                assert isinstance(layer, Layer)
+                kind: type[_Layer] = _Mamba2Layer if isinstance(kept, MambaSlots) else _AttentionLayer
+                self.layers.append(kind(layer, self, config.stack_of(layer.index), kept))
+            self.head = _Map(model, [model.head])
         self._graphs: dict[int, _Graph] = {}
+
+    def _empty(self, index: int) -> MambaSlots | KVSlots:
+        """A layer's part of the pool, where the layer is and in the dtype of its projections."""
+        model, layer = self.model, self.model.layers[index]
+        weight = weight_of(model.mixer(index).q_proj)
+        dtype = model.dtype if weight is None or not weight.is_floating_point() else weight.dtype
+        wide = self.state_dtype or torch.promote_types(dtype, torch.float32)
+        device = device_of(layer) or model.device
+        return empty_slots(model.config, index, self.slots, dtype=dtype, state_dtype=wide, device=device)
 
     def admit(self, slots: Tensor, state: State) -> None:
         """Lay the sequences of ``state`` into ``slots`` (s,), over whatever was there.
@@ -91,7 +118,8 @@ class Decoder:
             raise ValueError(f"a sequence of {longest} tokens does not fit into slots of {self.capacity}")
         if not self.holds(len(slots), longest, state.max_length, state.max_embedded):
             raise ValueError(f"the state was fixed for {state.max_length} tokens, the pool for {self.max_length}")
-        for layer, kept in zip(self.layers, state.layers, strict=True):
+        self.reserve(longest)
+        for layer, kept in zip(self.pool, state.layers, strict=True):
             layer.admit(slots, kept)
         self.positions[slots] = state.positions
         if state.embedded is not None:
@@ -108,10 +136,20 @@ class Decoder:
         fixed = same or not self.model.dynamic_rope
         return slots <= self.slots and capacity <= self.capacity and fixed
 
+    def reserve(self, length: int) -> None:
+        """Make room for sequences of ``length`` tokens. Graphs hold the old caches, and go with them."""
+        if length <= self.room or not self.model.config.attention_layers:
+            return
+        self.room = min(self.capacity, max(2 * self.room, length + AHEAD))
+        self._graphs.clear()
+        for kept in self.pool:
+            kept.reserve(self.room)
+
     def export(self, slots: Tensor) -> State:
         """The state of some slots (s,): copies, which no later step changes."""
         embedded = self.embedded[slots] if self.model.merges_late else None
-        layers = tuple(layer.export(slots) for layer in self.layers)
+        first, counts = self.model.config.embedding.num_layers, (self.embedded, self.positions)
+        layers = tuple(kept.export(slots, counts[i >= first]) for i, kept in enumerate(self.pool))
         return State(layers, self.positions[slots], self.max_length, embedded, self.max_embedded)
 
     @torch.no_grad()
@@ -132,6 +170,9 @@ class Decoder:
         if self.longest >= self.capacity:
             raise ValueError(f"a sequence has grown to the {self.capacity} tokens that its slot holds")
         self.longest += 1
+        self.reserve(self.longest)
+        if self.called:
+            return self._pass(tokens, slots)
         if not self.graph:
             return self._step(tokens, slots)
         # A graph for each power of two and one for the whole pool, filled up with idle rows.
@@ -139,6 +180,16 @@ class Decoder:
         if rows not in self._graphs:
             self._graphs[rows] = _Graph(rows, self.model.device)
         return self._graphs[rows](self, tokens, slots)[: len(tokens)]
+
+    def _pass(self, tokens: Tensor, slots: Tensor) -> Tensor:
+        """The step of a model that has to be called."""
+        rows = (slots >= 0).nonzero()[:, 0]
+        places = slots[rows]
+        out = self.model(tokens[rows, None], state=self.export(places), logits="last", return_state=True)
+        for kept, new in zip(self.pool, out.state.layers, strict=True):
+            kept.admit(places, new)
+        self.counts[:, places] += 1
+        return out.logits.new_zeros(len(slots), out.logits.shape[-1]).index_copy(0, rows, out.logits)
 
     def _step(self, tokens: Tensor, slots: Tensor) -> Tensor:
         model = self.model
@@ -152,6 +203,23 @@ class Decoder:
         if self.state_dtype == torch.bfloat16:
             self.seeds += len(self.layers)
         return logits
+
+
+def why_called(model: Model) -> str | None:
+    """Which module of a model has to be called, in words; None where a step may read all weights."""
+    if not plain(Model, model):
+        return f"this one is wrapped, hooked or offloaded as a whole ({type(model).__name__})"
+    for name, module in model.named_modules():
+        if module is not model and name.split(".")[0] != "vision":
+            kind = next((kind for kind in KINDS if isinstance(module, kind)), None)
+            if kind is None or not plain(kind, module):
+                return f"'{name}' is wrapped, hooked or offloaded ({type(module).__module__}.{type(module).__name__})"
+    return None
+
+
+def decodable(model: Model) -> bool:
+    """Whether steps may read the weights of a model instead of calling its modules."""
+    return why_called(model) is None
 
 
 def graphable(model: Model) -> bool:
@@ -194,27 +262,32 @@ class _Map:
     """The linear maps that read one input, as one product; with int8 weights where the model wants its steps so."""
 
     def __init__(self, model: Model, maps: Sequence[nn.Linear]) -> None:
-        owner = maps[0]  # what is made of the maps is kept with the first
-        self.weight, self.scale = fused(owner, [one.weight for one in maps]), None
+        whole = maps[0].weight if len(maps) == 1 else joined(maps)
+        self.weight, self.scale = None if whole is None else whole.detach(), None
+        self.apart = [] if model.int8_steps or whole is not None else [one.weight.detach() for one in maps]
+        self.biases = [None if one.bias is None else one.bias.detach() for one in maps]
         self.bias = _joined_bias(maps)
         if model.int8_steps:
-            self.weight, self.scale = quantized(owner, maps, self.weight)
+            self.weight, self.scale = quantized(maps)
 
     def __call__(self, x: Tensor, *, norm: RMSNorm | None = None, chained: bool = True, **options: Any) -> Tensor:
         """The norm, if any, and the product. What a layer does is a chain: one kernel reads what the last one wrote."""
         before: dict[str, Any] = {} if norm is None else {"norm": norm.weight, "eps": norm.eps}
+        if self.weight is None:
+            return linear_steps(x, self.apart, self.biases, **before, **options)
         return linear_step(x, self.weight, self.bias, scale=self.scale, chained=chained, **before, **options)
 
 
 class _Layer(ABC):
     """What every layer has around its mixer. ``counts``: the tokens that its stack (0, or -1) has seen of each slot."""
 
-    def __init__(self, layer: Layer, decoder: Decoder, projections: Sequence[nn.Linear]) -> None:
+    def __init__(self, layer: Layer, decoder: Decoder, stack: StackConfig, kept: MambaSlots | KVSlots) -> None:
         model, mixer, mlp = decoder.model, layer.mixer, layer.mlp
+        into, gate_up = maps_of(layer)
         self.input_norm, self.mlp_norm = layer.input_norm, layer.mlp_norm
-        self.project = _Map(model, projections)
+        self.project = _Map(model, into)
         self.out = _Map(model, [mixer.o_proj])
-        self.gate_up = _Map(model, [mlp.gate, mlp.up])
+        self.gate_up = _Map(model, gate_up)
         self.down = _Map(model, [mlp.down])
         self.first = layer.index == 0  # behind the embedding, which is no part of the chain
         self.stack = -1 if layer.index < model.config.embedding.num_layers else 0
@@ -240,32 +313,16 @@ class _Layer(ABC):
 class _Mamba2Layer(_Layer):
     """A Mamba-2 layer's part of the pool and of the step."""
 
-    def __init__(self, layer: Layer, decoder: Decoder, stack: StackConfig) -> None:
-        mixer = layer.mixer
-        assert isinstance(mixer, Mamba2)
-        delta = mixer.config.rule == "gated_delta"
-        projections = [mixer.v_proj, mixer.k_proj, mixer.q_proj, mixer.gate_proj, mixer.dt_proj]
-        super().__init__(layer, decoder, [*projections, mixer.beta_proj] if delta else projections)
-        self.mixer, config = mixer, mixer.config
-        h, g, p = mixer.heads_count, mixer.groups, mixer.head_dim
-        channels = (h + 2 * g) * p
-        self.sizes = [channels, h * p, h, *([h] if delta else [])]
-        weight = mixer.q_proj.weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        self.conv = weight.new_zeros(decoder.slots, config.conv_kernel - 1, channels)
-        self.ssm = weight.new_zeros(decoder.slots, h, p, p, dtype=decoder.state_dtype or wide)
-        self.squares = weight.new_empty(1, h, PARTS, dtype=wide)
+    def __init__(self, layer: Layer, decoder: Decoder, stack: StackConfig, kept: MambaSlots | KVSlots) -> None:
+        super().__init__(layer, decoder, stack, kept)
+        assert isinstance(layer.mixer, Mamba2) and isinstance(kept, MambaSlots)
+        self.mixer, self.kept, config = layer.mixer, kept, layer.mixer.config
+        h, g, p = stack.num_heads, stack.num_kv_heads, stack.head_dim
+        self.sizes = [(h + 2 * g) * p, h * p, h, *([h] if config.rule == "gated_delta" else [])]
+        wide, device = torch.promote_types(kept.conv.dtype, torch.float32), kept.conv.device
+        self.squares = torch.empty(1, h, PARTS, dtype=wide, device=device)
         self.seed = decoder.seeds[layer.index : layer.index + 1]
-        self.frequencies = inverse_frequencies(stack, self.max_length, weight.device, wide) if config.rope else None
-
-    def admit(self, slots: Tensor, state: LayerState) -> None:
-        assert isinstance(state, MambaState)
-        self.conv[slots] = state.conv.to(self.conv.dtype)
-        self.ssm[slots] = state.ssm.to(self.ssm.dtype)
-
-    def export(self, slots: Tensor) -> MambaState:
-        wide = torch.promote_types(self.ssm.dtype, torch.float32)
-        return MambaState(self.conv[slots], self.ssm[slots].to(wide))
+        self.frequencies = inverse_frequencies(stack, self.max_length, device, wide) if config.rope else None
 
     def heads(self, projected: Tensor, slots: Tensor, at: Tensor, longest: int | None) -> dict[str, Any]:
         mixer, eps = self.mixer, self.mixer.config.norm_eps
@@ -281,8 +338,8 @@ class _Mamba2Layer(_Layer):
             dt_bias=mixer.dt_bias,
             A_log=mixer.A_log,
             norm_weight=mixer.norm.weight,
-            conv_state=self.conv,
-            ssm_state=self.ssm,
+            conv_state=self.kept.conv,
+            ssm_state=self.kept.ssm,
             slots=slots,
             eps=eps,
             activation=mixer.config.conv_activation,
@@ -298,66 +355,30 @@ class _Mamba2Layer(_Layer):
 
 
 class _AttentionLayer(_Layer):
-    """A softmax layer's preallocated cache and its part of the step."""
+    """A softmax layer's part of the pool and of the step."""
 
-    def __init__(self, layer: Layer, decoder: Decoder, stack: StackConfig) -> None:
-        mixer = layer.mixer
-        assert isinstance(mixer, Attention)
-        super().__init__(layer, decoder, [mixer.q_proj, mixer.k_proj, mixer.v_proj])
-        weight = mixer.q_proj.weight
-        shape = decoder.slots, decoder.capacity, mixer.groups, mixer.head_dim
-        self.k, self.v = weight.new_zeros(shape), weight.new_zeros(shape)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        self.frequencies = inverse_frequencies(stack, self.max_length, weight.device, wide)
-
-    def admit(self, slots: Tensor, state: LayerState) -> None:
-        assert isinstance(state, KVState)
-        # Rows that were padded, in any place, are closed up: what is filled comes first, in its order.
-        order = state.filled.logical_not().byte().argsort(dim=1, stable=True)[..., None, None]
-        width = min(state.k.shape[1], self.k.shape[1])
-        for pool, kept in ((self.k, state.k), (self.v, state.v)):
-            pool[slots, :width] = kept.gather(1, order.expand_as(kept))[:, :width].to(pool.dtype)
-
-    def export(self, slots: Tensor) -> KVState:
-        counts = self.counts[slots]
-        width = int(counts.max()) if len(counts) else 0
-        filled = torch.arange(width, device=counts.device) < counts[:, None]
-        return KVState(self.k[slots, :width], self.v[slots, :width], filled)
+    def __init__(self, layer: Layer, decoder: Decoder, stack: StackConfig, kept: MambaSlots | KVSlots) -> None:
+        super().__init__(layer, decoder, stack, kept)
+        assert isinstance(kept, KVSlots)
+        self.kept = kept
+        wide = torch.promote_types(kept.k.dtype, torch.float32)
+        self.frequencies = inverse_frequencies(stack, self.max_length, kept.k.device, wide)
 
     def heads(self, projected: Tensor, slots: Tensor, at: Tensor, longest: int | None) -> dict[str, Any]:
-        pool = self.k, self.v
+        pool = self.kept.k, self.kept.v
         return {"x": attend_step(projected, *pool, slots, at, self.frequencies, longest=longest, chained=True)}
 
 
-def fused(owner: nn.Module, weights: Sequence[Tensor]) -> Tensor:
-    """The weights (rows_i, d) as one matrix (rows, d) of which each becomes a view: no memory is taken twice.
-
-    Made once for as long as the weights stay where they are; a model that was moved or reloaded is joined anew.
-    """
-    if len(weights) == 1:
-        return weights[0].detach()
-    whole = _FUSED.get(owner)
-    if whole is None or not _are_parts(weights, whole):
-        whole = _FUSED[owner] = torch.cat([weight.detach() for weight in weights])
-        for weight, part in zip(weights, whole.split([len(weight) for weight in weights]), strict=True):
-            weight.data = part
-    return whole
-
-
-def quantized(owner: nn.Module, maps: Sequence[nn.Linear], whole: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrix ``whole`` of some maps in int8, and its rows' scales; made anew when the weights have changed."""
-    versions = [one.weight._version for one in maps]
+def quantized(maps: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
+    """The matrices of some maps as one in int8, and its rows' scales; made again when the weights have changed."""
+    owner, weights = maps[0], [one.weight.detach() for one in maps]
+    state = [(weight._version, weight.data_ptr(), weight.dtype) for weight in weights]
     kept = _QUANTIZED.get(owner)
-    if kept is None or kept[0] != versions or kept[1].data_ptr() != whole.data_ptr():
-        kept = _QUANTIZED[owner] = (versions, whole, *quantize_rows(whole))
+    if kept is None or kept[0] != state:
+        parts = [quantize_rows(weight) for weight in weights]
+        rounded, scales = (torch.cat(part) if len(maps) > 1 else part[0] for part in zip(*parts, strict=True))
+        kept = _QUANTIZED[owner] = (state, weights, rounded, scales)
     return kept[2], kept[3]
-
-
-def _are_parts(weights: Sequence[Tensor], whole: Tensor) -> bool:
-    if whole.dtype != weights[0].dtype or whole.device != weights[0].device:
-        return False
-    parts = whole.split([len(weight) for weight in weights])
-    return all(weight.data_ptr() == part.data_ptr() for weight, part in zip(weights, parts, strict=True))
 
 
 def _joined_bias(projections: Sequence[nn.Linear]) -> Tensor | None:

@@ -17,6 +17,7 @@ from mmmamba.config import to_dict
 from mmmamba.data.processor import Processor
 from mmmamba.data.template import JinjaTemplate
 from mmmamba.device import cores
+from mmmamba.errors import UserError
 from mmmamba.model.model import Model
 
 
@@ -65,6 +66,8 @@ def _lines(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _line(name: str, tensor: Tensor) -> str:
+    if tensor.is_meta:
+        raise UserError(f"'{name}' is offloaded: a session belongs to its weights, which must all be in memory")
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     return f"{name} {tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(data).hexdigest()}"
 

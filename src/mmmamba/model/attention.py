@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from mmmamba.model.cache import GrowingKV
 from mmmamba.model.config import StackConfig
+from mmmamba.model.plain import plain
 from mmmamba.model.rope import Rotation
 from mmmamba.model.softmax import LONG, attend, merge
 from mmmamba.model.state import KVState
@@ -42,11 +44,7 @@ class Attention(nn.Module):
         keep_state: bool = False,
     ) -> tuple[Tensor, KVState | GrowingKV | None]:
         """The heads' outputs before W_o: x (b, l, d) → (b, l, h, p), and the cache if ``keep_state``."""
-        q, k, v = self.project(
-            x, rotation.cos, rotation.sin, self.head_dim,
-            self.q_proj.weight, self.k_proj.weight, self.v_proj.weight,
-            self.q_proj.bias, self.k_proj.bias, self.v_proj.bias,
-        )  # fmt: skip
+        q, k, v = self.qkv(x, rotation)
         if state is None:
             y = _causal(q, k, v) if cu_seqlens is None else _packed(q, k, v, cu_seqlens)
             return y, _cache(k, v, cu_seqlens) if keep_state else None
@@ -57,6 +55,15 @@ class Attention(nn.Module):
         y, new = _continued(q, k, v, state, cu_seqlens)
         return y, new if keep_state else None
 
+    def qkv(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries (b, l, h, p) and keys (b, l, g, p), and values (b, l, g, p), of x (b, l, d)."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        if plain(nn.Linear, *projections):
+            weights, biases = [one.weight for one in projections], [one.bias for one in projections]
+            return self.project(x, rotation.cos, rotation.sin, self.head_dim, *weights, *biases)
+        q, k, v = (one(x).unflatten(-1, (-1, self.head_dim)) for one in projections)
+        return rotation(q), rotation(k), v
+
     def forward(
         self,
         x: Tensor,
@@ -65,9 +72,15 @@ class Attention(nn.Module):
         rotation: Rotation,
         cu_seqlens: Tensor | None = None,
         keep_state: bool = False,
+        observe: Callable[[Tensor], None] | None = None,
     ) -> tuple[Tensor, KVState | GrowingKV | None]:
-        """x (b, l, d) → (b, l, d) and the new cache; packed rows with ``cu_seqlens`` (s+1,) have b = 1."""
+        """x (b, l, d) → (b, l, d) and the new cache; packed rows with ``cu_seqlens`` (s+1,) have b = 1.
+
+        ``observe`` is called with the heads.
+        """
         y, new = self.heads(x, state, rotation=rotation, cu_seqlens=cu_seqlens, keep_state=keep_state)
+        if observe is not None:
+            observe(y)
         return self.o_proj(y.flatten(-2)), new
 
 

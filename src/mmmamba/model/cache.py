@@ -27,6 +27,11 @@ class GrowingKV:
     v: Tensor
     length: int
 
+    def to(self, device: torch.device | str | int | None) -> GrowingKV:
+        """The cache on a device: this very one where it lies there already, a copy elsewhere."""
+        here = self.k.to(device)
+        return self if here is self.k else GrowingKV(here, self.v.to(device), self.length)
+
     def append(self, k: Tensor, v: Tensor) -> None:
         """Write keys and values (s, l, g, p) behind those there are; ValueError where there is no room."""
         end = self.length + k.shape[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from mmmamba.model.attention import Attention
 from mmmamba.model.config import ATTENTION, ModelConfig
 from mmmamba.model.mamba2 import Mamba2
+from mmmamba.model.plain import plain
 from mmmamba.model.rope import Rotation
 from mmmamba.model.state import LayerState
 from mmmamba.ops import compute_dtype, linear_add, rms_norm, swiglu
@@ -37,13 +39,16 @@ class RMSNorm(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Weights of down(SiLU(gate(x)) · up(x)); :func:`finish_layer` applies them."""
+    """down(SiLU(gate(x)) · up(x)). :func:`finish_layer` reads the weights and does the same."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.gate = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(swiglu(self.gate(x), self.up(x)))
 
 
 class Layer(nn.Module):
@@ -75,13 +80,30 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, LayerState | None]:
         """x (b, l, d) → (b, l, d) and the layer's new state."""
         u = self.input_norm(x)
-        mix: Any = self.mixer  # whose state is of its own kind
-        heads, new = mix.heads(u, state, rotation=rotation, cu_seqlens=cu_seqlens, keep_state=keep_state)
-        if observe is not None:
-            observe(self.index, u, heads, rotation)
-        out, mlp = self.mixer.o_proj, self.mlp
-        weights = (out.weight, out.bias, self.mlp_norm.weight, mlp.gate.weight, mlp.up.weight, mlp.down.weight)
-        return self.finish(x, heads, *weights, self.mlp_norm.eps), new
+        mixer: Any = self.mixer  # whose state is of its own kind
+        seen = None if observe is None else partial(_observed, observe, self.index, u, rotation)
+        options = {"rotation": rotation, "cu_seqlens": cu_seqlens, "keep_state": keep_state}
+        if not plain(Mamba2, mixer) and not plain(Attention, mixer):
+            mixed, new = mixer(u, state, observe=seen, **options)
+            x = x + mixed
+            return x + self.mlp(self.mlp_norm(x)), new
+        heads, new = mixer.heads(u, state, **options)
+        if seen is not None:
+            seen(heads)
+        return self.rest(x, heads), new
+
+    def rest(self, x: Tensor, heads: Tensor) -> Tensor:
+        """All that follows the heads: x (b, l, d), heads (b, l, h, p) → (b, l, d)."""
+        out, norm, mlp = self.mixer.o_proj, self.mlp_norm, self.mlp
+        if plain(SwiGLU, mlp) and plain(RMSNorm, norm) and plain(nn.Linear, out, mlp.gate, mlp.up, mlp.down):
+            weights = (out.weight, out.bias, norm.weight, mlp.gate.weight, mlp.up.weight, mlp.down.weight)
+            return self.finish(x, heads, *weights, norm.eps)
+        x = x + out(heads.flatten(-2))
+        return x + mlp(norm(x))
+
+
+def _observed(observe: Observer, index: int, u: Tensor, rotation: Rotation, heads: Tensor) -> None:
+    observe(index, u, heads, rotation)
 
 
 def finish_layer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmmamba.model.config import MixerConfig, StackConfig
+from mmmamba.model.plain import plain, weight_of
 from mmmamba.model.rope import Rotation
 from mmmamba.model.state import MambaState
 from mmmamba.ops import causal_conv, gated_delta, gated_norm, joined_linear, linear_wide, ssd, unit_norm
@@ -35,13 +37,13 @@ class Mamba2(nn.Module):
         self.q_proj = nn.Linear(hidden_size, h * p, bias=bias)
         self.k_proj = nn.Linear(hidden_size, g * p, bias=bias)
         self.v_proj = nn.Linear(hidden_size, g * p, bias=bias)
-        self.conv = _ConvWeights((h + 2 * g) * p, config.conv_kernel)
+        self.conv = Conv((h + 2 * g) * p, config.conv_kernel, config.conv_activation)
         self.dt_proj = nn.Linear(hidden_size, h, bias=False)
         self.dt_bias = nn.Parameter(torch.empty(h))
         self.A_log = nn.Parameter(torch.empty(h))
         if config.rule == "gated_delta":
             self.beta_proj = nn.Linear(hidden_size, h, bias=False)
-        self.norm = _NormWeight(p)
+        self.norm = GatedNorm(p, config.norm_eps)
         self.gate_proj = nn.Linear(hidden_size, h * p, bias=config.gate_bias)
         self.o_proj = nn.Linear(h * p, hidden_size, bias=stack.o_bias)
         self.reset_new_parameters()
@@ -84,12 +86,12 @@ class Mamba2(nn.Module):
         """The gated heads before W_o: x (b, l, d) → (b, l, h, p), and the state if ``keep_state``."""
         h, g, p = self.heads_count, self.groups, self.head_dim
         projections = (self.v_proj, self.k_proj, self.q_proj)
-        vkq = joined_linear(x, [one.weight for one in projections], [one.bias for one in projections])
-        vkq, conv_state = causal_conv(
+        if plain(nn.Linear, *projections):
+            vkq = joined_linear(x, [one.weight for one in projections], [one.bias for one in projections])
+        else:
+            vkq = torch.cat([one(x) for one in projections], dim=-1)
+        vkq, conv_state = self.conv(
             vkq,
-            self.conv.weight,
-            self.conv.bias,
-            activation=self.config.conv_activation,
             initial_state=None if state is None else state.conv,
             cu_seqlens=cu_seqlens,
             return_final_state=keep_state,
@@ -115,7 +117,7 @@ class Mamba2(nn.Module):
         else:
             y, ssm = ssd(v, dt, A, k, q, **options)
         gate = self.gate_proj(x).unflatten(-1, (h, p))
-        y = gated_norm(y, gate, self.norm.weight, self.config.norm_eps)
+        y = self.norm(y, gate)
         if not keep_state:
             return y, None
         assert conv_state is not None and ssm is not None
@@ -124,13 +126,13 @@ class Mamba2(nn.Module):
     def step_size(self, x: Tensor) -> Tensor:
         """dt = softplus(W_dt x + dt_bias), (b, l, h), never below float32."""
         with torch.autocast(x.device.type, enabled=False):
-            raw = linear_wide(x, self.dt_proj.weight)
+            raw = _wide(self.dt_proj, x)
             return F.softplus(raw + self.dt_bias.to(raw.dtype))
 
     def strength(self, x: Tensor) -> Tensor:
         """beta = sigmoid(W_beta x) of the gated delta rule, (b, l, h), never below float32."""
         with torch.autocast(x.device.type, enabled=False):
-            return linear_wide(x, self.beta_proj.weight).sigmoid()
+            return _wide(self.beta_proj, x).sigmoid()
 
     def forward(
         self,
@@ -140,24 +142,51 @@ class Mamba2(nn.Module):
         rotation: Rotation,
         cu_seqlens: Tensor | None = None,
         keep_state: bool = False,
+        observe: Callable[[Tensor], None] | None = None,
     ) -> tuple[Tensor, MambaState | None]:
-        """x (b, l, d) → (b, l, d) and the new state; packed rows with ``cu_seqlens`` (s+1,) have b = 1."""
+        """x (b, l, d) → (b, l, d) and the new state; packed rows with ``cu_seqlens`` (s+1,) have b = 1.
+
+        ``observe`` is called with the heads.
+        """
         y, new = self.heads(x, state, rotation=rotation, cu_seqlens=cu_seqlens, keep_state=keep_state)
+        if observe is not None:
+            observe(y)
         return self.o_proj(y.flatten(-2)), new
 
 
-class _ConvWeights(nn.Module):
-    """Weight (c, k) and bias (c,) of the depthwise convolution."""
+def _wide(projection: nn.Linear, x: Tensor) -> Tensor:
+    """W·x in float32 at least. A module that has to be called works in its weight's dtype; its result is widened."""
+    if plain(nn.Linear, projection):
+        return linear_wide(x, projection.weight)
+    weight = weight_of(projection)
+    if weight is not None and weight.is_floating_point():
+        x = x.to(weight.dtype)
+    y: Tensor = projection(x)
+    return y.to(torch.promote_types(y.dtype, torch.float32))
 
-    def __init__(self, channels: int, kernel: int) -> None:
+
+class Conv(nn.Module):
+    """The depthwise convolution: weight (c, k) and bias (c,)."""
+
+    def __init__(self, channels: int, kernel: int, activation: str) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, kernel))
         self.bias = nn.Parameter(torch.empty(channels))
+        self.activation = activation
+
+    def forward(self, x: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+        """x (b, l, c) and the options of :func:`mmmamba.ops.causal_conv` → what that gives."""
+        return causal_conv(x, self.weight, self.bias, activation=self.activation, **options)
 
 
-class _NormWeight(nn.Module):
-    """Weight (p,) of the per-head RMSNorm."""
+class GatedNorm(nn.Module):
+    """The per-head RMSNorm, weight (p,), times the SiLU of a gate."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        """x and gate (b, l, h, p) → (b, l, h, p)."""
+        return gated_norm(x, gate, self.weight, self.eps)

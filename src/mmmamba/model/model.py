@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from mmmamba.errors import UserError
 from mmmamba.model.attention import Attention, project
 from mmmamba.model.config import ModelConfig
+from mmmamba.model.joined import join, joined, maps_of
 from mmmamba.model.layer import Layer, Observer, RMSNorm, finish_layer
 from mmmamba.model.mamba2 import Mamba2
+from mmmamba.model.plain import device_of, weight_of
 from mmmamba.model.rope import Rotation, rotation
 from mmmamba.model.state import LayerState, State
 from mmmamba.model.vision import PatchEmbedding, PatchRow, VisionEmbedding, check_slots
@@ -62,17 +64,37 @@ class Model(nn.Module):
 
     def mixer(self, layer: int) -> Attention | Mamba2:
         """The mixer of global layer ``layer``."""
-        found = self.layers[layer]
-        assert isinstance(found, Layer)
-        return found.mixer
+        found: Any = self.layers[layer]
+        mixer: Attention | Mamba2 = found.mixer
+        return mixer
 
     @property
     def device(self) -> torch.device:
-        return self.head.weight.device
+        """Where passes run, also when the weights are offloaded (accelerate)."""
+        found = (device_of(module) for module in self._ends())
+        return next((device for device in found if device is not None), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.head.weight.dtype
+        """The weights' number format; that of the embeddings where the head is quantised."""
+        for module in self._ends():
+            weight = weight_of(module)
+            if weight is not None and weight.is_floating_point():
+                return weight.dtype
+        return torch.get_default_dtype()
+
+    def _ends(self) -> list[nn.Module]:
+        """The head, unless it was taken off, and the embeddings."""
+        return [module for name in ("head", "text_embeddings") if (module := self._modules.get(name)) is not None]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Moved or cast, the weights are new tensors: what was laid out for decoding is again, on a GPU all."""
+        ours = [layer for layer in self.layers if isinstance(layer, Layer)]
+        laid_out = any(joined(maps) is not None for layer in ours for maps in maps_of(layer))
+        super()._apply(fn, recurse)
+        if laid_out or self.device.type == "cuda":
+            join(self.layers)
+        return self
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None = None, *, spare_tiles: bool = False) -> Tensor:
         """Token embeddings (b, l, d), with the tiles' tokens written over the <IMG_CONTEXT> positions in order.
@@ -211,7 +233,8 @@ class Model(nn.Module):
                     "pixel_shuffle_loc 'post': the embedding stack reads patches, not tokens, so that its layers have "
                     "no hidden state for each token"
                 )
-            row = PatchRow(image[0], cu_seqlens, self.vision.patches(pixel_values), self.vision.config.shuffle**2)
+            patches, _ = self.vision(pixel_values, with_patches=True)
+            row = PatchRow(image[0], cu_seqlens, patches, self.vision.config.shuffle**2)
             x = row.widen(x)
         # Each stack's base follows from the positions that this stack reads.
         embedding_positions, embedded, embedding_fixed = positions, None, fixed

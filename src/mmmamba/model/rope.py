@@ -19,6 +19,9 @@ class Rotation:
     cos: Tensor
     sin: Tensor
 
+    def to(self, device: torch.device | str | int | None) -> Rotation:
+        return Rotation(self.cos.to(device), self.sin.to(device))
+
     def __call__(self, x: Tensor) -> Tensor:
         """Rotate x (b, l, heads, p): the first half of each head is paired with the second."""
         return rotate(x, self.cos, self.sin)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ class KVState:
     v: Tensor
     filled: Tensor
 
+    def to(self, device: torch.device | str | int | None) -> KVState:
+        return _map(self, lambda t: t.to(device))
+
 
 @dataclass(frozen=True)
 class MambaState:
@@ -31,12 +34,17 @@ class MambaState:
     conv: Tensor
     ssm: Tensor
 
+    def to(self, device: torch.device | str | int | None) -> MambaState:
+        return _map(self, lambda t: t.to(device))
+
 
 LayerState = KVState | MambaState
+Kept = TypeVar("Kept", bound=LayerState)
 
 
-def _map(layer: LayerState, change: Callable[[Tensor], Tensor]) -> LayerState:
-    changed: dict[str, Any] = {f.name: change(getattr(layer, f.name)) for f in fields(layer)}
+def _map(layer: Kept, change: Callable[[Tensor], Tensor]) -> Kept:
+    values = {f.name: getattr(layer, f.name) for f in fields(layer)}
+    changed: dict[str, Any] = {k: change(v) if isinstance(v, Tensor) else v for k, v in values.items()}
     return replace(layer, **changed)
 
 
@@ -81,7 +89,10 @@ class State:
             rows = rows.nonzero()[:, 0]
         return self._map(lambda t: t.index_select(0, rows.to(t.device)))
 
-    def to(self, device: torch.device | str) -> State:
+    def to(self, device: torch.device | str | int | None) -> State:
+        """The state on a device; None is where it is, as for a tensor."""
+        if device is None:
+            return self
         if torch.device(device).type == "cpu" and self.positions.device.type != "cpu":
             found = iter(to_host(self._tensors()))
             return self._map(lambda _: next(found))

@@ -7,12 +7,14 @@ patches themselves: :class:`PatchRow` is the longer row that it runs over.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmmamba.model.config import VisionConfig
+from mmmamba.model.plain import weight_of
 
 
 class VisionEmbedding(nn.Module):
@@ -54,18 +56,20 @@ class VisionEmbedding(nn.Module):
 
     def patches(self, pixel_values: Tensor) -> Tensor:
         """(tiles, 3, H, W) normalised → (tiles, rows, columns, d), positions added."""
-        x = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        x = self.patch_embedding(_as_weights(pixel_values, self.patch_embedding))
         rows, columns = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2) + self.positions(rows, columns)
         return x.unflatten(1, (rows, columns))
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """(tiles, 3, H, W) normalised → what stands for the tiles at the network's entrance, (tiles, tokens, d)."""
-        return self.tokens(self.patches(pixel_values))
+    def forward(self, pixel_values: Tensor, *, with_patches: bool = False) -> Any:
+        """What stands for tiles (tiles, 3, H, W), normalised, at the network's entrance: (tiles, tokens, d).
 
-    def tokens(self, x: Tensor) -> Tensor:
-        """Patches (tiles, rows, columns, d) → what stands for them at the network's entrance, (tiles, tokens, d)."""
-        return self.merge(x) if self.config.pixel_shuffle_loc == "pre" else x.flatten(1, 2)
+        With ``pixel_shuffle_loc: post`` that is their patches, row by row. ``with_patches``: two tensors, the patches
+        (tiles, rows, columns, d) first.
+        """
+        patches = self.patches(pixel_values)
+        tokens = self.merge(patches) if self.config.pixel_shuffle_loc == "pre" else patches.flatten(1, 2)
+        return (patches, tokens) if with_patches else tokens
 
     def merge(self, x: Tensor) -> Tensor:
         """Patches (tiles, rows, columns, d) → (tiles, tokens, d): s×s neighbours joined and projected."""
@@ -92,7 +96,7 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(patches, 3, H, W) normalised → (patches, 1, d)."""
-        return self.patch_embedding(pixel_values.flatten(1).to(self.patch_embedding.weight.dtype))[:, None]
+        return self.patch_embedding(_as_weights(pixel_values.flatten(1), self.patch_embedding))[:, None]
 
 
 class PatchRow:
@@ -129,6 +133,12 @@ class PatchRow:
         """The row with patches (1, wide, d) → tokens (1, total, d), those of the tiles by ``merge``."""
         tokens = merge(wide[0].index_select(0, self.slots).view(self.patches.shape)).flatten(0, 1)
         return wide[0].index_select(0, self.starts).index_copy(0, self.image, tokens.to(wide.dtype))[None]
+
+
+def _as_weights(pixel_values: Tensor, embedding: nn.Module) -> Tensor:
+    """Pixels in the number format of the module that reads them."""
+    weight = weight_of(embedding)
+    return pixel_values if weight is None or not weight.is_floating_point() else pixel_values.to(weight.dtype)
 
 
 def check_slots(slots: int, tokens: int, tiles: int) -> None:

@@ -12,6 +12,7 @@ from mmmamba.ops.linear import (
     linear_add,
     linear_step,
     linear_step_torch,
+    linear_steps,
     linear_wide,
     quantize_rows,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "linear_add",
     "linear_step",
     "linear_step_torch",
+    "linear_steps",
     "linear_wide",
     "mixer_step",
     "mixer_step_torch",

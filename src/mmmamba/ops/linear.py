@@ -135,6 +135,25 @@ def linear_step_torch(
     return y if residual is None else residual.add_(y)
 
 
+def linear_steps(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    *,
+    norm: Tensor | None = None,
+    eps: float = 1e-6,
+    swiglu: bool = False,
+) -> Tensor:
+    """:func:`linear_step` of matrices that lie apart, as if they were one: x (b, k), weights (n, k) → (b, Σ n).
+
+    With ``swiglu`` there are two of one size, and the result is (b, n).
+    """
+    if norm is not None:
+        x = rms_norm(x, norm, eps)
+    parts = [linear_step(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    return gated(*parts) if swiglu else torch.cat(parts, dim=-1)
+
+
 def _casts(*tensors: Tensor) -> bool:
     """Whether autocast would change the format of any of these, as it does before a product."""
     device = tensors[0].device.type
