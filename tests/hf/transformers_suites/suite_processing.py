@@ -1,0 +1,27 @@
+"""transformers' ProcessorTesterMixin over our processor. Run by test_suites.py."""
+
+from __future__ import annotations
+
+import unittest
+from typing import Any
+
+from tests.test_processing_common import ProcessorTesterMixin
+from transformers import AutoProcessor
+
+import mmmamba
+from mmmamba.config import to_dict
+from mmmamba.data.export import export_files
+from mmmamba.hf import MMMambaProcessor
+
+
+class ProcessorTest(ProcessorTesterMixin, unittest.TestCase):
+    processor_class = MMMambaProcessor
+
+    @classmethod
+    def _setup_from_components(cls) -> Any:
+        export_files(cls.tmpdirname, mmmamba.load_processor("pico-teacher"))
+        return AutoProcessor.from_pretrained(cls.tmpdirname)
+
+    @staticmethod
+    def prepare_processor_dict() -> dict[str, Any]:
+        return {"model": to_dict(mmmamba.load_processor("pico-teacher").config)}
