@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,11 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mmmamba.checkpoints import gguf as gguf_module
+from mmmamba.checkpoints import load, open_source
 from mmmamba.checkpoints.gguf import GgufWeights, find_gguf, gguf_config, gguf_json, gguf_tokenizer
 from mmmamba.checkpoints.llama import read_llama
+from mmmamba.convert import convert
 from mmmamba.data.processor import Processor
 from mmmamba.data.samples import Turn
 from mmmamba.data.tokenizer import Tokenizer
@@ -29,16 +35,19 @@ TEMPLATE = (
 )
 
 
-def write_gguf(path: Path, *, kind: str = "llama", tied: bool = True, more: dict[str, Any] | None = None) -> Path:
-    """A random model with a byte-level tokenizer; ``more`` adds or replaces fields (text, int) and tensors (arrays)."""
+def write_gguf(
+    path: Path, *, kind: str = "llama", tied: bool = True, more: dict[str, Any] | None = None, without: str = ""
+) -> Path:
+    """A random model with a byte-level tokenizer; ``more`` adds or replaces fields (text, int) and tensors (arrays),
+    ``without`` leaves a tensor out."""
     more = dict(more or {})
     writer = gguf.GGUFWriter(path, kind)
     writer.add_name("tiny")
     writer.add_context_length(128)
-    writer.add_embedding_length(SIZE)
-    writer.add_block_count(LAYERS)
+    for name, number in {"embedding_length": SIZE, "block_count": LAYERS, "attention.head_count": HEADS}.items():
+        if f"{kind}.{name}" not in more:
+            writer.add_uint32(f"{kind}.{name}", number)
     writer.add_feed_forward_length(WIDE)
-    writer.add_head_count(HEADS)
     writer.add_head_count_kv(GROUPS)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(1e5)
@@ -63,7 +72,8 @@ def write_gguf(path: Path, *, kind: str = "llama", tied: bool = True, more: dict
         }  # fmt: skip
     for name, shape in shapes.items():
         drawn = random.normal(size=shape).astype(np.float32)
-        writer.add_tensor(f"{name}.weight", more.pop(f"{name}.weight", drawn))
+        if f"{name}.weight" != without:
+            writer.add_tensor(f"{name}.weight", more.pop(f"{name}.weight", drawn))
     if kind == "qwen2":
         for i in range(LAYERS):
             for name, size in (("q", SIZE), ("k", SIZE // 2), ("v", SIZE // 2)):
@@ -146,7 +156,7 @@ def test_broken_and_ambiguous_files(tmp_path):
 
 def test_values_that_are_not_finite(tmp_path):
     file = write_gguf(tmp_path / "tiny.gguf", more={"output_norm.weight": np.full(SIZE, np.nan, np.float32)})
-    with pytest.raises(UserError, match=r"tiny\.gguf: tensor 'model.norm.weight' has values that are not finite"):
+    with pytest.raises(UserError, match=r"tiny\.gguf: tensor 'output_norm.weight' has 32 values that are not finite"):
         build(file)
 
 
@@ -165,3 +175,135 @@ def test_user_defined_tokens_are_read_in_text_and_control_tokens_are_not(tmp_pat
     ids = tokenizer.encode(text, allow_special=False)
     assert ids == theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids
     assert 2 in ids and 1 not in ids and tokenizer.decode(ids) == text
+
+
+# ---------------------------------------------------------------------------------------------- a stranger's file
+
+
+@pytest.mark.parametrize(
+    "name", ["blk.0.ffn_up.weight", "token_embd.weight", "output_norm.weight", "blk.1.attn_norm.weight"]
+)
+def test_a_tensor_that_is_missing_is_named(name, tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", without=name)
+    for read in (open_source, load):
+        with pytest.raises(UserError, match=rf"tiny\.gguf: does not match .*: 1 missing tensor \({name}\)"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize("more, complaint", [
+    ({"blk.0.ffn_up.weight": np.ones((WIDE + 1, SIZE), np.float32)}, r"blk\.0\.ffn_up\.weight is \(49, 32\), expected"),
+    ({"blk.7.ffn_up.weight": np.ones((WIDE, SIZE), np.float32)}, r"1 unexpected tensor \(blk\.7\.ffn_up\.weight\)"),
+    ({"blk.0.attn_q_norm.weight": np.ones(8, np.float32)}, r"1 unexpected tensor \(blk\.0\.attn_q_norm\.weight\)"),
+    ({"mystery": np.ones(8, np.float32)}, r"1 unexpected tensor \(mystery\)"),
+    ({"llama.block_count": 3}, r"9 missing tensors \(blk\.2\.attn"),
+    ({"llama.block_count": 10**6}, "'num_hidden_layers'|layers"),
+    ({"llama.embedding_length": 0}, "'llama.embedding_length' must be a positive number, got 0"),
+    ({"llama.attention.head_count": "four"}, "'llama.attention.head_count' must be a positive number, got 'four'"),
+])  # fmt: skip
+def test_what_does_not_fit_its_header_is_named(more, complaint, tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", more=more)
+    with pytest.raises(UserError, match=complaint):
+        load(tmp_path)
+
+
+def test_kinds_of_numbers(tmp_path):
+    """Halves and blocks are dequantised; whole numbers are no weights."""
+    half = np.random.default_rng(1).normal(size=SIZE).astype(np.float16)
+    file = write_gguf(tmp_path / "tiny.gguf", more={"output_norm.weight": half})
+    assert torch.equal(GgufWeights(file)["model.norm.weight"], torch.from_numpy(half.astype(np.float32)))
+    file = write_gguf(tmp_path / "tiny.gguf", more={"output_norm.weight": np.ones(SIZE, np.int32)})
+    with pytest.raises(UserError, match=r"tensor 'output_norm\.weight' is I32, which is not read"):
+        load(file)
+
+
+COUNTS = {
+    "tensors": (8, 2**60, r"says that it has 1,152,921,504,606,846,976 tensors"),
+    "fields": (16, 2**63, r"fields, more than any model has"),
+    "a name": (24, 2**40, r"a field's name is said to be 1,099,511,627,776 bytes long"),
+    "version": (4, 99, r"its version is"),
+    "no GGUF": (0, 0, r"does not begin with 'GGUF'"),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_absurd_counts_are_refused_at_once(name, tmp_path):
+    file = write_gguf(tmp_path / "tiny.gguf")
+    at, value, complaint = COUNTS[name]
+    content = bytearray(file.read_bytes())
+    content[at : at + 8] = value.to_bytes(8, "little")
+    file.write_bytes(content)
+    for read in (gguf_json, gguf_tokenizer, load):
+        with pytest.raises(UserError, match=rf"tiny\.gguf: not a usable GGUF file: .*{complaint}"):
+            read(file)
+
+
+@pytest.mark.parametrize("text, value", [(b"tokenizer.ggml.tokens", 2**60), (b"tokenizer.ggml.tokens", 5_000_000)])
+def test_absurd_lists_are_refused_at_once(text, value, tmp_path):
+    file = write_gguf(tmp_path / "tiny.gguf")
+    content = bytearray(file.read_bytes())
+    at = content.index(text) + len(text) + 8  # behind the kinds of the field and of its items
+    content[at : at + 8] = value.to_bytes(8, "little")
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"'tokenizer\.ggml\.tokens' is a list of"):
+        gguf_tokenizer(file)
+
+
+def test_any_cut_and_any_changed_byte_of_the_header_is_one_line(tmp_path):
+    file = write_gguf(tmp_path / "tiny.gguf")
+    content = file.read_bytes()
+    random = np.random.default_rng(0)
+    end = content.index(b"token_embd") + 600
+    for i in range(120):
+        changed = bytearray(content)
+        if i % 3:
+            changed[random.integers(end)] ^= 1 << random.integers(8)
+        else:
+            del changed[random.integers(end) :]
+        file.write_bytes(changed)
+        try:
+            weights = GgufWeights(file)
+            assert len(weights) >= 0
+        except UserError as error:
+            assert "\n" not in str(error) and len(str(error)) < 600
+
+
+# ---------------------------------------------------------------------------------------------- a stranger's folder
+
+
+EVIL = 'import pathlib\npathlib.Path("CODE_RAN").touch()\nclass Tok: pass\nclass Config: pass\nclass Model: pass\n'
+
+
+def test_nothing_of_the_folder_is_run_or_read(tmp_path, monkeypatch):
+    """transformers would ask whether to run ``evil.py``, and a pipe may answer yes."""
+    (tmp_path / "model").mkdir()
+    file = write_gguf(tmp_path / "model" / "tiny.gguf")
+    plain = gguf_tokenizer(file), gguf_json(file)
+    auto = {
+        "AutoTokenizer": ["evil.Tok", "evil.Tok"],
+        "AutoConfig": "evil.Config",
+        "AutoModelForCausalLM": "evil.Model",
+    }
+    for name in ("tokenizer_config.json", "adapter_config.json", "generation_config.json", "processor_config.json"):
+        content = {"auto_map": auto, "tokenizer_class": "EvilTok", "bos_token": "EVIL", "chat_template": "EVIL"}
+        (file.parent / name).write_text(json.dumps(content))
+    (file.parent / "chat_template.jinja").write_text("EVIL")
+    (file.parent / "tokenizer.json").write_text("{EVIL")
+    (file.parent / "evil.py").write_text(EVIL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 10))
+    gguf_module._read_tokenizer.cache_clear()
+    assert (gguf_tokenizer(file), gguf_json(file)) == plain
+    convert("model", tmp_path / "out")
+    assert not list(tmp_path.rglob("CODE_RAN"))
+    assert not any("EVIL" in path.read_text() for path in (tmp_path / "out").iterdir() if path.suffix != ".safetensors")
+
+
+def test_the_hub_is_not_asked(tmp_path, monkeypatch):
+    file = write_gguf(tmp_path / "tiny.gguf")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("connected"))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: pytest.fail("looked up a host"))
+    gguf_module._read_tokenizer.cache_clear()
+    gguf_tokenizer(file)
+    load(file)

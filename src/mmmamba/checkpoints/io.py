@@ -11,6 +11,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -79,6 +80,8 @@ class Weights(Mapping[str, Tensor]):
         UserError: for a file that is truncated, no weight file, or has a tensor that another has.
     """
 
+    described = CONFIG  # what says which tensors there must be
+
     def __init__(self, path: Path, files: Iterable[Path]) -> None:
         self.path = path
         self.files: dict[str, Path] = {}
@@ -89,6 +92,10 @@ class Weights(Mapping[str, Tensor]):
                 if name in self.files:
                     raise UserError(f"{file}: tensor '{name}' is also in {self.files[name].name}")
                 self.files[name], self._headers[name] = file, header
+
+    def label(self, name: str) -> str:
+        """What a complaint calls the tensor ``name``: its name in the file."""
+        return name
 
     def shape(self, name: str) -> torch.Size:
         return self._headers[name][0]
@@ -106,18 +113,21 @@ class Weights(Mapping[str, Tensor]):
         return name in self.files
 
     def __getitem__(self, name: str) -> Tensor:
-        file = self.files[name]
-        if file.suffix == ".safetensors":
-            with _opened(file) as stored:
-                tensor = stored.get_tensor(name).clone()  # off the mapped file, which is let go here
-        else:
-            tensor = self._unpickled(file)[name].clone()
-        # A sum is finite unless something in it is not, or it overflows: only then every value is looked at.
-        if tensor.is_floating_point() and not math.isfinite(float(tensor.sum(dtype=torch.float32))):
-            wrong = tensor.numel() - int(tensor.isfinite().sum())
-            if wrong:
-                raise UserError(f"{file}: tensor '{name}' has {wrong} values that are not finite (NaN or infinity)")
+        tensor = self._read(name)
+        wrong = not_finite(tensor)
+        if wrong:
+            raise UserError(
+                f"{self.files[name]}: tensor '{self.label(name)}' has {wrong} values that are not finite "
+                "(NaN or infinity)"
+            )
         return tensor
+
+    def _read(self, name: str) -> Tensor:
+        file = self.files[name]
+        if file.suffix != ".safetensors":
+            return self._unpickled(file)[name].clone()
+        with _opened(file) as stored:
+            return stored.get_tensor(name).clone()  # off the mapped file, which is let go here
 
     def _read_header(self, file: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
         if file.suffix != ".safetensors":
@@ -133,6 +143,14 @@ class Weights(Mapping[str, Tensor]):
         if self._pickle is None or self._pickle[0] != file:
             self._pickle = (file, read_pickle(file))
         return self._pickle[1]
+
+
+def not_finite(tensor: Tensor) -> int:
+    """How many values of a tensor are NaN or infinite."""
+    # A sum is finite unless something in it is not, or it overflows: only then every value is looked at.
+    if not tensor.is_floating_point() or math.isfinite(float(tensor.sum(dtype=torch.float32))):
+        return 0
+    return tensor.numel() - int(tensor.float().isfinite().sum())
 
 
 _DTYPES = {
@@ -245,32 +263,39 @@ def check_tensors(
     Raises:
         UserError: one line that names the file and counts the missing, unexpected and mis-shaped tensors.
     """
-    missing = [name for name in expected if name not in found]
-    extra = [name for name in found if name not in expected and name not in set(ignore)]
-    wrong = [name for name in expected if name in found and found.shape(name) != expected[name]]
-    if not (missing or extra or wrong):
+    missing, ignored = [name for name in expected if name not in found], set(ignore)
+    extra = [name for name in found if name not in expected and name not in ignored]
+    there = [name for name in expected if name in found]
+    wrong = [name for name in there if found.shape(name) != expected[name]]
+    whole = [name for name in there if not found.dtype(name).is_floating_point]
+    if not (missing or extra or wrong or whole):
         return
-    file = found.files[(wrong or extra)[0]] if wrong or extra else found.path
+    odd = wrong or whole or extra
+    file = found.files[odd[0]] if odd else found.path
     parts = []
     if missing:
-        parts.append(f"{_count(missing, 'missing tensor')} ({_first(missing)})")
+        parts.append(f"{_count(missing, 'missing tensor')} ({_first(map(found.label, missing))})")
     if extra:
-        parts.append(f"{_count(extra, 'unexpected tensor')} ({_first(extra)})")
+        parts.append(f"{_count(extra, 'unexpected tensor')} ({_first(map(found.label, extra))})")
     if wrong:
-        shapes = [f"{n} is {tuple(found.shape(n))}, expected {tuple(expected[n])}" for n in wrong[:3]]
+        shapes = [f"{found.label(n)} is {tuple(found.shape(n))}, expected {tuple(expected[n])}" for n in wrong[:3]]
         more = ", …" if len(wrong) > 3 else ""
         parts.append(f"{_count(wrong, 'tensor')} of the wrong shape ({'; '.join(shapes)}{more})")
+    if whole:
+        kinds = [f"{found.label(n)} is {str(found.dtype(n)).removeprefix('torch.')}" for n in whole]
+        parts.append(f"{_count(whole, 'tensor')} not of floating point ({_first(kinds)})")
     causes = dict.fromkeys(cause for cause in map(reason, missing + extra) if cause)
     because = f": {'; '.join(causes)}" if causes else ""
-    raise UserError(f"{file}: does not match {CONFIG}: {', '.join(parts)}{because}")
+    raise UserError(f"{file}: does not match {found.described}: {', '.join(parts)}{because}")
 
 
 def _count(names: list[str], what: str) -> str:
     return f"{len(names)} {what}{'s' if len(names) > 1 else ''}"
 
 
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+def _first(names: Iterable[str]) -> str:
+    first = list(islice(names, 4))
+    return ", ".join(name if len(name) <= 120 else f"{name[:117]}..." for name in first[:3]) + ", …" * (len(first) > 3)
 
 
 # ---------------------------------------------------------------------------------------------- writing

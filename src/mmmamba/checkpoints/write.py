@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +26,8 @@ from mmmamba.checkpoints.layouts import (
 )
 from mmmamba.checkpoints.read import ASSETS, builtin_names, fingerprint, open_source, resolve
 from mmmamba.errors import UserError
+from mmmamba.jsonfile import MAX_TOKENIZER_BYTES, parse_json, read_bytes
+from mmmamba.links import refuse_foreign_link
 from mmmamba.model.config import ModelConfig
 from mmmamba.model.model import Model
 
@@ -150,7 +151,10 @@ def write_model(
 
 
 class CopiedFiles:
-    """The files that lie beside config and weights in another folder (or in a GGUF file)."""
+    """The files that lie next to config and weights in another folder; of a GGUF file what it holds of them itself.
+
+    A folder may be a stranger's: what is copied is an ordinary file of the folder's own.
+    """
 
     def __init__(self, source: Path) -> None:
         self.source = source
@@ -161,9 +165,14 @@ class CopiedFiles:
             definition, config = gguf_tokenizer(gguf)
             (folder / "tokenizer.json").write_text(definition, encoding="utf-8")
             write_json(folder / "tokenizer_config.json", config)
+            return
         for name in _BESIDE:
-            if (self.source / name).is_file():
-                shutil.copyfile(self.source / name, folder / name)
+            file = self.source / name
+            if file.is_symlink() or file.exists():
+                content = read_bytes(refuse_foreign_link(file), limit=MAX_TOKENIZER_BYTES)
+                if file.suffix == ".json":
+                    parse_json(content, file)
+                (folder / name).write_bytes(content)
 
 
 def _name(dtype: torch.dtype) -> str:

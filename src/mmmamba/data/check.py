@@ -26,6 +26,7 @@ from mmmamba.data.cache import EncodedSource
 from mmmamba.data.jsonl import JsonlDataset
 from mmmamba.data.processor import UNSCORED, Processor
 from mmmamba.data.samples import BadSample, NothingScored
+from mmmamba.data.tiling import check_tiles
 from mmmamba.device import cores
 from mmmamba.errors import UserError
 from mmmamba.figures import PALETTE, new_figure, render, style
@@ -74,9 +75,10 @@ def check(
     Raises:
         UserError: when a sample is bad, after all have been read; when the file or the teacher can't be read at all.
     """
-    for name, value, least in (("workers", workers, 0), ("max-length", max_length, 1), ("max-tiles", max_tiles, 1)):
+    for name, value, least in (("workers", workers, 0), ("max-length", max_length, 1)):
         if value is not None and value < least:
             raise UserError(f"--{name} must be at least {least}, got {value}")
+    check_tiles(max_tiles, "--max-tiles")
     if out is not None and out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; --out takes a folder")
     dataset = JsonlDataset(file)

@@ -31,7 +31,7 @@ from mmmamba.data.template import (
     count_marks,
     get_template,
 )
-from mmmamba.data.tiling import grid, tile
+from mmmamba.data.tiling import check_tiles, grid, tile
 from mmmamba.data.tokenizer import Tokenizer
 from mmmamba.data.video import Frame
 from mmmamba.errors import UserError
@@ -262,8 +262,7 @@ class Processor:
         if vision.max_side is not None and max_tiles is not None:
             raise UserError("max_tiles: this model reads a picture as rows of patches, not as tiles")
         most = self.config.max_dynamic_patch if max_tiles is None else max_tiles
-        if most < 1:
-            raise UserError(f"max_tiles must be at least 1, got {most}")
+        check_tiles(most)
         cut = partial(self._cut, vision, most)
         found: list[np.ndarray | Unread] = []
         grids: list[tuple[int, ...]] = []

@@ -9,8 +9,19 @@ import numpy as np
 import torch
 from PIL import Image
 
+from mmmamba.errors import UserError
+from mmmamba.model.config import MAX_TILES
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def check_tiles(most: int | None, name: str = "max_tiles") -> None:
+    """Refuse a greatest number of tiles that no picture should be cut into: all of its grids are compared."""
+    if most is not None and not 1 <= most <= MAX_TILES:
+        bound = f"at most {MAX_TILES:,}" if most > MAX_TILES else "at least 1"
+        raise UserError(f"{name} must be {bound}, got {most}")
+
 
 Pixels = TypeVar("Pixels", np.ndarray, torch.Tensor)
 
@@ -18,6 +29,7 @@ Pixels = TypeVar("Pixels", np.ndarray, torch.Tensor)
 @lru_cache(maxsize=64)
 def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
     """Every (columns, rows) with ``min_tiles`` to ``max_tiles`` tiles, small grids first."""
+    check_tiles(max_tiles)
     if not 1 <= min_tiles <= max_tiles:
         raise ValueError(f"min_tiles ({min_tiles}) and max_tiles ({max_tiles}) must satisfy 1 <= min <= max")
     grids = [

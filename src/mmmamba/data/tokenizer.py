@@ -14,10 +14,11 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mmmamba.data import sentencepiece
-from mmmamba.data.added import CONFIG_FILE, NAMES_FILE, ROLES, declared, if_any, merged
+from mmmamba.data.added import ADDED_FILE, CONFIG_FILE, NAMES_FILE, ROLES, declared, if_any, merged
 from mmmamba.data.template import IMAGE_CONTEXT, IMAGE_END, IMAGE_START
 from mmmamba.errors import UserError
-from mmmamba.jsonfile import MAX_TOKENIZER_BYTES, parse, read_json, read_text
+from mmmamba.jsonfile import MAX_TOKENIZER_BYTES, parse, read_bytes, read_json, read_text
+from mmmamba.links import refuse_foreign_link
 
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 SPECIALS = (UNK, BOS, EOS, "<|im_start|>", "<|im_end|>", IMAGE_START, IMAGE_END, IMAGE_CONTEXT)
@@ -98,8 +99,10 @@ class Tokenizer:
         from mmmamba.checkpoints.gguf import find_gguf, gguf_tokenizer  # checkpoints stand above data
 
         gguf = find_gguf(folder)
-        if not path.is_file() and gguf is not None:
+        if gguf is not None:  # which has all of it; nothing that lies next to it is read
             return cls(*gguf_tokenizer(gguf), str(gguf))
+        for name in (TOKENIZER_FILE, SENTENCEPIECE_FILE, CONFIG_FILE, NAMES_FILE, ADDED_FILE, TEMPLATE_FILE):
+            refuse_foreign_link(Path(folder) / name)
         if not path.is_file() and not model.is_file():
             raise UserError(f"{folder}: no {TOKENIZER_FILE} and no {SENTENCEPIECE_FILE}")
         config_path = Path(folder) / CONFIG_FILE
@@ -120,7 +123,8 @@ class Tokenizer:
     @classmethod
     def _from_sentencepiece(cls, path: Path, config: dict[str, Any]) -> Tokenizer:
         """As InternLM2's and Llama's tokenizer classes read ``path`` and the files beside it."""
-        model, names = sentencepiece.parse(path.read_bytes(), str(path)), path.with_name(NAMES_FILE)
+        model = sentencepiece.parse(read_bytes(path, limit=MAX_TOKENIZER_BYTES), str(path))
+        names = path.with_name(NAMES_FILE)
         bpe = sentencepiece.to_fast(
             model,
             declared(path.parent, {**if_any(names), **config}),

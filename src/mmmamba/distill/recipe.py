@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from mmmamba.config import from_dict, load_yaml
+from mmmamba.data.tiling import check_tiles
 from mmmamba.errors import UserError
 from mmmamba.model.config import ATTENTION, MAMBA2, MixerConfig
 from mmmamba.names import check_name
@@ -82,7 +83,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("sources is empty")
-        _at_least(1, self, "max_length", "max_tiles")
+        _at_least(1, self, "max_length")
+        check_tiles(self.max_tiles)
         _at_least(0, self, "workers")
 
 

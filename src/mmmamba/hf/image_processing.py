@@ -16,7 +16,7 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
 from mmmamba.data.images import MAX_BYTES, decode_image, decode_text, from_array, load_image, upright_rgb
 from mmmamba.data.patches import patch_rows
-from mmmamba.data.tiling import IMAGENET_MEAN, IMAGENET_STD, normalise, tile
+from mmmamba.data.tiling import IMAGENET_MEAN, IMAGENET_STD, check_tiles, normalise, tile
 from mmmamba.errors import UserError
 
 MAX_DOWNLOAD, MAX_SECONDS = 100 << 20, 60  # of a picture that a URL names
@@ -74,8 +74,7 @@ class MMMambaImageProcessor(BaseImageProcessor):
                 raise UserError("max_tiles: this model reads a picture as rows of patches, not as tiles")
             return patch_rows(open_image(image), self.image_size, self.max_side)
         most = self.max_dynamic_patch if max_tiles is None else max_tiles
-        if most < 1:
-            raise UserError(f"max_tiles must be at least 1, got {most}")
+        check_tiles(most)
         least = self.min_dynamic_patch
         if not self.dynamic_image_size:
             least = most = 1

@@ -8,6 +8,24 @@ from typing import Literal
 ATTENTION = "attention"
 MAMBA2 = "mamba2"
 
+# A config may be a stranger's. No model is near these, and what is past them takes hours or all memory to build.
+MAX_LAYERS = 1024
+MAX_WIDTH = 1 << 20  # of hidden states and of what an MLP makes of them
+MAX_HEADS = 1 << 13
+MAX_VOCABULARY = 1 << 25
+MAX_POSITIONS = 1 << 40
+MAX_SIDE = 1 << 14  # pixels of a tile
+MAX_TILES = 1024  # of a picture
+
+
+def _within(config: object, **bounds: tuple[float, float]) -> None:
+    """Refuse numbers outside of (least, most); None, the default of some, is not a number."""
+    for name, (least, most) in bounds.items():
+        value = getattr(config, name)
+        if value is not None and not least <= value <= most:  # NaN is nowhere
+            bound = f"at most {most:,}" if value > most else f"at least {least:g}"
+            raise ValueError(f"{name} must be {bound}, got {value}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
@@ -25,15 +43,15 @@ class RopeScaling:
     original_max_position_embeddings: int | None = None
 
     def __post_init__(self) -> None:
-        if self.factor <= 0:
-            raise ValueError(f"factor must be positive, got {self.factor}")
+        if not 0 < self.factor <= 1e9:
+            raise ValueError(f"factor must be positive and at most 1e9, got {self.factor}")
         low, high, length = self.low_freq_factor, self.high_freq_factor, self.original_max_position_embeddings
         if self.type != "llama3":
             if (low, high, length) != (None, None, None):
                 raise ValueError(f"{self.type} scaling has a factor and nothing else")
         elif low is None or high is None or length is None:
             raise ValueError("llama3 needs low_freq_factor, high_freq_factor and original_max_position_embeddings")
-        elif not 0 < low < high or length < 1:
+        elif not 0 < low < high <= 1e9 or not 1 <= length <= MAX_POSITIONS:
             raise ValueError(
                 f"llama3 needs 0 < low_freq_factor ({low}) < high_freq_factor ({high}) and "
                 f"original_max_position_embeddings ({length}) of at least 1"
@@ -57,6 +75,17 @@ class StackConfig:
     o_bias: bool = False
 
     def __post_init__(self) -> None:
+        _within(
+            self,
+            num_layers=(0, MAX_LAYERS),
+            intermediate_size=(1, MAX_WIDTH),
+            num_heads=(1, MAX_HEADS),
+            num_kv_heads=(1, MAX_HEADS),
+            head_dim=(1, MAX_HEADS),
+            rms_norm_eps=(0, 1),
+            rope_theta=(1e-9, 1e30),
+            max_position_embeddings=(1, MAX_POSITIONS),
+        )
         if self.num_layers and self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads ({self.num_heads}) is not a multiple of num_kv_heads ({self.num_kv_heads})")
         if self.num_layers and self.head_dim % 2:
@@ -85,6 +114,13 @@ class VisionConfig:
     max_side: int | None = None
 
     def __post_init__(self) -> None:
+        _within(self, image_size=(1, MAX_SIDE), patch_size=(1, MAX_SIDE), max_side=(1, MAX_SIDE))
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size ({self.image_size}) is not a multiple of patch_size ({self.patch_size})")
+        if not 1e-3 <= self.downsample_ratio <= 1:
+            raise ValueError(f"downsample_ratio must lie in (0, 1], got {self.downsample_ratio}")
+        if self.patches_per_side % self.shuffle:
+            raise ValueError(f"{self.patches_per_side} patches a side are not merged by {self.shuffle}")
         if self.max_side is not None:
             alone = self.image_size == self.patch_size and self.pixel_shuffle_loc == "none"
             if not alone or self.use_pixel_shuffle_proj:
@@ -188,6 +224,15 @@ class ModelConfig:
     max_dynamic_patch: int = 12
 
     def __post_init__(self) -> None:
+        _within(
+            self,
+            hidden_size=(1, MAX_WIDTH),
+            vocab_size=(1, MAX_VOCABULARY),
+            text_vocab_size=(1, MAX_VOCABULARY),
+            min_dynamic_patch=(1, MAX_TILES),
+            max_dynamic_patch=(1, MAX_TILES),
+        )
+        self._check_tokens()
         if not self.layer_map:
             object.__setattr__(self, "layer_map", (ATTENTION,) * self.num_layers)
         if len(self.layer_map) != self.num_layers:
@@ -195,6 +240,18 @@ class ModelConfig:
         wrong = sorted(set(self.layer_map) - {ATTENTION, MAMBA2})
         if wrong:
             raise ValueError(f"layer_map entries must be '{ATTENTION}' or '{MAMBA2}', got {wrong}")
+
+    def _check_tokens(self) -> None:
+        """Refuse token ids that no embedding has."""
+        ids = {
+            name: getattr(self, name)
+            for name in ("img_context_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
+        }
+        ids |= {f"stop_token_ids[{i}]": token for i, token in enumerate(self.stop_token_ids)}
+        ids |= {f"special_token_maps[{name!r}]": token for name, token in self.special_token_maps.items()}
+        for name, token in ids.items():
+            if not -1 <= token < self.vocab_size:
+                raise ValueError(f"{name} is {token}, but vocab_size is {self.vocab_size}")
 
     @property
     def num_layers(self) -> int:
