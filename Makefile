@@ -36,6 +36,7 @@ test: lint  ## lint, type-check and run the tests, with coverage
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: lint  ## the same, and the tests that take long and rarely break (marked slow)
+	@$(PIP) install -e '.[dev,demo,test-all]' || echo "not all was installed: what needs it is skipped"
 	$(PYTEST) $(ARGS)
 
 lint: $(READY)  ## ruff and mypy
