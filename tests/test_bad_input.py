@@ -312,7 +312,9 @@ def test_an_output_folder_that_holds_something_else(setup):
         assert setup.refused(*more) == f"{setup.out}: holds another run (another recipe); give another --out"
     assert small_run.hashes(setup.out) == before
     setup.out = setup.folder / "data"
-    assert setup.refused("--resume") == f"{setup.out}: is not empty and not a run; give another --out"
+    foreign = min(entry.name for entry in setup.out.iterdir())
+    said = f"{setup.out}: is not empty and not a run (it holds '{foreign}'); give another --out"
+    assert setup.refused("--resume") == said
 
 
 def test_an_output_folder_that_cannot_be_made(setup):

@@ -127,12 +127,38 @@ def test_what_a_layout_cannot_express_is_named(teacher: Path, tmp_path: Path, ca
         error = capsys.readouterr().err
         assert named in error and "Traceback" not in error
         assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="the folder that is read"):
+    with pytest.raises(UserError, match="which is read; give another DST"):
         convert(str(ours), ours)
     with pytest.raises(UserError, match="--separate is for"):
         convert(str(ours), tmp_path / "out", separate=True)
     with pytest.raises(UserError, match="are for a stage's file"):
         convert(str(ours), tmp_path / "out", teacher=str(teacher))
+
+
+def test_what_is_read_and_what_others_wrote_is_not_replaced(teacher: Path, tmp_path: Path, capsys) -> None:
+    delta = save_student(student(teacher), tmp_path / "delta", teacher=teacher, delta=True)
+    whole = save_student(student(teacher), tmp_path / "whole", teacher=teacher, delta=False)
+    (tmp_path / "link").symlink_to(teacher)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for source in (delta, whole):  # the teacher that a student stands on, by any name, and below it
+        for target in (teacher, tmp_path / "link", tmp_path / "delta" / ".." / "teacher", teacher / "below", source):
+            assert main(["convert", str(source), str(target), "--overwrite"]) == 2
+            assert "which is read; give another DST" in capsys.readouterr().err
+    (tmp_path / "nothing").symlink_to(tmp_path / "nowhere")
+    for target, said in (
+        (tmp_path / "nothing", "is a link to nothing"),
+        (tmp_path / "whole" / "config.json" / "x", "is not a folder"),
+        (tmp_path / "delta" / "model.safetensors", "is a file"),
+    ):
+        assert main(["convert", str(teacher), str(target)]) == 2
+        assert said in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    out = convert(str(delta), tmp_path / "out")
+    convert(str(whole), out)  # its own, unchanged: replaced
+    (out / "notes.md").write_text("mine")
+    for flags in ([], ["--overwrite"]):
+        assert main(["convert", str(whole), str(out), *flags]) == 2
+        assert "holds 'notes.md', which is no part of a model" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- pickled weights

@@ -18,6 +18,7 @@ from mmmamba.checkpoints.write import CopiedFiles, write_model
 from mmmamba.data.processor import Processor
 from mmmamba.data.tokenizer import SENTENCEPIECE_FILE, TOKENIZER_FILE, Tokenizer
 from mmmamba.errors import UserError
+from mmmamba.outputs import check_folder
 from mmmamba.progress import Progress
 
 PARTIAL = (".pt", ".pth", ".bin")
@@ -32,6 +33,7 @@ def convert(
     separate: bool = False,
     teacher: str | None = None,
     stage2: Path | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write a model down in another layout, with its tokenizer.
 
@@ -47,7 +49,7 @@ def convert(
     Args:
         src: a folder (HoVLE, a published student, a Llama-family model, ours), a built-in name, a GGUF file, or a
             stage's file of the published trainer.
-        dst: the folder to write; a model that is there is replaced.
+        dst: the folder to write. What an earlier convert wrote there is replaced, if nobody has changed it since.
         to: mmmamba (our layout, which transformers loads after `import mmmamba`; a student that stored only what
             differs from its teacher becomes whole), hovle (softmax layers only), or mmmamba-release (the published
             mixer only).
@@ -55,6 +57,7 @@ def convert(
         separate: with mmmamba-release: write the projections one by one, as they are while training.
         teacher: with a stage's file: the HoVLE folder that it was trained from.
         stage2: with stage 3's file: stage 2's, which has the decays that stage 3's lacks.
+        overwrite: replace any model that is in dst. A folder with other files in it is refused all the same.
 
     Returns:
         the folder.
@@ -66,8 +69,7 @@ def convert(
     wide = None if dtype == "keep" else getattr(torch, dtype)
     layout = SEPARATE if separate else {layout.name: layout for layout in (STUDENT, RELEASE, HOVLE)}[to]
     data = _config_json(source, layout, wide or _widest(source))
-    if dst.exists() and dst.resolve() == source.folder.resolve():
-        raise UserError(f"{dst}: is the folder that is read; write to another")
+    check_folder(dst, "DST", read=source.places)
     with Progress("convert", total=len(parts(source.config))) as bar:
 
         def read(part: Part) -> Tensors:
@@ -75,7 +77,7 @@ def convert(
             bar.update(bar.done + 1)
             return found if wide is None else {name: cast(name, tensor, wide) for name, tensor in found.items()}
 
-        write_model(dst, layout, data, source.config, read, _Beside(source))
+        write_model(dst, layout, data, source.config, read, _Beside(source), overwrite=overwrite)
     print(dst)
     return dst
 

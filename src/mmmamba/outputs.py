@@ -178,6 +178,15 @@ class Ledger:
         write_atomically(self._path, lambda path: path.write_text(text, encoding="utf-8"))
 
 
+def record(folder: Path, verb: str) -> None:
+    """Leave a ledger of all files in a folder that was just written as a whole."""
+    entries = {
+        path.name: {"by": verb, "sha256": file_hash(path)} for path in sorted(folder.iterdir()) if path.name != LEDGER
+    }
+    text = json.dumps({"written": entries}, indent=1, ensure_ascii=False) + "\n"
+    (folder / LEDGER).write_text(text, encoding="utf-8")
+
+
 def _bytes(content: bytes) -> Callable[[Path], object]:
     return lambda path: path.write_bytes(content)
 

@@ -176,6 +176,28 @@ def test_a_folder_with_other_things_in_it_is_not_replaced(tiny_model, tmp_path: 
         save_hovle(tiny_model(), None, folder / "thesis.tex")
 
 
+def test_a_model_of_somebody_else_is_replaced_only_when_asked(tiny_model, tmp_path: Path) -> None:
+    folder = save_hovle(tiny_model(), None, tmp_path / "model")
+    (folder / "config.json").write_bytes((folder / "config.json").read_bytes() + b" ")  # edited by hand
+    with pytest.raises(UserError, match=r"holds 'config.json', which was not written here or was changed since"):
+        save_hovle(tiny_model(), None, folder)
+    save_hovle(tiny_model(), None, folder, overwrite=True)
+    (folder / ".mmmamba.json").unlink()  # as an earlier version left it, or another program
+    with pytest.raises(UserError, match=r"holds 'config.json', which was not written here"):
+        save_hovle(tiny_model(), None, folder)
+    save_hovle(tiny_model(), None, folder, overwrite=True)
+    for name in ("README.md", "my-token.txt", "vocab-notes.md", "model_config.json", "extra.safetensors", "link"):
+        other = folder / name
+        if name == "link":
+            other.symlink_to(folder / "config.json")
+        else:
+            other.write_text("mine")
+        with pytest.raises(UserError, match=rf"holds '{name}', which is no part of a model"):
+            save_hovle(tiny_model(), None, folder, overwrite=True)
+        other.unlink()
+    save_hovle(tiny_model(), None, folder)
+
+
 FULL_DISK = """
 import resource, sys
 from mmmamba.checkpoints import load, save_hovle
@@ -183,7 +205,7 @@ from mmmamba.errors import UserError
 model = load(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))  # no file may grow past this: the weights are larger
 try:
-    save_hovle(model, None, sys.argv[1])
+    save_hovle(model, None, sys.argv[1], overwrite=True)
 except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from mmmamba.distill.run import TENSORS, RunFolder
 from mmmamba.distill.seeding import seed
 from mmmamba.errors import UserError
 from mmmamba.inference.decoder import Decoder
+from mmmamba.locks import alone_in
 from mmmamba.model import ATTENTION, MAMBA2
 
 
@@ -65,6 +67,7 @@ def test_a_finished_run(linear, teacher_folder):
         *(f"model/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")),
         *(f"model/{name}_config.json" for name in ("generation", "preprocessor", "processor")),
         "model/chat_template.jinja",
+        "model/.mmmamba.json",
     }
     assert set(manifest(linear)["stages"]) == {"stage1", "stage2", "stage3"}
     student, teacher = load(linear / "model"), load(teacher_folder)
@@ -295,3 +298,28 @@ def test_a_cache_changes_nothing_but_the_time(teacher_folder, small_data, tmp_pa
         models.append(distill(str(path), teacher=str(teacher_folder), out=tmp_path / f"run-{cache}", device="cpu"))
     assert (models[0] / "model.safetensors").read_bytes() == (models[1] / "model.safetensors").read_bytes()
     assert len(list((folder / ".cache").iterdir())) == 4  # two caches and their locks
+
+
+# ---------------------------------------------------------------------------------------------- whose folder
+
+
+def test_a_second_run_in_the_same_folder_is_told_of_the_first(tmp_path, teacher_folder, small_data):
+    with alone_in(tmp_path / "run"):
+        for resume in (False, True):
+            with pytest.raises(UserError, match=rf"run: is in use by .* \({os.getpid()}\); wait"):
+                go(tmp_path / "run", teacher_folder, small_data, resume=resume)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_inside_its_teacher_or_where_nothing_can_be_written_is_refused_at_once(
+    tmp_path, teacher_folder, small_data
+):
+    (tmp_path / "file").touch()
+    recipe = small_run.write_recipe(tmp_path / "recipe.yaml", small_run.recipe())
+    for place, said in (
+        (teacher_folder / "run", "which is read; give another --out"),
+        (tmp_path / "file", "is a file; --out takes a folder"),
+        (tmp_path / "file" / "run", "is not a folder"),
+    ):
+        with pytest.raises(UserError, match=said):
+            distill(str(recipe), teacher=str(teacher_folder), data=(small_data,), out=place, device="cpu")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import small_run
-from mmmamba.checkpoints import io, load, resolve
+from mmmamba.checkpoints import io, load, resolve, save_hovle
 from mmmamba.config import from_dict
 from mmmamba.data.batching import Skipped
 from mmmamba.distill.recipe import DistillRecipe
@@ -83,7 +83,7 @@ def test_a_folder_with_other_things_in_it_is_refused(tmp_path):
     (tmp_path / "thesis.tex").touch()
     (tmp_path / ".thesis.tex.tmp-1").touch()
     for resume in (False, True):
-        with pytest.raises(UserError, match="is not empty and not a run; give another --out"):
+        with pytest.raises(UserError, match=r"is not empty and not a run \(it holds '.*thesis.*'\); give"):
             open_run(tmp_path, resume=resume)
     assert names(tmp_path) == [".thesis.tex.tmp-1", "thesis.tex"]
     with pytest.raises(UserError, match="not written"):
@@ -98,10 +98,33 @@ def test_a_damaged_manifest_is_named(tmp_path):
 
 
 def test_a_run_killed_before_its_manifest_was_there_starts_again(tmp_path, dead):
-    (tmp_path / "recipe.yaml").write_text("half")
+    open_run(tmp_path)
+    (tmp_path / "manifest.json").unlink()
     (tmp_path / f".manifest.json.tmp-{dead}").write_text("{")
     open_run(tmp_path, resume=True)
     assert names(tmp_path) == ["manifest.json", "recipe.yaml"]
+
+
+def test_a_recipe_that_lies_in_the_folder_is_not_replaced(tmp_path):
+    """``mmmamba distill runs/mine/recipe.yaml --out runs/mine`` would lose the comments that are in it."""
+    (tmp_path / "recipe.yaml").write_text("# why this teacher\nname: mine\n")
+    with pytest.raises(UserError, match=r"is not empty and not a run \(it holds 'recipe.yaml'\)"):
+        open_run(tmp_path)
+    assert (tmp_path / "recipe.yaml").read_text().startswith("# why")
+
+
+def test_a_finished_model_that_was_changed_is_found_before_the_training(tmp_path, tiny_model):
+    run = open_run(tmp_path)
+    save_hovle(tiny_model(), None, run.model)
+    open_run(tmp_path, resume=True)
+    (run.model / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"model: holds 'config.json', which was not written here or was changed"):
+        open_run(tmp_path, resume=True)
+    (run.model / ".mmmamba.json").unlink()  # a run of an earlier version
+    open_run(tmp_path, resume=True)
+    (run.model / "thesis.tex").touch()
+    with pytest.raises(UserError, match=r"holds 'thesis.tex', which is no part of a model"):
+        open_run(tmp_path, resume=True)
 
 
 def test_a_digest_depends_on_content_alone():

@@ -54,7 +54,8 @@ def open_partial(file: str | Path, *, teacher: str | Path, stage2: str | Path | 
         check_tensors(found, wanted, reason=_reason)
     state = _Overlay(trained, base.weights, config, prefixes)
     read = partial(release.read_release, state, config)
-    return Source(folder=base.folder, layout="partial", config=config, weights=trained[0], read=read)
+    own = trained[0]
+    return Source(folder=base.folder, layout="partial", config=config, weights=own, read=read, places=base.places)
 
 
 def _config(teacher: ModelConfig, trained: Weights) -> ModelConfig:

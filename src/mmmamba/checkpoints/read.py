@@ -159,6 +159,7 @@ class Source:
         weights: its own tensors (a delta's teacher not counted).
         read: our tensors of a part, on the CPU in the dtype they are stored in.
         teacher: what a student was made from, where that is written down.
+        places: its own folder (or GGUF file), its teacher's, and of a delta those that complete it.
     """
 
     folder: Path
@@ -167,6 +168,7 @@ class Source:
     weights: Weights
     read: Callable[[Part], Tensors]
     teacher: student.TeacherReference | None = None
+    places: tuple[Path, ...] = ()
 
 
 def open_source(path: str | Path) -> Source:
@@ -186,8 +188,9 @@ def open_source(path: str | Path) -> Source:
     unused = [name for name in weights if layout.unused(name, config)]
     check_tensors(weights, stored_shapes(written, config, where), ignore=unused, reason=layout.reason)
     return Source(
-        folder=folder, layout=layout.name, config=config, weights=weights, read=partial(layout.read, weights, config)
-    )
+        folder=folder, layout=layout.name, config=config, weights=weights, read=partial(layout.read, weights, config),
+        places=(folder,),
+    )  # fmt: skip
 
 
 def _student_source(folder: Path, stored: student.StudentFolder, weights: Weights) -> Source:
@@ -195,9 +198,13 @@ def _student_source(folder: Path, stored: student.StudentFolder, weights: Weight
     config, where = stored.model, folder / CONFIG
     expected = stored_shapes(STUDENT, config, where)
     read: Callable[[Part], Tensors] = partial(student.read_student, weights, config)
+    places: tuple[Path, ...] = (folder,)
+    if stored.teacher is not None and stored.teacher.name not in builtin_names():
+        places += (folder / stored.teacher.name,)
     if stored.delta:
         assert stored.teacher is not None  # folder_from_json saw to it
         teacher = _open_teacher(folder, stored.teacher)
+        places += teacher.places
         theirs = stored_shapes(STUDENT, teacher.config, where)
         rest = frozenset(name for name, shape in expected.items() if name not in weights and theirs.get(name) == shape)
         expected = {name: shape for name, shape in expected.items() if name not in rest}
@@ -205,7 +212,10 @@ def _student_source(folder: Path, stored: student.StudentFolder, weights: Weight
     check_tensors(weights, expected, reason=lambda name: "")
     if stored.tensors not in (None, len(weights)):  # in a delta, a lost tensor would become the teacher's
         raise UserError(f"{weights.path}: holds {len(weights)} tensors, {CONFIG} says {stored.tensors}")
-    return Source(folder=folder, layout=STUDENT.name, config=config, weights=weights, read=read, teacher=stored.teacher)
+    return Source(
+        folder=folder, layout=STUDENT.name, config=config, weights=weights, read=read, teacher=stored.teacher,
+        places=places,
+    )  # fmt: skip
 
 
 def _complete(own: Callable[[Part], Tensors], teacher: Source, rest: frozenset[str], part: Part) -> Tensors:

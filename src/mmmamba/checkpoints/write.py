@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,14 +31,10 @@ from mmmamba.jsonfile import MAX_TOKENIZER_BYTES, parse_json, read_bytes
 from mmmamba.links import refuse_foreign_link
 from mmmamba.model.config import ModelConfig
 from mmmamba.model.model import Model
+from mmmamba.outputs import LEDGER, Ledger, record, same
 
 SHARD_BYTES = 2 << 30  # a shard is what writing holds in memory
 
-# What a model folder may hold; a folder with anything else in it is not replaced.
-_OURS = (
-    "*config.json", "*.safetensors", "*.safetensors.index.json", "*token*", "vocab*", "merges.txt", "*.md",
-    "chat_template.jinja",
-)  # fmt: skip
 _BESIDE = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -51,16 +48,27 @@ _BESIDE = (
 )
 
 
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+WRITER = "model"  # by which a folder's ledger knows what was written here
+
+
 class Saves(Protocol):
     """Anything that writes its files into a folder, such as a Processor."""
 
     def save(self, folder: Path, /) -> object: ...
 
 
-def save_hovle(model: Model, processor: Saves | None, out_dir: str | Path, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Write an all-attention model in the HoVLE layout, with the processor's files."""
+def save_hovle(
+    model: Model,
+    processor: Saves | None,
+    out_dir: str | Path,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Write an all-attention model in the HoVLE layout, with the processor's files (``overwrite``: `write_model`)."""
     config = hovle.config_to_hovle(model.config) | {"torch_dtype": _name(dtype)}
-    return write_model(out_dir, HOVLE, config, model.config, _parts_of(model, dtype), processor)
+    return write_model(out_dir, HOVLE, config, model.config, _parts_of(model, dtype), processor, overwrite=overwrite)
 
 
 def save_release(
@@ -70,11 +78,12 @@ def save_release(
     *,
     fused: bool = True,
     dtype: torch.dtype = torch.bfloat16,
+    overwrite: bool = False,
 ) -> Path:
-    """Write a student in the layout of the published ones, with the processor's files."""
+    """Write a student in the published ones' layout, with the processor's files (``overwrite``: `write_model`)."""
     config = release.config_to_release(model.config) | {"torch_dtype": _name(dtype)}
     layout = RELEASE if fused else SEPARATE
-    return write_model(out_dir, layout, config, model.config, _parts_of(model, dtype), processor)
+    return write_model(out_dir, layout, config, model.config, _parts_of(model, dtype), processor, overwrite=overwrite)
 
 
 def save_student(
@@ -85,19 +94,21 @@ def save_student(
     delta: bool,
     processor: Saves | None = None,
     dtype: torch.dtype | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write a student in our own layout.
 
     Args:
         model: the student.
-        out_dir: the folder; a model that is there is replaced.
+        out_dir: the folder.
         teacher: the built-in name or folder it was made from; its fingerprint is written down.
         delta: store only what differs from the teacher, which is then needed to read the student.
         processor: writes the files beside config and weights; without one they are copied from the teacher.
         dtype: of the stored tensors (default: the model's own); A_log and dt_bias are stored in float32.
+        overwrite: replace a model that is there (see :func:`write_model`).
     """
     out_dir, folder = Path(out_dir), resolve(teacher)
-    if out_dir.resolve() == folder.resolve():
+    if same(out_dir, folder):
         raise UserError(f"{out_dir}: is the teacher's folder; write the student to another")
     dtype = dtype or model.dtype
     read, stored = _parts_of(model, dtype), None
@@ -114,7 +125,8 @@ def save_student(
         model=model.config, teacher=reference, delta=delta, tensors=count, dtype=_name(dtype)
     )
     data = student.folder_to_json(config)
-    return write_model(out_dir, STUDENT, data, model.config, read, processor or CopiedFiles(folder))
+    beside = processor or CopiedFiles(folder)
+    return write_model(out_dir, STUDENT, data, model.config, read, beside, overwrite=overwrite)
 
 
 def write_model(
@@ -124,19 +136,22 @@ def write_model(
     config: ModelConfig,
     read: Callable[[Part], Tensors],
     processor: Saves | None,
+    *,
+    overwrite: bool = False,
 ) -> Path:
     """Write a model part by part; the folder appears when it is whole.
 
     Args:
-        out_dir: the folder; a model that is there is replaced, a folder with anything else in it refused.
+        out_dir: the folder; a model that was written here is replaced.
         layout: how to write it down.
         data: the content of ``config.json``.
         config: what the model is.
         read: our tensors of a part, as they are to be stored.
         processor: writes the files beside the weights.
+        overwrite: replace another model too; a folder with any file that is no part of one is refused in any case.
     """
     out_dir = Path(out_dir)
-    _refuse_foreign(out_dir)
+    check_target(out_dir, overwrite=overwrite)
 
     def fill(folder: Path) -> None:
         if processor is not None:
@@ -146,6 +161,7 @@ def write_model(
             for part in parts(config):
                 for name, tensor in write_part(layout, read(part), config, part).items():
                     shards.add(name, tensor)
+        record(folder, WRITER)
 
     return write_atomically(out_dir, fill, folder=True)
 
@@ -190,11 +206,31 @@ def _delta_of(read: Callable[[Part], Tensors], teacher: Callable[[Part], Tensors
     return lambda part: student.pick_delta(read(part), teacher(part))
 
 
-def _refuse_foreign(out_dir: Path) -> None:
-    """Writing replaces the folder, so it must hold a model and nothing else."""
+def check_target(out_dir: Path, *, overwrite: bool = False) -> None:
+    """Refuse a folder that can't be replaced by a model: one that holds more than a model that was written here.
+
+    Args:
+        out_dir: there or not.
+        overwrite: also replace a model that somebody else wrote, or changed since.
+
+    Raises:
+        UserError: naming the first file that is in the way.
+    """
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"{out_dir}: is a file; give a folder to write the model to")
     entries = sorted(out_dir.iterdir()) if out_dir.is_dir() else []
+    ledger = Ledger(out_dir, WRITER)
     for entry in entries:
-        if not entry.is_file() or not any(entry.match(pattern) for pattern in _OURS):
+        if entry.name == LEDGER or (entry.is_file() and ledger.wrote(entry.name)):
+            continue
+        if entry.is_symlink() or not entry.is_file() or not _part_of_a_model(entry.name):
             raise UserError(f"{out_dir}: holds '{entry.name}', which is no part of a model; give a new or empty folder")
+        if not overwrite:
+            raise UserError(
+                f"{out_dir}: holds '{entry.name}', which was not written here or was changed since; "
+                "give a new or empty folder, or pass --overwrite to replace that model"
+            )
+
+
+def _part_of_a_model(name: str) -> bool:
+    return name in (CONFIG, WEIGHTS, f"{WEIGHTS}.index.json", *_BESIDE) or _SHARD.fullmatch(name) is not None

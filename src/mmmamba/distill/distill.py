@@ -24,7 +24,7 @@ from mmmamba.distill.objectives import AlignHeads, MatchLogits, PredictAnswers
 from mmmamba.distill.parameters import kind_of, own_parameters, parameters_of, unshare
 from mmmamba.distill.placement import place
 from mmmamba.distill.recipe import ALIGNMENT, DistillRecipe, SourceConfig, StageConfig, label, load_recipe
-from mmmamba.distill.run import TENSORS, RunFolder, digest
+from mmmamba.distill.run import TENSORS, RunFolder, alone, digest
 from mmmamba.distill.seeding import seed
 from mmmamba.distill.trainer import train
 from mmmamba.errors import UserError
@@ -100,6 +100,12 @@ def distill(
     for name, given in (("geometry", geometry), ("gpu", gpu)):
         if given is not None:
             raise UserError(f"--{name} {given} goes with --dry-run; a run takes its teacher's weights and --device")
+    with alone(run_folder, read=[resolve(plan.teacher)]):
+        return _distilled(plan, run_folder, resume, where, dtype)
+
+
+def _distilled(plan: DistillRecipe, run_folder: Path, resume: bool, where: torch.device, dtype: torch.dtype) -> Path:
+    """The run, alone in its folder."""
     folder = resolve(plan.teacher)
     source_hash = fingerprint(folder)
     model = load(folder, dtype=plan.frozen_dtype(dtype), device=where)
@@ -149,17 +155,19 @@ def distill(
             objective = MatchLogits(model, student, config) if stage == "stage3" else PredictAnswers(student, config)
             _run_stage(run, stage, objective, config, student, model, feed, where, dtype)
 
-    target = run.path / "model"
     if processes.is_main():
         if fingerprint(folder) != source_hash:
             raise UserError(
                 f"{folder}: the teacher's files changed while the run was under way; the student is not saved"
             )
-        save_student(student, target, teacher=plan.teacher, delta=False, processor=processor, dtype=model.dtype)
+        save_student(
+            student, run.model, teacher=plan.teacher, delta=False, processor=processor, dtype=model.dtype,
+            overwrite=run.replaces_model,
+        )  # fmt: skip
         run.report_skipped()
-        print(target)
+        print(run.model)
     processes.leave()
-    return target
+    return run.model
 
 
 def _run_stage(

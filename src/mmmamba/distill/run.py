@@ -8,7 +8,8 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,14 @@ from mmmamba.checkpoints.io import (
     write_json,
     write_safetensors,
 )
+from mmmamba.checkpoints.write import check_target
 from mmmamba.config import dump_yaml, to_dict
 from mmmamba.data.batching import Skipped
 from mmmamba.distill import processes
 from mmmamba.errors import UserError
 from mmmamba.jsonfile import read_json, read_lines
+from mmmamba.locks import LOCK, alone_in
+from mmmamba.outputs import LEDGER, check_folder
 
 TENSORS = "tensors.safetensors"
 ABOUT = "about"  # key of its header: JSON that says what the tensors are, and which teacher the rest is from
@@ -48,6 +52,21 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "numpy": numpy.__version__,
     }
+
+
+@contextmanager
+def alone(folder: Path, *, read: Sequence[Path] = ()) -> Iterator[None]:
+    """Only the processes of this run work in its folder, which can be written and is no part of what is ``read``.
+
+    Raises:
+        UserError: before anything is loaded, and naming the process that works there already.
+    """
+    if not processes.is_main():
+        yield
+        return
+    check_folder(folder, read=read)
+    with alone_in(folder):
+        yield
 
 
 class RunFolder:
@@ -89,14 +108,16 @@ class RunFolder:
                 return
             clear_leftovers(self.path)
             clear_leftovers(self.checkpoints)
+            check_target(self.model, overwrite=self.replaces_model)  # now, not after the training
             for stage in self.manifest["stages"]:
                 self._drop_steps(stage)
         else:
             # A run that was killed before its manifest was there has left its recipe at most.
             for name in ("recipe.yaml", "manifest.json"):
                 clear_leftovers(self.path, name)
-            if self.path.is_dir() and any(entry.name != "recipe.yaml" for entry in self.path.iterdir()):
-                raise UserError(f"{self.path}: is not empty and not a run; give another --out")
+            text = dump_yaml(recipe)
+            if self._writes and (foreign := self._foreign(text)):
+                raise UserError(f"{self.path}: is not empty and not a run (it holds '{foreign}'); give another --out")
             self.manifest = {
                 "fingerprint": self.fingerprint,
                 "identity": to_dict(dict(identity)),
@@ -104,9 +125,16 @@ class RunFolder:
                 "versions": versions(),
                 "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             }
-            text = dump_yaml(recipe)
             self._write(self.path / "recipe.yaml", lambda p: p.write_text(text, encoding="utf-8"))
             self._write_manifest()
+
+    def _foreign(self, recipe: str) -> str:
+        """The name of something in the folder that no run of this recipe left there; '' where there is none."""
+        for entry in sorted(self.path.iterdir()) if self.path.is_dir() else []:
+            ours = entry.name == "recipe.yaml" and entry.is_file() and entry.read_bytes() == recipe.encode()
+            if not ours and entry.name != LOCK:
+                return entry.name
+        return ""
 
     def _write(self, path: Path, write: Callable[[Path], Any], *, folder: bool = False) -> None:
         if self._writes:
@@ -120,6 +148,16 @@ class RunFolder:
 
     def _write_manifest(self) -> None:
         self._write(self._manifest, lambda p: write_json(p, self.manifest))
+
+    @property
+    def model(self) -> Path:
+        """Where the finished model goes."""
+        return self.path / "model"
+
+    @property
+    def replaces_model(self) -> bool:
+        """Whether a model that is there is replaced, whoever wrote it: an earlier version left no ledger in it."""
+        return not (self.model / LEDGER).exists()
 
     def note(self, **entries: Any) -> None:
         """Add entries to the manifest."""

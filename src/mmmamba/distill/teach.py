@@ -18,7 +18,7 @@ from mmmamba.distill import processes
 from mmmamba.distill.feed import Feed
 from mmmamba.distill.objectives import PredictAnswers
 from mmmamba.distill.recipe import TeachRecipe, load_recipe
-from mmmamba.distill.run import RunFolder
+from mmmamba.distill.run import RunFolder, alone
 from mmmamba.distill.trainer import train
 from mmmamba.model.config import ModelConfig
 from mmmamba.model.model import Model, compile_layers, initialise
@@ -54,10 +54,17 @@ def teach(
     if on_bad_sample is not None:
         plan = replace(plan, data=replace(plan.data, on_bad_sample=on_bad_sample))
     where = processes.join(pick_device(device))
+    run_folder = out or Path("runs") / plan.name
+    with alone(run_folder):
+        return _taught(plan, run_folder, resume, where, pick_precision(precision, where))
+
+
+def _taught(plan: TeachRecipe, run_folder: Path, resume: bool, where: torch.device, dtype: torch.dtype) -> Path:
+    """The run, alone in its folder."""
     processor = make_processor(plan)
     with processes.main_first():
         feed = Feed(plan.data, processor, plan.seed)
-        run = RunFolder(out or Path("runs") / plan.name, plan, {"kind": "teach", "data": feed.identity}, resume=resume)
+        run = RunFolder(run_folder, plan, {"kind": "teach", "data": feed.identity}, resume=resume)
     model = initialise(Model(processor.config), plan.seed).to(where)
     if plan.train.compile:
         compile_layers(model)
@@ -69,20 +76,19 @@ def teach(
             run,
             "teach",
             device=where,
-            precision=pick_precision(precision, where),
+            precision=dtype,
         )
         run.finish("teach", dict(model.named_parameters()), steps=plan.train.steps)
     else:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(done[name])
-    target = run.path / "model"
     if processes.is_main():
-        save_hovle(model, processor, target)
+        save_hovle(model, processor, run.model, overwrite=run.replaces_model)
         run.report_skipped()
-        print(target)
+        print(run.model)
     processes.leave()
-    return target
+    return run.model
 
 
 def make_processor(plan: TeachRecipe) -> Processor:
