@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import pickle
 from collections import Counter
 
@@ -13,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmmamba.data.batching import Batch, Concatenated, Loader, Order, _with_its_parent, pack, pad, split
+from mmmamba.data.batching import Batch, Concatenated, Loader, Order, pack, pad, split
 from mmmamba.data.processor import Encoded
 from mmmamba.data.samples import BadSample
 from mmmamba.errors import UserError
@@ -281,13 +279,3 @@ def test_wrong_options():
         make_loader(on_bad_sample="ignore")
     with pytest.raises(ValueError, match="order is over 5 samples, the dataset has 40"):
         Loader(Numbers(40), Order(5, batch_size=2))
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-@pytest.mark.parametrize(("theirs", "ends"), [(0, 0), (-1, 1)], ids=["with its parent", "orphaned"])
-def test_a_loader_ends_with_the_process_that_forked_it(theirs, ends, monkeypatch):
-    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "fork")
-    process = multiprocessing.get_context("fork").Process(target=_with_its_parent, args=(theirs or os.getpid(), 0))
-    process.start()
-    process.join(30)
-    assert process.exitcode == ends

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-import multiprocessing
-import os
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, count, pairwise
-from typing import Literal, Protocol
+from itertools import accumulate, pairwise
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmmamba.data.processor import UNSCORED, Encoded
 from mmmamba.data.samples import BadSample
+from mmmamba.data.workers import ordered
 from mmmamba.errors import UserError
 
 # The first number of a random stream's seed says what the stream is for, so that no two uses share one.
@@ -65,6 +63,14 @@ class Batch:
     @property
     def sequences(self) -> int:
         return len(self.ids)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As arrays: PyTorch would pickle a tensor as a name in shared memory, of which there may be too little."""
+        return {key: value.numpy() if isinstance(value, Tensor) else value for key, value in self.__dict__.items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for key, value in state.items():
+            self.__dict__[key] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         return replace(
@@ -283,8 +289,8 @@ class Skipped:
 class _Step:
     """What a worker sends back for one step. Errors travel as values: raised in a worker they would lose their type.
 
-    The step is one batch whatever the number of micro-batches, because each tensor that leaves a worker takes one of
-    the few open files that a process may have; :meth:`micro_batches` are views of it.
+    The step is one batch whatever the number of micro-batches: a few large arrays, of which
+    :meth:`micro_batches` are views.
     """
 
     batch: Batch | None
@@ -368,44 +374,25 @@ class Loader:
         return list(self._bad.values())
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        loader = DataLoader(
-            self._steps,
-            batch_size=None,
-            sampler=_Range(self.start_step, self.end_step),
-            num_workers=self.workers,
-            pin_memory=self.pin_memory,
-            prefetch_factor=self.prefetch if self.workers else None,
-            generator=torch.Generator(),  # of its own: an iterator draws a seed, and not from the caller's stream
-            worker_init_fn=functools.partial(_with_its_parent, os.getpid()),
+        steps = ordered(
+            self._steps.__getitem__,
+            self.start_step,
+            self.end_step,
+            workers=self.workers,
+            ahead=self.prefetch,
+            receive=_Step.pin_memory if self.pin_memory else None,
         )
-        for step in loader:
-            if step.error is not None:
-                raise step.error
-            self.skipped += len(step.skipped)
-            self.truncated += step.cut
-            self._bad.update((bad.index, bad) for bad in step.skipped)
-            yield step.micro_batches()
+        with closing(steps):
+            for step in steps:
+                if step.error is not None:
+                    raise step.error
+                self.skipped += len(step.skipped)
+                self.truncated += step.cut
+                self._bad.update((bad.index, bad) for bad in step.skipped)
+                yield step.micro_batches()
 
 
-def _with_its_parent(parent: int, worker: int) -> None:
-    """In a loader's process: end with the one that forked it, also where that was killed before PyTorch looked for it.
-
-    PyTorch's own watch compares with the parent that it finds when it begins; an orphan would stay for ever.
-    """
-    if multiprocessing.get_start_method() == "fork" and os.getppid() != parent:
-        os._exit(1)
-
-
-class _Range(Sampler[int]):
-    def __init__(self, start: int, stop: int | None) -> None:
-        self.start = start
-        self.stop = stop
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(count(self.start) if self.stop is None else range(self.start, self.stop))
-
-
-class _Steps(Dataset[_Step]):
+class _Steps:
     """Step number -> the step's micro-batches."""
 
     def __init__(self, source: Source, order: Order, max_tokens: int | None, on_bad_sample: str) -> None:

@@ -7,21 +7,20 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
 
 from mmmamba.config import to_dict
 from mmmamba.data.jsonl import JsonlDataset
 from mmmamba.data.processor import Encoded, Processor
 from mmmamba.data.samples import BadSample
 from mmmamba.data.template import JinjaTemplate
+from mmmamba.data.workers import ordered
 from mmmamba.errors import UserError
 from mmmamba.files import open_file
 from mmmamba.progress import Progress
@@ -194,7 +193,7 @@ class _Chunk:
     error: UserError | None = None
 
 
-class _Chunks(Dataset[_Chunk]):
+class _Chunks:
     """Chunk number -> its rows, encoded."""
 
     def __init__(self, source: EncodedSource, rows: int, on_bad_sample: str) -> None:
@@ -269,29 +268,23 @@ def _write_arrays(source: EncodedSource, folder: Path, workers: int, on_bad_samp
     shape = _tile_shape(source.processor)
     tiles = source.max_tiles or source.processor.config.max_dynamic_patch
     rows = max(1, min(_CHUNK_ROWS, _CHUNK_BYTES // max(1, (tiles + 1) * shape[0] * shape[1] * shape[2])))
-    loader = DataLoader(
-        _Chunks(source, rows, on_bad_sample),
-        batch_size=None,
-        num_workers=min(workers, -(-len(source) // rows)),
-        generator=torch.Generator(),  # of its own: an iterator draws a seed, and not from the caller's stream
-    )
-    chunks = iter(loader)  # workers are forked here, before the progress bar starts its thread
+    parts = _Chunks(source, rows, on_bad_sample)
+    # Workers are forked here, before the progress bar starts its thread.
+    chunks = ordered(parts.__getitem__, 0, len(parts), workers=workers)
     bad: list[tuple[int, str]] = []
     writers = {
         name: _Growing(folder / f"{name}.npy", dtype, shape if name == "tiles" else ())
         for name, dtype in _ARRAYS.items()
     }
-    with Progress(f"encoding {source.dataset.path}", total=len(source)) as progress, _all_closed(writers):
-        try:
-            for chunk in chunks:
-                if chunk.error is not None:
-                    raise chunk.error
-                for name, values in chunk.arrays.items():
-                    writers[name].append(values)
-                bad += chunk.bad
-                progress.advance(len(chunk.arrays["cut"]), bad=len(bad))
-        finally:
-            del chunks  # ends the workers now: an error's traceback would keep them for the garbage collector
+    shown = Progress(f"encoding {source.dataset.path}", total=len(source))
+    with closing(chunks), shown as progress, _all_closed(writers):
+        for chunk in chunks:
+            if chunk.error is not None:
+                raise chunk.error
+            for name, values in chunk.arrays.items():
+                writers[name].append(values)
+            bad += chunk.bad
+            progress.advance(len(chunk.arrays["cut"]), bad=len(bad))
     return bad
 
 

@@ -14,19 +14,19 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
 
 from mmmamba.data.cache import EncodedSource
 from mmmamba.data.jsonl import JsonlDataset
 from mmmamba.data.processor import UNSCORED, Processor
 from mmmamba.data.samples import BadSample, NothingScored
 from mmmamba.data.tiling import check_tiles
+from mmmamba.data.workers import ordered
 from mmmamba.device import cores
 from mmmamba.errors import UserError
 from mmmamba.figures import PALETTE, new_figure, render, style
@@ -140,7 +140,7 @@ class Tally:
     error: UserError | None = None
 
 
-class _Tallies(Dataset[Tally]):
+class _Tallies:
     """Chunk number → the tally of its rows."""
 
     def __init__(self, source: EncodedSource) -> None:
@@ -246,15 +246,9 @@ def survey(source: EncodedSource, bad: BadList, workers: int = 0) -> dict[str, A
     slowest: list[tuple[float, int]] = []
     workers = min(workers, len(tallies))
     began = time.perf_counter()
-    loader = DataLoader(
-        tallies,
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-        generator=torch.Generator(),  # of its own: an iterator draws a seed, and not from the caller's stream
-    )
-    chunks = iter(loader)  # workers are forked here, before the progress bar starts its thread
-    with Progress(f"checking {dataset.path}", total=len(source)) as progress:
+    # Workers are forked here, before the progress bar starts its thread.
+    chunks = ordered(tallies.__getitem__, 0, len(tallies), workers=workers, ahead=4)
+    with closing(chunks), Progress(f"checking {dataset.path}", total=len(source)) as progress:
         for tally in chunks:
             if tally.error is not None:
                 raise tally.error
