@@ -96,7 +96,31 @@ def test_split_keeps_order_and_budget(seeds, budget):
     assert [sample for group in groups for sample in group] == samples
     for group in groups:
         assert group and (len(group) == 1 or sum(len(sample.input_ids) for sample in group) <= budget)
+    # As few runs as runs filled one after another, none of which could be shorter without another run.
+    assert len(groups) == len(runs(samples, budget))
+    longest = max((tokens(group) for group in groups if len(group) > 1), default=0)
+    assert longest <= budget and (not longest or len(runs(samples, longest - 1)) > len(groups))
     assert split(samples, None) == [samples] and split([], None) == split([], 5) == []
+
+
+def tokens(group):
+    return sum(len(sample.input_ids) for sample in group)
+
+
+def runs(samples, budget):
+    groups = []
+    for sample in samples:
+        if not groups or tokens([*groups[-1], sample]) > budget:
+            groups.append([])
+        groups[-1].append(sample)
+    return groups
+
+
+def test_rows_of_a_step_are_of_nearly_one_length():
+    samples = [make_encoded(seed) for seed in range(40)]
+    groups = split(samples, tokens(samples) * 3 // 4)
+    assert len(groups) == 2
+    assert abs(tokens(groups[0]) - tokens(groups[1])) <= max(len(sample.input_ids) for sample in samples)
 
 
 def test_nothing_to_batch():

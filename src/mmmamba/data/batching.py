@@ -134,9 +134,25 @@ def pad(samples: Sequence[Encoded], pad_id: int, side: Literal["left", "right"] 
 
 
 def split(samples: Sequence[Encoded], max_tokens: int | None) -> list[list[Encoded]]:
-    """Runs of samples, in order, of at most ``max_tokens`` tokens each (a longer sample stands alone)."""
+    """Runs of samples, in order, of at most ``max_tokens`` tokens each (a longer sample stands alone).
+
+    There are as few runs as that allows, and they are of nearly one length: a replayed row is padded to the longest.
+    """
     if max_tokens is None:
         return [list(samples)] if samples else []
+    groups = _runs(samples, max_tokens)
+    low, high = 1, max_tokens  # the least room that needs no more runs lies in (low - 1, high]
+    while low < high:
+        middle = (low + high) // 2
+        if len(_runs(samples, middle)) > len(groups):
+            low = middle + 1
+        else:
+            high = middle
+    return _runs(samples, high)
+
+
+def _runs(samples: Sequence[Encoded], max_tokens: int) -> list[list[Encoded]]:
+    """Runs of samples, in order, each as long as ``max_tokens`` allows."""
     groups: list[list[Encoded]] = []
     room = -1
     for sample in samples:
