@@ -35,7 +35,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps).to(compute_dtype(x))
+        return rms_norm(x, self.weight, self.eps, compute_dtype(x))
 
 
 class SwiGLU(nn.Module):
@@ -122,5 +122,5 @@ def finish_layer(
     A pure function of tensors, so that one compilation serves every layer of a shape.
     """
     x = linear_add(x, heads.flatten(-2), out, out_bias)
-    u = rms_norm(x, norm, eps).to(compute_dtype(x))
+    u = rms_norm(x, norm, eps, compute_dtype(x))
     return linear_add(x, swiglu(F.linear(u, gate), F.linear(u, up)), down, fresh=True)

@@ -16,9 +16,17 @@ from mmmamba.ops.linear import (
     linear_wide,
     quantize_rows,
 )
-from mmmamba.ops.norm import compute_dtype, gated_norm, gated_norm_torch, rms_norm, unit_norm
+from mmmamba.ops.norm import (
+    compute_dtype,
+    gated_norm,
+    gated_norm_torch,
+    rms_norm,
+    rms_norm_torch,
+    unit_norm,
+    unit_norm_torch,
+)
 from mmmamba.ops.pick import pick_greedy, pick_greedy_torch
-from mmmamba.ops.rope import rotate
+from mmmamba.ops.rope import rotate, rotate_torch
 from mmmamba.ops.ssd import ssd, ssd_chunked, ssd_reference, ssd_step
 from mmmamba.ops.step import mixer_step, mixer_step_torch
 from mmmamba.ops.swiglu import swiglu, swiglu_torch
@@ -54,7 +62,9 @@ __all__ = [
     "pick_greedy_torch",
     "quantize_rows",
     "rms_norm",
+    "rms_norm_torch",
     "rotate",
+    "rotate_torch",
     "squared_error",
     "squared_error_torch",
     "ssd",
@@ -64,4 +74,5 @@ __all__ = [
     "swiglu",
     "swiglu_torch",
     "unit_norm",
+    "unit_norm_torch",
 ]
