@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from mmmamba.ops import Layout, compute_dtype, layout_of, rotate
 
 # A packed row is attended as a right-padded rectangle while that wastes at most this factor, else one by one.
 MAX_PADDING = 2.0
+# Query heads share keys. torch 2.11 takes that as it is, later versions want to be told.
+GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 class Attention(nn.Module):
@@ -117,11 +120,9 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     layout = layout_of(cu_seqlens)
     dtype = compute_dtype(q)
     if q.is_cuda and dtype in (torch.bfloat16, torch.float16):
-        repeat = q.shape[2] // k.shape[2]
         q1, k1, v1 = q[0].to(dtype), k[0].to(dtype), v[0].to(dtype)
-        k1, v1 = k1.repeat_interleave(repeat, 1), v1.repeat_interleave(repeat, 1)
         n = layout.longest
-        y = varlen_attn(q1, k1, v1, cu_seqlens, cu_seqlens, n, n, window_size=(-1, 0))
+        y = varlen_attn(q1, k1, v1, cu_seqlens, cu_seqlens, n, n, window_size=(-1, 0), **GROUPED)
         return cast(Tensor, y)[None]
     if layout.longest * layout.sequences <= MAX_PADDING * layout.total:
         return layout.unpad(_causal(*(layout.pad(t[0]) for t in (q, k, v))))[None]
