@@ -43,8 +43,8 @@ everything = partial(recurrences.everything, narrow=(0, 3, 4))  # v, k, q
 errors = partial(recurrences.errors, NAMES)
 
 
-def check(args, state, cu, device, dtype=torch.float32, limit=1e-5):
-    ours = everything(triton_delta.gated_delta, args, state, cu, dtype, device)
+def check(args, state, cu, device, dtype=torch.float32, limit=1e-5, **options):
+    ours = everything(triton_delta.gated_delta, args, state, cu, dtype, device, **options)
     found = errors([t.cpu() for t in ours], everything(gated_delta_reference, args, state, cu))
     # dA is a number a head, a sum over all tokens of terms of both signs: what cancels magnifies its error.
     limits = dict.fromkeys(found, limit) | {"dA": 10 * limit}
@@ -74,6 +74,28 @@ def test_sequences_may_be_empty(device):
     )
     for empty in (0, 2, 6):
         assert torch.equal(final[empty].cpu(), state[empty].float())
+
+
+@pytest.mark.parametrize(("segment", "lengths"), [(1, [20, 0, 165, 70]), (2, [165, 33]), (1, [140, 140])])
+def test_segments_walked_at_once_equal_the_recurrence(device, segment, lengths):
+    # Sequences of one segment, of two, and of more, whose last one is short.
+    args, state, cu = inputs(lengths, r=2, packed=lengths[0] != lengths[-1])
+    check(args, state, cu, device, segment=segment)
+
+
+def test_heads_whose_columns_are_cut_equal_the_recurrence(device, monkeypatch):
+    monkeypatch.setattr(triton_delta, "COLUMNS", 32)  # as where p is 128, in less time
+    args, state, cu = inputs([50, 20], r=2, p=64)
+    check(args, state, cu, device)
+
+
+def test_only_long_sequences_are_cut_into_segments(monkeypatch):
+    monkeypatch.setattr(triton_delta, "PROGRAMS", 1024)
+    tokens = triton_delta.CHUNK * triton_delta.LEAST
+    assert triton_delta._segment_chunks(50 * tokens, tokens, walks=64) == 0
+    assert triton_delta._segment_chunks(2 * tokens, 2 * tokens, walks=64) == triton_delta.LEAST
+    assert triton_delta._segment_chunks(50 * tokens, 50 * tokens, walks=64) == 100  # 16 segments
+    assert triton_delta._segment_chunks(50 * tokens, 50 * tokens, walks=4096) == 0  # as many walks without
 
 
 @pytest.mark.parametrize("begun", [True, False])
@@ -142,7 +164,7 @@ def test_the_operator_keeps_to_its_registration(device):
     args, state, cu = inputs([5], r=1)
     leaves = [t.detach().to(device, torch.float32).requires_grad_() for t in (*args, state)]
     table = layout_of(cu.to(device)).cuts(triton_delta.CHUNK)
-    torch.library.opcheck(torch.ops.mmmamba.gated_delta.default, (*leaves, table, 1))
+    torch.library.opcheck(torch.ops.mmmamba.gated_delta.default, (*leaves, table, 1, 0))
 
 
 def test_what_the_kernels_cannot_serve_is_named(device):
