@@ -52,7 +52,7 @@ from mmmamba.model.config import MAMBA2, ModelConfig
 from mmmamba.model.geometries import GEOMETRIES, geometry
 
 STAGES = ("stage1", "stage2", "stage3")
-TIMED = 8192  # the greatest row that is timed
+TIMED = 8192  # the greatest row of one sequence that is timed
 WARM_UP, SAMPLES = 3, 12
 ROWS = 4  # over which the loss is lowered
 #: Published code on the same geometry and lengths, one H100: ms of forward and backward, GB at the peak (its optimizer
@@ -71,6 +71,7 @@ class Trial:
         self.device = pick_device(arguments.device)
         self.precision = pick_precision("auto", self.device)
         self.teacher: ModelConfig = geometry(arguments.geometry)
+        self.sequence: int = arguments.sequence
         if self.teacher.img_context_token_id < 0:  # which a tokenizer would say
             self.teacher = replace(self.teacher, img_context_token_id=1)
         plan = load_recipe(DistillRecipe, arguments.recipe, arguments.set)
@@ -98,9 +99,11 @@ class Trial:
         release(self.device)
 
     def row(self, tokens: int, number: int = 0) -> Batch:
-        """One sequence: pictures in front, then text, the second half of which is scored."""
+        """One sequence: pictures in front, then text, the second half of which is scored; or several of text alone."""
         vision, random = self.teacher.vision, torch.Generator().manual_seed(number)
-        assert vision is not None
+        if self.sequence:
+            return self._packed(tokens, random)
+        assert vision is not None, "a language model's rows need --sequence"
         tiles, slot = max(1, tokens // 2048), self.teacher.img_context_token_id
         image = tiles * vision.tokens_per_tile
         ids = torch.randint(0, self.teacher.vocab_size, (1, tokens), generator=random)
@@ -111,6 +114,16 @@ class Trial:
         side = vision.image_size
         pixels = torch.randint(0, 256, (tiles, side, side, 3), generator=random, dtype=torch.uint8)
         return Batch(ids, labels, torch.tensor([0, tokens], dtype=torch.int32), pixels, [str(number)])
+
+    def _packed(self, tokens: int, random: torch.Generator) -> Batch:
+        """Sequences of text of ``sequence`` tokens, a fifth of each a question."""
+        ids = torch.randint(0, self.teacher.vocab_size, (1, tokens), generator=random)
+        borders = torch.tensor([*range(0, tokens, self.sequence), tokens], dtype=torch.int32)
+        labels = ids.clone()
+        for start in borders[:-1].tolist():
+            labels[:, start : start + self.sequence // 5] = UNSCORED
+        no_tiles = torch.zeros(0, 1, 1, 3, dtype=torch.uint8)
+        return Batch(ids, labels, borders, no_tiles, [str(border) for border in borders[1:].tolist()])
 
     def reckoned(self, tokens: int) -> int:
         """The peak that a dry run says, in bytes."""
@@ -130,6 +143,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="recipe keys to change, e.g. stage3.recompute=mlp")
     parser.add_argument("--only", nargs="*", default=STAGES, choices=STAGES, help="stages")
     parser.add_argument("--lengths", nargs="*", type=int, default=[2048, 4096, 8192, 16384, 32768])
+    parser.add_argument("--sequence", type=int, default=0, help="rows of texts of so many tokens; 0: one sequence")
     parser.add_argument("--steps", type=int, default=20, help="that must lower the loss; 0: none")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--resume-check", action="store_true", help="interrupt, resume and compare, instead")
@@ -197,7 +211,7 @@ def one_length(trial: Trial, tokens: int, allocated: Allocated) -> dict[str, Any
         step.passes(rows[:1])
         host.append(1e3 * (time.perf_counter() - began))
 
-    if tokens <= TIMED:
+    if tokens <= TIMED or trial.sequence:
         found["passes"] = clock(passes, trial.device, before=step.zero_grad)
         found["host"] = statistics.median(host[WARM_UP:])
         found["update"] = clock(step.update, trial.device)

@@ -12,10 +12,13 @@ _HOVLE_STACK = StackConfig(num_layers=8, intermediate_size=8192, num_heads=16, n
 _NANO_STACK = StackConfig(
     num_layers=2, intermediate_size=704, num_heads=8, num_kv_heads=4, head_dim=32, max_position_embeddings=4096
 )
+_SMOLLM2_STACK = StackConfig(
+    num_layers=30, intermediate_size=1536, num_heads=9, num_kv_heads=3, head_dim=64, max_position_embeddings=8192
+)
 
 #: hovle-2.6b: HoVLE-2.6B, the paper's teacher. Its published sizes; RoPE's base and scaling, the norms' epsilon and the
 #: greatest position stand in its own config.json and cost neither memory nor time, so that ours here are defaults.
-#: nano: the built-in nano-teacher.
+#: nano: the built-in nano-teacher. smollm2-135m: SmolLM2-135M, a small language model.
 GEOMETRIES: dict[str, ModelConfig] = {
     "hovle-2.6b": ModelConfig(
         hidden_size=2048,
@@ -33,6 +36,14 @@ GEOMETRIES: dict[str, ModelConfig] = {
         vision=VisionConfig(image_size=64, patch_size=8),
         system_message="",
         max_dynamic_patch=6,
+    ),
+    "smollm2-135m": ModelConfig(
+        hidden_size=576,
+        vocab_size=49_152,
+        embedding=replace(_SMOLLM2_STACK, num_layers=0),
+        decoder=_SMOLLM2_STACK,
+        vision=None,
+        tie_word_embeddings=True,
     ),
 }
 
