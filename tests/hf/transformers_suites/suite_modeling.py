@@ -14,7 +14,7 @@ from mmmamba.hf import MMMambaConfig, MMMambaForConditionalGeneration, MMMambaMo
 from mmmamba.model import ATTENTION, MAMBA2, ModelConfig
 from tiny import make_config
 
-IMAGE, TOKENS_PER_TILE = 7, 4
+IMAGE, TOKENS_PER_TILE = 0, 4  # a mark that is there in a vocabulary of four, too, which the mixin asks for
 
 
 # A model of the library stands in these tables by name; without that the mixin asks it neither for losses nor more.
@@ -27,7 +27,7 @@ def _config(layer_map: tuple[str, ...]) -> ModelConfig:
     """Two layers, one in each stack."""
     config = make_config()
     stacks = {name: replace(getattr(config, name), num_layers=1) for name in ("embedding", "decoder")}
-    return replace(config, layer_map=layer_map, **stacks)
+    return replace(config, layer_map=layer_map, img_context_token_id=IMAGE, **stacks)
 
 
 class Asked:
