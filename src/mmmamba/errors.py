@@ -5,8 +5,10 @@ from __future__ import annotations
 LONGEST = 1000  # characters of a message
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """Bad input, said in one clear line that names the file, line, field or layer.
+
+    It is a ValueError too: callers of other libraries catch that one for bad input.
 
     The command line prints ``error: <message>`` and exits with code 2, without a traceback. A message may quote what a
     file holds: its text is one line of at most :data:`LONGEST` printable characters, whatever was quoted.
