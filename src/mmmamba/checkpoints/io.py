@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mmmamba.checkpoints.pickles import read_pickle
 from mmmamba.device import host_bytes
 from mmmamba.errors import UserError
 from mmmamba.jsonfile import parse_json, read_json
@@ -27,6 +26,8 @@ from mmmamba.jsonfile import parse_json, read_json
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
+
+MAX_HEADER = 100_000_000  # bytes of a safetensors file's header: the format's own limit
 
 FLOAT32_PARAMETERS = ("A_log", "dt_bias")  # they set decays close to 1, which bf16 can't tell apart
 
@@ -37,8 +38,7 @@ FLOAT32_PARAMETERS = ("A_log", "dt_bias")  # they set decays close to 1, which b
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     """The tensors of one safetensors file, on the CPU as stored."""
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
+    _check_header(path)
     try:
         return load_file(path)
     except OSError as error:
@@ -167,11 +167,24 @@ def _dtype(path: Path, name: str, told: str) -> torch.dtype:
     return _DTYPES[told]
 
 
+def _check_header(path: Path) -> None:
+    """Refuse what is no ordinary file, and a header that the file has no room for or that no model needs."""
+    if not path.is_file():
+        raise UserError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
+    try:
+        with open(path, "rb", buffering=0) as file:
+            size = int.from_bytes(file.read(8) or b"", "little")
+            held = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+    if held < 8 or size > min(MAX_HEADER, held - 8):
+        raise UserError(f"{path}: truncated or not a safetensors file (its header is said to be {size:,} bytes long)")
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """A safetensors file, with errors that name it."""
-    if not path.is_file():
-        raise UserError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
+    _check_header(path)
     try:
         with safe_open(path, framework="pt") as stored:
             yield stored
@@ -179,42 +192,6 @@ def _opened(path: Path) -> Iterator[Any]:
         raise UserError(f"{path}: {error.strerror or error}") from error
     except SafetensorError as error:
         raise UserError(f"{path}: truncated or not a safetensors file ({error})") from error
-
-
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file that ``torch.save`` wrote, mapped, not read; a pickle that holds anything else is refused.
-
-    The trainers' habit of one object around the tensors (``module``, ``state_dict``, ``model``) is seen through.
-    """
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError:  # the format before zip files can't be mapped
-        found = _unmapped(path)
-    except (pickle.UnpicklingError, OSError, EOFError, ValueError) as error:
-        raise _no_tensors(path, error) from error
-    for key in ("module", "state_dict", "model"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
-        raise UserError(f"{path}: does not hold a table of tensors")
-    return found
-
-
-def _unmapped(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, OSError, EOFError, ValueError, RuntimeError) as error:
-        raise _no_tensors(path, error) from error
-
-
-def _no_tensors(path: Path, error: Exception) -> UserError:
-    if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.EACCES, errno.EIO, errno.EISDIR):
-        return UserError(f"{path}: {error.strerror}")  # any other is what reading a broken file ends in
-    if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower():
-        return UserError(f"{path}: the pickle holds code or objects, not tensors alone: not read, for safety")
-    return UserError(
-        f"{path}: truncated or not a file of tensors ({str(error).splitlines()[0] if str(error) else error!r})"
-    )
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -462,9 +439,21 @@ class ShardWriter:
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor`` in ``dtype``, except the parameters that stay in float32 wherever they are kept."""
+    """``tensor`` in ``dtype``, except the parameters that stay in float32 wherever they are kept.
+
+    Raises:
+        UserError: naming the tensor, when a value becomes infinite.
+    """
     keep = name.rsplit(".", 1)[-1] in FLOAT32_PARAMETERS
-    return tensor.to(torch.float32 if keep and dtype != torch.float64 else dtype)
+    wanted = torch.float32 if keep and dtype != torch.float64 else dtype
+    found = tensor.to(wanted)
+    most = torch.finfo(wanted).max
+    if most < torch.finfo(tensor.dtype).max and not_finite(found) and not not_finite(tensor):
+        raise UserError(
+            f"tensor '{name}' has a value of size {float(tensor.abs().max()):.3g}, but "
+            f"{str(wanted).removeprefix('torch.')} ends at {most:.3g}: take another dtype"
+        )
+    return found
 
 
 def _flush(path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from mmmamba.checkpoints import hovle, release, student
 from mmmamba.checkpoints.gguf import find_gguf, gguf_tokenizer
-from mmmamba.checkpoints.io import CONFIG, WEIGHTS, ShardWriter, cast, write_atomically, write_json
+from mmmamba.checkpoints.io import CONFIG, WEIGHTS, ShardWriter, cast, not_finite, write_atomically, write_json
 from mmmamba.checkpoints.layouts import (
     HOVLE,
     RELEASE,
@@ -160,6 +160,11 @@ def write_model(
         with ShardWriter(folder, WEIGHTS, SHARD_BYTES) as shards:
             for part in parts(config):
                 for name, tensor in write_part(layout, read(part), config, part).items():
+                    if wrong := not_finite(tensor):
+                        raise UserError(
+                            f"{out_dir}: not written: tensor '{name}' has {wrong} values that are not finite "
+                            "(NaN or infinity)"
+                        )
                     shards.add(name, tensor)
         record(folder, WRITER)
 
