@@ -11,7 +11,7 @@ import pytest
 
 import mmmamba
 from mmmamba.errors import UserError
-from mmmamba.jsonfile import MAX_DEPTH, parse_json, read_any, read_json, read_lines
+from mmmamba.jsonfile import MAX_DEPTH, parse_json, read_any, read_bytes, read_json, read_lines
 
 REFUSED = {
     "a key twice": ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' stands twice in one object"),
@@ -109,3 +109,11 @@ def test_nothing_else_in_the_package_parses_json() -> None:
         and node.value.id == "json"
     }
     assert {place.split(":")[0] for place in others} <= {"jsonfile.py", "data/jsonl.py", "data/cache.py"}
+
+
+def test_what_a_file_is_instead_is_said_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "long.json").write_text("12345")
+    with pytest.raises(UserError, match=r"^[^ ]*long\.json: has more than 4 bytes"):
+        read_bytes(tmp_path / "long.json", limit=4)
+    with pytest.raises(UserError, match=r"^/dev/null: is not an ordinary file$"):
+        read_bytes("/dev/null")

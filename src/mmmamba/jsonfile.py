@@ -123,6 +123,8 @@ def read_bytes(path: str | Path, where: str | Path | None = None, *, limit: int 
                 size += len(block)
                 if size > limit:
                     raise UserError(f"{where}: has more than {limit:,} bytes, which is too much for such a file")
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UserError(f"{where}: no such file") from error
     except IsADirectoryError as error:
