@@ -16,7 +16,7 @@ from PIL import Image
 from mmmamba.checkpoints import save_hovle
 from mmmamba.data.processor import Processor
 from mmmamba.data.samples import BadSample, Sample, Turn
-from mmmamba.data.tokenizer import SPECIALS, Tokenizer, train_bpe
+from mmmamba.data.tokenizer import MAX_STRETCH, SPECIALS, Tokenizer, train_bpe
 from mmmamba.errors import UserError
 from mmmamba.model import Model
 from mmmamba.model.config import ModelConfig, StackConfig, VisionConfig
@@ -29,7 +29,7 @@ START, END, IMG, IMG_END, CONTEXT = range(3, 8)
 class ToyTokenizer(Tokenizer):
     """The one of the golden values: five marks, and a token for each character."""
 
-    vocab_size, others = 16, ()
+    vocab_size, largest_id, others, where = 16, 15, (), "toy"
 
     def __init__(self) -> None: ...
 
@@ -255,3 +255,17 @@ def test_saved_beside_a_checkpoint(processor, tmp_path):
     assert copy.config == processor.config
     sample = make_sample("a<s>", "b")
     assert copy.encode(sample).input_ids.tolist() == processor.encode(sample).input_ids.tolist()
+
+
+def test_a_long_word_is_a_bad_sample():
+    turns = (Turn("human", "x" * (MAX_STRETCH + 1)), Turn("gpt", "a"))
+    with pytest.raises(BadSample, match=r"^f:3: 'conversations': [0-9,]+ characters without the end of a word"):
+        Processor(TOKENIZER, make_config()).encode(Sample("1", turns, where="f:3"))
+
+
+def test_ids_that_do_not_follow_one_another_are_within_the_vocabulary():
+    definition = json.loads(TOKENIZER.definition)
+    definition["added_tokens"].append({**definition["added_tokens"][0], "content": "<far>", "id": 100_000})
+    definition["model"]["vocab"]["<far>"] = 100_000
+    with pytest.raises(UserError, match="ids of up to 100000, the model's vocab_size is"):
+        Processor(Tokenizer(json.dumps(definition)), make_config(vocab_size=300))

@@ -11,7 +11,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmmamba.data.tokenizer import SPECIALS, Tokenizer, train_bpe
+from mmmamba.data.tokenizer import MAX_STRETCH, SPECIALS, Tokenizer, train_bpe
 from mmmamba.errors import UserError
 
 TEXTS = ["What colour is the cat?", "How many red circles are there? 12", "图里有什么？"] * 4
@@ -166,3 +166,11 @@ def test_the_space_before_a_text_goes_where_one_call_would_put_it(normalizer, pr
     whole = tokenizers.Tokenizer.from_str(json.dumps(definition))
     pieces = [*tokenizer.encode("ab", False), 0, *tokenizer.encode("ab", False, after="special")]
     assert whole.encode("ab<s>ab", add_special_tokens=False).ids == pieces
+
+
+def test_a_word_without_end_is_refused_before_it_takes_the_memory():
+    for text in ("x" * (MAX_STRETCH + 1), "a b " * 20_000 + "1 " * MAX_STRETCH):
+        with pytest.raises(UserError, match=r"characters without the end of a word .* at most 1,048,576"):
+            TOKENIZER.encode(text, allow_special=False)
+        with pytest.raises(UserError, match="characters without the end of a word"):
+            TOKENIZER.encode(text)

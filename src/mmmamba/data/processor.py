@@ -91,6 +91,12 @@ class Processor:
             raise UserError(
                 f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model's vocab_size is {config.vocab_size}"
             )
+        largest = max(self.tokenizer.largest_id, config.bos_token_id if self.template.adds_bos else -1)
+        if largest >= config.vocab_size:
+            raise UserError(
+                f"{self.tokenizer.where}: the prompt's tokens have ids of up to {largest}, the model's vocab_size is "
+                f"{config.vocab_size}"
+            )
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Processor:
@@ -202,7 +208,10 @@ class Processor:
                 ids.append(self._mark_ids[piece.text])
             elif piece.kind == "text":
                 after: Literal["start", "special", "text"] = "text" if text_before else "special" if ids else "start"
-                ids.extend(self.tokenizer.encode(piece.text, allow_special=False, after=after))
+                try:
+                    ids.extend(self.tokenizer.encode(piece.text, allow_special=False, after=after))
+                except UserError as error:
+                    raise BadSample(f"{where}: 'conversations': {error}") from error
             else:
                 ids.extend(self._image_ids(next(grids)))
             text_before = piece.kind == "text"

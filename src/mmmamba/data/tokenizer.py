@@ -29,6 +29,8 @@ TEMPLATE_FILE = "chat_template.jinja"
 
 STRETCH = 1 << 16
 """Characters that are tokenised at once, where a text can be cut."""
+MAX_STRETCH = 1 << 20
+"""Characters that are tokenised at once, where a text cannot be cut: the library takes up to 600 bytes for each."""
 WORD_END = re.compile(r"[A-Za-z](?=[ \n][A-Za-z])")
 
 
@@ -172,6 +174,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def largest_id(self) -> int:
+        """The largest of its ids, which need not follow one another."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
     def token_id(self, token: str) -> int:
         index = self._tokenizer.token_to_id(token)
         if index is None:
@@ -185,10 +192,18 @@ class Tokenizer:
 
         ``after`` says what precedes the text in its prompt (nothing, a special token, other text): a tokenizer that
         puts a space before its text does so at the start, some behind special tokens, and none in the middle of a text.
+
+        Raises:
+            UserError: the text has a stretch of over a million characters that cannot be cut.
         """
         spaced = after == "start" or (after == "special" and not self._space_at_start_only)
         ids: list[int] = []
         for stretch in [text] if allow_special else self._stretches(text):
+            if len(stretch) > MAX_STRETCH:
+                raise UserError(
+                    f"{len(stretch):,} characters without the end of a word of letters, where they could be cut; at "
+                    f"most {MAX_STRETCH:,} are tokenised at once"
+                )
             ids += self._ids(stretch, allow_special, spaced)
             spaced = False
         return ids
