@@ -179,6 +179,27 @@ def test_something_must_be_left_to_distil(layers):
         ({"data__workers": -1}, r"'data': workers must be at least 0, got -1"),
         ({"data__max_length": 0}, r"'data': max_length must be at least 1, got 0"),
         ({"stage1__checkpoint_every": 0}, r"'stage1': checkpoint_every must be at least 1, got 0"),
+        *[({"stage3__loss_scale": x}, "'stage3': loss_scale must be greater than 0") for x in (0, -1.0)],
+        *[({"stage3__lr_scale": {"mlp": x}}, "'stage3': lr_scale.mlp must be greater than 0") for x in (0, -0.5)],
+        ({"stage3__lr_scale": {"mlp": 1e10}}, "'stage3': lr_scale.mlp must be at most 1,000,000,000"),
+        ({"stage1__betas": [-0.1, 0.9]}, r"'stage1': betas must lie in \[0, 1\)"),
+        ({"stage1__warmup": -0.1}, "'stage1': warmup must be at least 0"),
+        ({"stage1__decay": -0.1, "stage1__warmup": 0.5}, "'stage1': decay must be at least 0"),
+        ({"stage1__weight_decay": -1}, "'stage1': weight_decay must be at least 0"),
+        ({"stage3__supervised": -1}, "'stage3': supervised must be at least 0"),
+        ({"stage3__prompt_weight": -1}, "'stage3': prompt_weight must be at least 0"),
+        ({"stage1__steps": 10**18}, "'stage1': steps must be at most"),
+        ({"stage1__batch_size": 10**9}, "'stage1': batch_size must be at most"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"seed": 2**64}, "seed must be at most"),
+        ({"data__scale": 0}, "'data': scale must be greater than 0"),
+        ({"data__workers": 10**6}, "'data': workers must be at most 512"),
+        ({"data__max_tiles": 0}, "'data': max_tiles must be at least 1"),
+        ({"data__sources": [{"path": "a", "weight": -1}]}, r"'data.sources\[0\]': weight must be at least 0"),
+        ({"data__sources": [{"path": "a", "weight": 0}]}, "'data': sources: every weight is 0"),
+        ({"data__sources": [{"path": ""}]}, r"'data.sources\[0\]': path must be a file"),
+        ({"mixer": {"norm_eps": 0}}, "'mixer': norm_eps must be positive"),
+        ({"mixer": {"dt_min": -1}}, "'mixer': dt_min .* must satisfy"),
         ({"data__on_bad_sample": "ignore"}, r"'data.on_bad_sample' must be .*'stop'.*'skip'.*, got 'ignore'"),
     ],
 )  # fmt: skip
@@ -187,6 +208,33 @@ def test_a_mistake_is_named(tmp_path, changes, message):
     with pytest.raises(UserError, match=message) as error:
         load_recipe(DistillRecipe, path)
     assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+NUMBERS = [
+    *(f"{stage}.{name}" for stage in ("stage1", "stage3") for name in (
+        "lr", "warmup", "decay", "weight_decay", "clip", "prompt_weight", "loss_scale", "supervised", "temperature",
+        "lr_scale.mlp", "betas.0",
+    )),
+    "data.scale", "data.sources.0.weight", "mixer.dt_min", "mixer.dt_max", "mixer.norm_eps",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_every_number_is_finite(key):
+    betas = [f"{stage}.betas=[0.9, 0.9]" for stage in ("stage1", "stage3")]
+    for text in (".inf", "-.inf", ".nan", "1e999", "'1e999'", "1" + "0" * 399, "'nan'"):
+        with pytest.raises(UserError, match=r"finite|must be"):
+            load_recipe(DistillRecipe, "pico-linear", [*betas, f"{key}={text}"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_built_in_python_is_checked_too(value):
+    plan = small()
+    for config, names in ((plan.stage3, ("lr", "warmup", "clip", "loss_scale", "temperature", "weight_decay")),
+                          (plan.data, ("scale",)), (plan.mixer, ("dt_max", "norm_eps"))):  # fmt: skip
+        for name in names:
+            with pytest.raises(ValueError, match=name):
+                replace(config, **{name: value})
 
 
 def test_a_missing_key_is_named(tmp_path):

@@ -31,7 +31,7 @@ from typing import Any
 
 from mmmamba import yaml12
 from mmmamba.config import from_dict, load_yaml, read_override, to_dict
-from mmmamba.distill.recipe import ALIGNMENT, DistillRecipe, find_recipe, load_recipe
+from mmmamba.distill.recipe import ALIGNMENT, MOST, DistillRecipe, find_recipe, load_recipe
 from mmmamba.distill.run import digest
 from mmmamba.errors import UserError
 from mmmamba.evaluation.suite import NANO_ABILITIES, NANO_LIMIT
@@ -281,8 +281,8 @@ def cells_of(plan: Plan, where: Path | str, *, steps_scale: float = 1.0) -> list
     Raises:
         UserError: for a recipe that is not there or a key that it does not have; file, table and cell are named.
     """
-    if not steps_scale > 0:
-        raise UserError(f"--steps-scale must be greater than 0, got {steps_scale:g}")
+    if not 0 < steps_scale <= MOST:
+        raise UserError(f"--steps-scale must be greater than 0 and at most {MOST:,}, got {steps_scale:g}")
     found = []
     for table_name, table in plan.tables.items():
         for name, changes in table.cells.items():

@@ -5,6 +5,7 @@ A recipe is found by path or, for the built-in ones, by name (``nano-linear``). 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,10 @@ MIXER_PARAMETERS = (
 KINDS = (*MIXER_PARAMETERS, "o_proj", "mlp", "norms", "attention", "embeddings", "head")
 ALIGNMENT = ("stage1", "stage2")  # the stages in which each layer learns by itself
 SCALED = (*MIXER_PARAMETERS, "o_proj", "mlp")  # kinds that are parts of their parameters' names
+MOST_SEED = 2**32 - 1  # others are made of it, and must fit 64 bits
+MOST_SAMPLES = 10**7  # of a step
+MOST_WORKERS = 512  # loader processes
+MOST = 10**9  # of any number that has no narrower range: what is larger is a slip
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
@@ -35,12 +40,20 @@ def label(kind: str) -> str:
     return f"mixer {kind}" if kind in (*MIXER_PARAMETERS, "o_proj") else kind
 
 
-def _at_least(least: float, config: Any, *names: str) -> None:
-    """Refuse a number that is too small; None (the default of some) is not a number."""
+def _in_range(config: Any, *names: str, least: float = 0, most: float = MOST, above: bool = False) -> None:
+    """Refuse a number outside [least, most], or (least, most] with ``above``; None (the default of some) is none."""
     for name in names:
         value = getattr(config, name)
-        if value is not None and not value >= least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+        _number_in_range(name, value, least, most, above)
+
+
+def _number_in_range(name: str, value: float | None, least: float, most: float, above: bool) -> None:
+    if value is None:
+        return
+    if not (least < value if above else least <= value):  # also NaN
+        raise ValueError(f"{name} must be {'greater than' if above else 'at least'} {least}, got {value}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most:,}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +67,11 @@ class SourceConfig:
 
     path: str
     weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.path or "\0" in self.path:
+            raise ValueError(f"path must be a file, got {self.path!r}")
+        _in_range(self, "weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +101,14 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("sources is empty")
-        _at_least(1, self, "max_length")
+        if not any(source.weight for source in self.sources):
+            raise ValueError("sources: every weight is 0")
+        if not self.root or "\0" in self.root:
+            raise ValueError(f"root must be a folder, got {self.root!r}")
+        _in_range(self, "scale", above=True)
+        _in_range(self, "max_length", least=1)
         check_tiles(self.max_tiles)
-        _at_least(0, self, "workers")
+        _in_range(self, "workers", most=MOST_WORKERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,10 +153,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.steps < 0 or self.batch_size < 1:
             raise ValueError(f"steps ({self.steps}) must be at least 0 and batch_size ({self.batch_size}) at least 1")
-        _at_least(1, self, "micro_tokens", "checkpoint_every", "log_every")
-        _at_least(0, self, "lr", "warmup", "decay", "weight_decay")
-        if not self.clip > 0:
-            raise ValueError(f"clip must be greater than 0, got {self.clip}")
+        _in_range(self, "steps")
+        _in_range(self, "batch_size", most=MOST_SAMPLES)
+        _in_range(self, "micro_tokens", "checkpoint_every", "log_every", least=1)
+        _in_range(self, "lr", "warmup", "decay", "weight_decay")
+        _in_range(self, "clip", above=True)
+        for name, factor in self.lr_scale.items():
+            _number_in_range(f"lr_scale.{name}", factor, 0, MOST, above=True)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {', '.join(map(str, self.betas))}")
         if not 0 <= self.warmup + self.decay <= 1:
@@ -174,9 +200,8 @@ class StageConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(0, self, "prompt_weight", "supervised")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be greater than 0, got {self.temperature}")
+        _in_range(self, "prompt_weight", "supervised")
+        _in_range(self, "loss_scale", "temperature", above=True)
         if not self.train:
             raise ValueError("train names no parameter; to leave a stage out, set its steps to 0")
         for key, names, known in (("train", self.train, KINDS), ("lr_scale", self.lr_scale, SCALED)):
@@ -221,6 +246,7 @@ class DistillRecipe:
 
     def __post_init__(self) -> None:
         check_name(self.name, "name")  # of the folder runs/NAME
+        _in_range(self, "seed", most=MOST_SEED)
         for name in ALIGNMENT:
             others = [kind for kind in self.stages[name].train if kind not in MIXER_PARAMETERS]
             if others:
@@ -258,7 +284,7 @@ class DistillRecipe:
             keep: Sequence[int] = ()
         elif isinstance(self.layers, str):
             kind, _, group = self.layers.partition(":")
-            if kind not in ("hybrid", "measured") or not group.isdigit() or int(group) < 1:
+            if kind not in ("hybrid", "measured") or not re.fullmatch("0*[1-9][0-9]{0,5}", group):
                 raise UserError(
                     f"recipe {self.name}: layers must be 'linear', 'hybrid:K', 'measured:K' or a list, "
                     f"got {self.layers!r}"
@@ -294,6 +320,8 @@ class TeachRecipe:
 
     def __post_init__(self) -> None:
         check_name(self.name, "name")
+        _in_range(self, "seed", most=MOST_SEED)
+        _in_range(self, "vocab_size", least=1, most=10**7)
 
 
 def find_recipe(recipe: str | Path) -> Path:

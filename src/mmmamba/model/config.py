@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -187,9 +188,9 @@ class MixerConfig:
             raise ValueError("rule 'gated_delta' needs keys of unit length: set qk_norm to true")
         if not 2 <= self.conv_kernel <= 4:
             raise ValueError(f"conv_kernel must be 2, 3 or 4, got {self.conv_kernel}")
-        if not 0 < self.dt_min <= self.dt_max:
+        if not 0 < self.dt_min <= self.dt_max < math.inf:
             raise ValueError(f"dt_min ({self.dt_min}) and dt_max ({self.dt_max}) must satisfy 0 < dt_min <= dt_max")
-        if self.norm_eps <= 0:
+        if not 0 < self.norm_eps < math.inf:
             raise ValueError(f"norm_eps must be positive, got {self.norm_eps}")
 
 
