@@ -164,3 +164,55 @@ def test_what_does_not_fit_is_an_error(
     with pytest.raises(UserError, match=message):
         distill(str(recipe), dry_run=True, device="cpu")
     assert ("did not fit" in capsys.readouterr().out) == (where == "step")
+
+
+def refusals(recipe: Path, tmp_path: Path) -> dict[str, tuple[dict[str, Any], str]]:
+    """What a run refuses, and the words of it."""
+    other = tmp_path / "stranger"
+    other.mkdir()
+    (other / "mine.txt").touch()
+    (tmp_path / "file").touch()
+    empty, bad = tmp_path / "empty.jsonl", tmp_path / "bad.jsonl"
+    empty.touch()
+    good = Path(load_recipe(DistillRecipe, recipe).data.sources[0].path)
+    bad.write_text('{"id": 1, "id": 2}\n' + good.read_text())
+    for picture in good.parent.glob("*.png"):
+        (tmp_path / picture.name).write_bytes(picture.read_bytes())
+    return {
+        "not a teacher": ({"teacher": "pico-linear"}, "layer 0 is Mamba-2; a teacher has softmax"),
+        "layers": ({"set": ("layers=[9]",)}, "layers names layer 9"),
+        "kinds": ({"set": ("layers=linear", "stage3.train=[attention]")}, "the student has no 'attention' of its own"),
+        "no data": ({"data": (tmp_path / "none.jsonl",)}, "none.jsonl: no such data file"),
+        "no relative data": ({"set": ("data.sources=[{path: mine.jsonl}]",)}, "mine.jsonl: no such file"),
+        "a folder": ({"data": (tmp_path,)}, "is a folder, not a file"),
+        "empty data": ({"data": (empty,)}, "empty.jsonl: holds no sample"),
+        "bad sample": ({"data": (bad,)}, "bad.jsonl:1: the key 'id' stands twice"),
+        "stranger's": ({"out": other}, "stranger: is not empty and not a run"),
+        "file": ({"out": tmp_path / "file"}, "file: is a file"),
+    }
+
+
+@pytest.mark.parametrize("name", [
+    "not a teacher", "layers", "kinds", "no data", "no relative data", "a folder", "empty data", "bad sample",
+    "stranger's", "file",
+])  # fmt: skip
+def test_what_a_run_refuses_a_dry_run_refuses(name: str, recipe: Path, tmp_path: Path) -> None:
+    options, words = refusals(recipe, tmp_path)[name]
+    for dry in (True, False):
+        with pytest.raises(UserError) as error:
+            distill(str(recipe), device="cpu", dry_run=dry, **{"out": tmp_path / "run", **options})
+        assert words in str(error.value), dry
+
+
+def test_a_folder_that_holds_a_run_is_refused_too(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    steps = tuple(f"stage{n}.steps=0" for n in (1, 2, 3))
+    distill(str(recipe), out=out, set=steps, device="cpu")
+    before = small_run.hashes(tmp_path)
+    for dry in (True, False):
+        with pytest.raises(UserError, match=r"holds (this|a) run already; add --resume"):
+            distill(str(recipe), out=out, set=steps, device="cpu", dry_run=dry)
+        with pytest.raises(UserError, match=r"holds another run \(another recipe\)"):
+            distill(str(recipe), out=out, set=(*steps, "seed=1"), resume=True, device="cpu", dry_run=dry)
+    distill(str(recipe), out=out, set=steps, resume=True, device="cpu", dry_run=True)
+    assert small_run.hashes(tmp_path) == before

@@ -320,6 +320,12 @@ def write_atomically(path: str | Path, writer: Callable[[Path], object], *, fold
 _LEFTOVER = re.compile(r"\.(.+)\.(tmp|old)-(\d+)")
 
 
+def half_written(path: Path) -> str | None:
+    """The name that a leftover of a writer was to have; None of any other file."""
+    found = _LEFTOVER.fullmatch(path.name)
+    return found[1] if found else None
+
+
 def clear_leftovers(folder: Path, name: str | None = None) -> None:
     """Clear away what killed writers left in ``folder`` (of ``name`` only, if given).
 

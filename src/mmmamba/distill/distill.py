@@ -21,7 +21,7 @@ from mmmamba.distill import dry_run as rehearsal
 from mmmamba.distill import processes
 from mmmamba.distill.feed import Feed
 from mmmamba.distill.objectives import AlignHeads, MatchLogits, PredictAnswers
-from mmmamba.distill.parameters import kind_of, own_parameters, parameters_of, unshare
+from mmmamba.distill.parameters import check_stages, kind_of, own_parameters, unshare
 from mmmamba.distill.placement import place
 from mmmamba.distill.recipe import ALIGNMENT, DistillRecipe, SourceConfig, StageConfig, label, load_recipe
 from mmmamba.distill.run import TENSORS, RunFolder, alone, digest
@@ -29,7 +29,7 @@ from mmmamba.distill.seeding import seed
 from mmmamba.distill.trainer import train
 from mmmamba.errors import UserError
 from mmmamba.jsonfile import read_json
-from mmmamba.model.config import ATTENTION, MAMBA2, ModelConfig
+from mmmamba.model.config import ATTENTION, MAMBA2
 from mmmamba.model.model import Model
 from mmmamba.progress import table
 
@@ -95,7 +95,9 @@ def distill(
     dtype = pick_precision(precision, where)
     run_folder = out or Path("runs") / plan.name
     if dry_run:
-        rehearsal.dry_run(plan, geometry=geometry, gpu=gpu or "h100", device=where, precision=dtype)
+        rehearsal.dry_run(
+            plan, geometry=geometry, gpu=gpu or "h100", device=where, precision=dtype, out=run_folder, resume=resume
+        )
         return run_folder / "model"
     for name, given in (("geometry", geometry), ("gpu", gpu)):
         if given is not None:
@@ -113,7 +115,7 @@ def _distilled(plan: DistillRecipe, run_folder: Path, resume: bool, where: torch
         layer = model.config.mamba2_layers[0]
         raise UserError(f"{folder}: layer {layer} is Mamba-2; a teacher has softmax attention in every layer")
     layer_map = plan.layer_map(model.config.num_layers)
-    _check_kinds(plan, replace(model.config, layer_map=layer_map, mixer=plan.mixer))
+    check_stages(plan, replace(model.config, layer_map=layer_map, mixer=plan.mixer))
     processor = Processor.from_folder(folder)
     with processes.main_first():
         feed = Feed(plan.data, processor, plan.seed)
@@ -205,17 +207,6 @@ def _placed(
         run.note(softmax_layers=place(teacher, aligned, plan.mixer, count, rows, plan.stage3, precision))
     kept = run.manifest["softmax_layers"]
     return tuple(ATTENTION if i in kept else MAMBA2 for i in range(layers))
-
-
-def _check_kinds(plan: DistillRecipe, student: ModelConfig) -> None:
-    """Refuse, before hours of alignment, a later stage that trains what the student does not have."""
-    with torch.device("meta"):
-        model = Model(student)
-    for stage, config in plan.stages.items():
-        for kind in config.train if stage not in ALIGNMENT else ():
-            if not parameters_of(model, [kind]):
-                why = "its head is tied to the embeddings" if kind == "head" else "no layer keeps softmax"
-                raise UserError(f"recipe {plan.name}: {stage}.train: the student has no {kind!r} of its own ({why})")
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import time
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,15 +15,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mmmamba.checkpoints import read_config, resolve
+from mmmamba.checkpoints import fingerprint, read_config, resolve
 from mmmamba.data.batching import Batch
 from mmmamba.data.cache import EncodedSource
 from mmmamba.data.jsonl import JsonlDataset
 from mmmamba.data.processor import UNSCORED, Processor
 from mmmamba.data.samples import BadSample
-from mmmamba.distill.feed import source_paths
+from mmmamba.distill.feed import check_sources, identity_of, source_paths
 from mmmamba.distill.objectives import AlignHeads, MatchLogits, PredictAnswers
-from mmmamba.distill.parameters import unshare
+from mmmamba.distill.parameters import check_stages, unshare
 from mmmamba.distill.plan import (
     BANDWIDTH_USED,
     GPUS,
@@ -43,6 +44,7 @@ from mmmamba.distill.plan import (
     student_config,
 )
 from mmmamba.distill.recipe import ALIGNMENT, KINDS, MIXER_PARAMETERS, DistillRecipe, StageConfig, label
+from mmmamba.distill.run import MANIFEST, check_run
 from mmmamba.distill.seeding import seed
 from mmmamba.distill.step import make_step
 from mmmamba.errors import UserError
@@ -50,6 +52,7 @@ from mmmamba.model.config import MAMBA2, ModelConfig
 from mmmamba.model.geometries import geometry as named_geometry
 from mmmamba.model.model import Model
 from mmmamba.ops.triton import SIZES
+from mmmamba.outputs import check_folder
 from mmmamba.progress import Progress, table
 
 SAMPLED = 256  # samples of each source that are looked at
@@ -58,12 +61,16 @@ CPU_WORK, CPU_MEMORY = 1e12, 4e9  # FLOP and bytes up to which a CPU takes real 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSize:
-    """How long samples are: the mean, the mean over tokens of their own sample's length, the longest that may come."""
+    """How long samples are: the mean, the mean over tokens of their own sample's length, the longest that may come.
+
+    ``source`` says where that is from, ``bad`` what is wrong with the first bad sample.
+    """
 
     mean: float
     length: float
     longest: int
     source: str
+    bad: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,14 +100,37 @@ class StagePlan:
 
 
 def dry_run(
-    plan: DistillRecipe, *, geometry: str | None, gpu: str, device: torch.device, precision: torch.dtype
+    plan: DistillRecipe,
+    *,
+    geometry: str | None,
+    gpu: str,
+    device: torch.device,
+    precision: torch.dtype,
+    out: Path,
+    resume: bool = False,
 ) -> None:
     """Print what ``plan`` needs, then take real first steps on random data where that can be done.
 
+    What a run would refuse is refused here, as far as it is there to be looked at: with a ``geometry`` neither teacher
+    nor data have to be.
+
     Raises:
-        UserError: when there is neither a teacher folder nor a geometry, and when a real step does not fit.
+        UserError: as a run in ``out`` would; when there is neither a teacher folder nor a geometry; when a real step
+            does not fit.
     """
     teacher = teacher_config(plan.teacher, geometry)
+    check_stages(plan, replace(teacher, layer_map=plan.layer_map(teacher.num_layers), mixer=plan.mixer))
+    identity = None
+    if geometry is None:
+        check_sources(plan.data)
+        if resume and (out / MANIFEST).is_file():
+            identity = {
+                "kind": "distill",
+                "teacher": fingerprint(resolve(plan.teacher)),
+                "data": identity_of(plan.data),
+            }
+    check_folder(out, read=[] if geometry is not None else [resolve(plan.teacher)])
+    check_run(out, plan, identity, resume=resume)
     data = data_size(plan)
     stages = plan_stages(plan, teacher, data, gpu)
     for title, columns, rows in tables(stages, gpu):
@@ -115,6 +145,8 @@ def dry_run(
         f"driver {OVERHEAD / 1e9:.1f} GB. Reading and decoding the data is not part of it."
     )
     rehearse(plan, teacher, stages, device, precision)
+    if data.bad and plan.data.on_bad_sample == "stop":
+        raise UserError(f"{data.bad}: a run stops there; --on-bad-sample skip leaves such samples out")
 
 
 def teacher_config(teacher: str, geometry: str | None) -> ModelConfig:
@@ -146,15 +178,16 @@ def data_size(plan: DistillRecipe) -> DataSize:
         source = f"not measured ({error}); each is taken to fill what it may"
         return DataSize(mean=full, length=full, longest=config.max_length, source=source)
     mean = squares = weights = 0.0
-    longest, looked, bad = 0, 0, 0
+    longest, looked, bad, first_bad = 0, 0, 0, ""
     for dataset, source_config in zip(datasets, config.sources, strict=True):
         encoded = EncodedSource(dataset, processor, max_length=config.max_length, max_tiles=config.max_tiles)
         found = []
         for row in np.unique(np.linspace(0, len(encoded) - 1, SAMPLED).astype(int)) if len(encoded) else ():
             try:
                 found.append(len(encoded.encode(int(row)).input_ids))
-            except BadSample:
+            except BadSample as error:
                 bad += 1
+                first_bad = first_bad or str(error)
         if found:
             mean += source_config.weight * float(np.mean(found))
             squares += source_config.weight * float(np.mean(np.square(found)))
@@ -164,7 +197,7 @@ def data_size(plan: DistillRecipe) -> DataSize:
     if not mean:
         raise UserError(f"{paths[0]}: none of the samples that were looked at is good; see mmmamba data check")
     said = f"{looked:,} samples of {len(paths)} sources" + (f"; {bad} more are bad: mmmamba data check" if bad else "")
-    return DataSize(mean=mean / weights, length=squares / mean, longest=longest, source=said)
+    return DataSize(mean=mean / weights, length=squares / mean, longest=longest, source=said, bad=first_bad)
 
 
 def plan_stages(plan: DistillRecipe, teacher: ModelConfig, data: DataSize, gpu: str) -> list[StagePlan]:

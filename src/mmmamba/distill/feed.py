@@ -62,8 +62,7 @@ class Feed:
     @functools.cached_property
     def identity(self) -> list[str]:
         """What the sources are, for the run's fingerprint: name, weight and a hash of each file."""
-        pairs = zip(self.config.sources, self.paths, strict=True)
-        return [f"{path.name} ×{source.weight} {_hash(path)}" for source, path in pairs]
+        return identity_of(self.config)
 
     def rows(self, config: TrainConfig, salt: int) -> _Rows:
         """The rows of each step of a stage; ``salt`` gives every stage its own order."""
@@ -115,18 +114,37 @@ def source_paths(config: DataConfig) -> list[Path]:
     return [Path(config.root) / source.path for source in config.sources]  # an absolute path stays as it is
 
 
+def identity_of(config: DataConfig) -> list[str]:
+    """Name, weight and a hash of each source's file."""
+    pairs = zip(config.sources, source_paths(config), strict=True)
+    return [f"{path.name} ×{source.weight} {_hash(path)}" for source, path in pairs]
+
+
 def prepare_root(config: DataConfig) -> Path:
     """The folder of the sources, built when it is missing and its sources are the built-in ones."""
-    root = Path(config.root)
-    missing = [s.path for s in config.sources if not Path(s.path).is_absolute() and not (root / s.path).is_file()]
-    if missing:
-        builtin = sorted({path.split("/")[0] for path in missing})
-        if not set(builtin) <= {"easy-vqa", "primer"}:
-            raise UserError(f"{root / missing[0]}: no such file")
+    if missing := _missing_builtin(config):
         from mmmamba.data.build import build
 
-        build(out=root, source=tuple(builtin), scale=config.scale)
-    return root
+        build(out=Path(config.root), source=missing, scale=config.scale)
+    return Path(config.root)
+
+
+def check_sources(config: DataConfig) -> None:
+    """Refuse sources that a run would: a file that is not there and cannot be built, or holds no sample (UserError)."""
+    if not _missing_builtin(config):
+        for path in source_paths(config):
+            if len(JsonlDataset(path)) == 0:
+                raise UserError(f"{path}: holds no sample")
+
+
+def _missing_builtin(config: DataConfig) -> tuple[str, ...]:
+    """The built-in sources that are still to be built."""
+    root = Path(config.root)
+    missing = [s.path for s in config.sources if not Path(s.path).is_absolute() and not (root / s.path).exists()]
+    builtin = sorted({path.split("/")[0] for path in missing})
+    if not set(builtin) <= {"easy-vqa", "primer"}:
+        raise UserError(f"{root / missing[0]}: no such file")
+    return tuple(builtin)
 
 
 def _hash(path: Path) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from mmmamba.distill.recipe import ALIGNMENT, DistillRecipe
+from mmmamba.errors import UserError
 from mmmamba.model.config import MAMBA2, ModelConfig
 from mmmamba.model.model import Model
 
@@ -31,6 +33,17 @@ def kind_of(name: str, config: ModelConfig) -> str:
 def parameters_of(student: Model, kinds: Sequence[str]) -> dict[str, nn.Parameter]:
     """The student's parameters of these kinds (e.g. ``conv``, ``A_log``, ``mlp``), by full name."""
     return {name: p for name, p in student.named_parameters() if kind_of(name, student.config) in kinds}
+
+
+def check_stages(plan: DistillRecipe, student: ModelConfig) -> None:
+    """Refuse, before hours of alignment, a later stage that trains what the student does not have (UserError)."""
+    with torch.device("meta"):
+        model = Model(student)
+    for stage, config in plan.stages.items():
+        for kind in config.train if stage not in ALIGNMENT else ():
+            if not parameters_of(model, [kind]):
+                why = "its head is tied to the embeddings" if kind == "head" else "no layer keeps softmax"
+                raise UserError(f"recipe {plan.name}: {stage}.train: the student has no {kind!r} of its own ({why})")
 
 
 def own_parameters(student: Model, teacher: Model) -> dict[str, nn.Parameter]:

@@ -20,6 +20,7 @@ from torch import Tensor
 import mmmamba
 from mmmamba.checkpoints.io import (
     clear_leftovers,
+    half_written,
     read_safetensors,
     write_atomically,
     write_json,
@@ -34,6 +35,7 @@ from mmmamba.jsonfile import read_json, read_lines
 from mmmamba.locks import LOCK, alone_in
 from mmmamba.outputs import LEDGER, check_folder
 
+MANIFEST = "manifest.json"
 TENSORS = "tensors.safetensors"
 ABOUT = "about"  # key of its header: JSON that says what the tensors are, and which teacher the rest is from
 SHOWN = 20  # skipped samples that are printed; the manifest has them all
@@ -69,6 +71,42 @@ def alone(folder: Path, *, read: Sequence[Path] = ()) -> Iterator[None]:
         yield
 
 
+def check_run(path: Path, recipe: Any, identity: Mapping[str, Any] | None, *, resume: bool) -> dict[str, Any] | None:
+    """The manifest of a run folder that may be gone on with; None of one that is still to be made.
+
+    Args:
+        identity: as :class:`RunFolder` takes it; None where it is not known, and no recipe is compared.
+
+    Raises:
+        UserError: when the folder holds another run, or this one and ``resume`` is off, or something else.
+    """
+    if (path / MANIFEST).is_file():
+        found = read_json(path / MANIFEST)
+        if identity is not None and found.get("fingerprint") != digest({"recipe": to_dict(recipe), **identity}):
+            changed = [key for key, value in identity.items() if found.get("identity", {}).get(key) != to_dict(value)]
+            what = f" (other {', '.join(changed)})" if changed else " (another recipe)"
+            raise UserError(f"{path}: holds another run{what}; give another --out")
+        if not resume:
+            which = "this run already" if identity is not None else "a run already"
+            raise UserError(f"{path}: holds {which}; add --resume to go on with it, or give another --out")
+        return found
+    if foreign := _foreign(path, dump_yaml(recipe)):
+        raise UserError(f"{path}: is not empty and not a run (it holds '{foreign}'); give another --out")
+    return None
+
+
+def _foreign(folder: Path, recipe: str) -> str:
+    """The name of something in the folder that no run of this recipe left there; '' where there is none.
+
+    A run that was killed before its manifest was there has left its recipe at most, and half-written files.
+    """
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
+        ours = entry.name == "recipe.yaml" and entry.is_file() and entry.read_bytes() == recipe.encode()
+        if not ours and entry.name != LOCK and half_written(entry) not in ("recipe.yaml", MANIFEST):
+            return entry.name
+    return ""
+
+
 class RunFolder:
     """A folder that explains itself and can be gone on with.
 
@@ -89,20 +127,9 @@ class RunFolder:
         self.path = Path(path)
         self._writes = processes.is_main()
         self.fingerprint = digest({"recipe": to_dict(recipe), **identity})
-        self._manifest = self.path / "manifest.json"
+        self._manifest = self.path / MANIFEST
         self._metrics = self.path / "metrics.jsonl"
-        if self._manifest.is_file():
-            found = read_json(self._manifest)
-            if found.get("fingerprint") != self.fingerprint:
-                changed = [
-                    key for key, value in identity.items() if found.get("identity", {}).get(key) != to_dict(value)
-                ]
-                what = f" (other {', '.join(changed)})" if changed else " (another recipe)"
-                raise UserError(f"{self.path}: holds another run{what}; give another --out")
-            if not resume and self._writes:
-                raise UserError(
-                    f"{self.path}: holds this run already; add --resume to go on with it, or give another --out"
-                )
+        if (found := check_run(self.path, recipe, identity, resume=resume or not self._writes)) is not None:
             self.manifest = found
             if not self._writes:
                 return
@@ -112,12 +139,8 @@ class RunFolder:
             for stage in self.manifest["stages"]:
                 self._drop_steps(stage)
         else:
-            # A run that was killed before its manifest was there has left its recipe at most.
-            for name in ("recipe.yaml", "manifest.json"):
+            for name in ("recipe.yaml", MANIFEST):
                 clear_leftovers(self.path, name)
-            text = dump_yaml(recipe)
-            if self._writes and (foreign := self._foreign(text)):
-                raise UserError(f"{self.path}: is not empty and not a run (it holds '{foreign}'); give another --out")
             self.manifest = {
                 "fingerprint": self.fingerprint,
                 "identity": to_dict(dict(identity)),
@@ -125,16 +148,9 @@ class RunFolder:
                 "versions": versions(),
                 "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             }
+            text = dump_yaml(recipe)
             self._write(self.path / "recipe.yaml", lambda p: p.write_text(text, encoding="utf-8"))
             self._write_manifest()
-
-    def _foreign(self, recipe: str) -> str:
-        """The name of something in the folder that no run of this recipe left there; '' where there is none."""
-        for entry in sorted(self.path.iterdir()) if self.path.is_dir() else []:
-            ours = entry.name == "recipe.yaml" and entry.is_file() and entry.read_bytes() == recipe.encode()
-            if not ours and entry.name != LOCK:
-                return entry.name
-        return ""
 
     def _write(self, path: Path, write: Callable[[Path], Any], *, folder: bool = False) -> None:
         if self._writes:
