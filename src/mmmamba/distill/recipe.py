@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from mmmamba.config import from_dict, load_yaml
-from mmmamba.data.tiling import check_tiles
+from mmmamba.data.tiling import MAX_TILES
 from mmmamba.errors import UserError
 from mmmamba.model.config import ATTENTION, MAMBA2, MixerConfig
 from mmmamba.names import check_name
@@ -107,7 +107,7 @@ class DataConfig:
             raise ValueError(f"root must be a folder, got {self.root!r}")
         _in_range(self, "scale", above=True)
         _in_range(self, "max_length", least=1)
-        check_tiles(self.max_tiles)
+        _in_range(self, "max_tiles", least=1, most=MAX_TILES)
         _in_range(self, "workers", most=MOST_WORKERS)
 
 
