@@ -7,7 +7,7 @@
     python scripts/gpu/nano.py eval   --keep OUT
 
 Everything is a plain ``mmmamba`` command line, printed before it runs; each run resumes where it stopped. What is
-finished is installed among the package's assets, students as deltas in bfloat16, and packed into OUT.
+finished is installed among the package's assets, students as rounded deltas, and packed into OUT.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def finish(**running: subprocess.Popen[bytes]) -> None:
 
 
 def install(name: str, keep: str | None) -> None:
-    """Put a finished model among the assets (a student as a delta), and pack it with its metrics into ``keep``."""
+    """Put a finished model among the assets (a student rounded), and pack it with its metrics into ``keep``."""
     run, asset = ROOT / "runs" / name, ASSETS / name
     shutil.rmtree(asset, ignore_errors=True)
     if "teacher" in name:
@@ -62,10 +62,12 @@ def install(name: str, keep: str | None) -> None:
     else:
         code = (
             "import sys, torch; from mmmamba.checkpoints import load, save_student; "
-            "save_student(load(sys.argv[1]), sys.argv[2], teacher=sys.argv[3], delta=True, dtype=torch.bfloat16)"
+            "save_student(load(sys.argv[1]), sys.argv[2], teacher=sys.argv[3], delta=sys.argv[4], dtype=torch.bfloat16)"
         )
         teacher = json.loads((run / "manifest.json").read_text())["teacher"]["path"]
-        finish(**{f"install-{name}": start(f"install-{name}", "-c", code, str(run / "model"), str(asset), teacher)})
+        form = "mixed" if name.startswith("pico") else "int4"
+        words = (str(run / "model"), str(asset), teacher, form)
+        finish(**{f"install-{name}": start(f"install-{name}", "-c", code, *words)})
     if keep:
         with tarfile.open(Path(keep) / f"{name}.tar.gz", "w:gz") as archive:
             archive.add(asset, name)

@@ -106,7 +106,9 @@ def _open(src: str, teacher: str | None, stage2: Path | None) -> Source:
 
 
 def _widest(source: Source) -> torch.dtype:
-    """The dtype of the largest stored tensor: what the checkpoint is said to be in."""
+    """What the checkpoint is said to be in: what it says itself, or the dtype of its largest tensor."""
+    if source.dtype is not None:
+        return source.dtype
     weights = source.weights
     return weights.dtype(max(weights, key=lambda name: weights.shape(name).numel()))
 

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from mmmamba.checkpoints import builtin_names, fingerprint, load, read, read_config, resolve, save_hovle, save_student
+from mmmamba.checkpoints.rounded import read_rounded, round_tensor
 from mmmamba.checkpoints.student import same_bits
+from mmmamba.convert import convert
 from mmmamba.errors import UserError
 from mmmamba.model import MixerConfig, Model, initialise
 
@@ -71,6 +73,85 @@ def test_a_delta_is_found_by_comparing(teacher, tiny_model, same_model) -> None:
     assert {name for name in stored if not name.startswith(("layers.1.mixer", "layers.3.mixer"))} == {"norm.weight"}
     assert "layers.3.mixer.o_proj.weight" in stored
     same_model(load(folder), student)
+
+
+# ---------------------------------------------------------------------------------------------- rounded
+
+
+@pytest.mark.parametrize(("form", "tolerance"), [("int8", 0.01), ("int4", 0.12)])
+def test_a_rounded_delta_is_near_and_small(teacher, tiny_model, form, tolerance) -> None:
+    student, theirs = student_of(teacher, tiny_model), load(teacher).state_dict()
+    exact = save_student(student, teacher.parent / "exact", teacher=teacher, delta=True)
+    folder = save_student(student, teacher.parent / "rounded", teacher=teacher, delta=form)
+    stored, whole = load_file(folder / "model.safetensors"), load_file(exact / "model.safetensors")
+    rounded = {name.removesuffix(f".{form}") for name in stored if name.endswith(f".{form}")}
+    assert rounded == {name for name, tensor in whole.items() if tensor.ndim > 1 and tensor.numel() >= 4096}
+    assert len(rounded) >= 2 * len(LINEAR) and not rounded & stored.keys()
+    ours, read_back = student.state_dict(), load(folder).state_dict()
+    for name, tensor in ours.items():
+        if name not in rounded:
+            assert torch.equal(read_back[name], tensor), name
+            continue
+        change = tensor - theirs[name] if name in theirs else tensor
+        assert 0 < float((read_back[name] - tensor).norm()) < tolerance * float(change.norm()), name
+        assert stored[f"{name}.{form}"].nbytes == tensor.numel() // (2 if form == "int4" else 1)
+
+
+def test_what_is_read_of_codes_is_exact() -> None:
+    """The documented arithmetic, value by value, with a last group that is not full."""
+    codes = torch.arange(64).remainder(16)
+    packed = torch.stack([(codes[0::2] | codes[1::2] << 4).to(torch.uint8)] * 2)
+    scales = torch.tensor([0.5, 3.0], dtype=torch.bfloat16)
+    shape, base = torch.Size([10, 10]), torch.full((10, 10), 100.0)
+    found = read_rounded({"w.int4": packed, "w.scales": scales}, "w", shape, base)
+    expected = torch.cat([(codes - 8) * 0.5, (codes - 8) * 3.0])[:100].view(10, 10) + 100
+    assert torch.equal(found, expected)
+    again = round_tensor("w", expected, base, "int8")
+    assert torch.allclose(read_rounded(again, "w", shape, base), expected, atol=0.1)
+    flat = round_tensor("w", base, base, "int4")  # no difference, no scale: nothing is divided by zero
+    assert torch.equal(read_rounded(flat, "w", shape, base), base)
+
+
+def test_a_rounded_delta_stays_what_it_is_when_it_is_written_again(teacher, tiny_model, same_model) -> None:
+    """Made whole, it is the student that it was read as; stored as it is against the teacher, too."""
+    folder = save_student(student_of(teacher, tiny_model), teacher.parent / "a", teacher=teacher, delta="int4")
+    whole = convert(str(folder), teacher.parent / "whole")
+    assert json.loads((whole / "config.json").read_text())["delta"] is False
+    assert load_file(whole / "model.safetensors")["layers.0.mixer.q_proj.weight"].dtype == torch.float32
+    exact = save_student(load(folder), teacher.parent / "exact", teacher=teacher, delta=True)
+    same_model(load(whole), load(folder))
+    same_model(load(exact), load(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, n: t.pop(f"{n}.scales"), r"1 missing tensor \(.*gate_proj.weight.scales\)"),
+        (lambda t, n: t.update({f"{n}.int4": t[f"{n}.int4"][1:]}), r"1 tensor of the wrong shape"),
+        (lambda t, n: t.update({f"{n}.int4": t[f"{n}.int4"].view(torch.int8)}), r"is int8, expected uint8"),
+        (lambda t, n: t.update({f"{n}.scales": t[f"{n}.scales"].float()}), r"float32, expected bfloat16"),
+        (lambda t, n: t.update({n: torch.zeros(64, 64)}), r"1 unexpected tensor"),
+        (lambda t, n: t.update({f"{n}.int8": t[f"{n}.int4"].clone()}), r"is uint8, expected int8"),
+        (lambda t, n: t[f"{n}.scales"].fill_(3e38), r"give values that overflow"),
+        (lambda t, n: t[f"{n}.scales"].fill_(float("nan")), r"not finite"),
+    ],
+)
+def test_an_altered_rounded_delta_is_refused(teacher, tiny_model, edit_weights, change, message) -> None:
+    folder = save_student(student_of(teacher, tiny_model), teacher.parent / "s", teacher=teacher, delta="int4")
+    edit_weights(folder, lambda tensors: change(tensors, "layers.0.mixer.gate_proj.weight"))
+    with pytest.raises(UserError, match=message) as refusal:
+        load(folder)
+    assert str(refusal.value).count("\n") == 0 and "model.safetensors" in str(refusal.value)
+
+
+def test_the_students_that_ship_are_read_by_transformers_too() -> None:
+    from transformers import AutoModelForImageTextToText
+
+    import mmmamba  # noqa: F401
+
+    theirs = AutoModelForImageTextToText.from_pretrained(read.ASSETS / "pico-hybrid", dtype=torch.float32)
+    ours = load("pico-hybrid").state_dict()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.state_dict().items())
 
 
 def test_same_bits_is_stricter_than_equal() -> None:

@@ -227,7 +227,12 @@ def _read_shards(folder: Path, index: Path) -> Weights:
 
 
 def check_tensors(
-    found: Weights, expected: Mapping[str, torch.Size], *, ignore: Iterable[str] = (), reason: Callable[[str], str]
+    found: Weights,
+    expected: Mapping[str, torch.Size],
+    *,
+    ignore: Iterable[str] = (),
+    dtypes: Mapping[str, torch.dtype] | None = None,
+    reason: Callable[[str], str],
 ) -> None:
     """Refuse weights that are not exactly what ``config.json`` asks for.
 
@@ -235,6 +240,7 @@ def check_tensors(
         found: what the folder holds.
         expected: name → shape of every tensor that must be there.
         ignore: names that may be there and are not used.
+        dtypes: name → dtype of tensors that must be of that one; the others may be of any floating point.
         reason: the likely cause, given the name of a missing or an unexpected tensor ('' when there is none).
 
     Raises:
@@ -244,10 +250,11 @@ def check_tensors(
     extra = [name for name in found if name not in expected and name not in ignored]
     there = [name for name in expected if name in found]
     wrong = [name for name in there if found.shape(name) != expected[name]]
-    whole = [name for name in there if not found.dtype(name).is_floating_point]
-    if not (missing or extra or wrong or whole):
+    whole = [name for name in there if not (dtypes and name in dtypes) and not found.dtype(name).is_floating_point]
+    other = [name for name in dtypes or () if name in found and found.dtype(name) != (dtypes or {})[name]]
+    if not (missing or extra or wrong or whole or other):
         return
-    odd = wrong or whole or extra
+    odd = wrong or whole or other or extra
     file = found.files[odd[0]] if odd else found.path
     parts = []
     if missing:
@@ -261,6 +268,9 @@ def check_tensors(
     if whole:
         kinds = [f"{found.label(n)} is {str(found.dtype(n)).removeprefix('torch.')}" for n in whole]
         parts.append(f"{_count(whole, 'tensor')} not of floating point ({_first(kinds)})")
+    if other:
+        kinds = [f"{found.label(n)} is {found.dtype(n)}, expected {(dtypes or {})[n]}" for n in other]
+        parts.append(f"{_count(other, 'tensor')} of another dtype ({_first(kinds)})".replace("torch.", ""))
     causes = dict.fromkeys(cause for cause in map(reason, missing + extra) if cause)
     because = f": {'; '.join(causes)}" if causes else ""
     raise UserError(f"{file}: does not match {found.described}: {', '.join(parts)}{because}")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from mmmamba.errors import UserError
 from mmmamba.model.config import ModelConfig
 from mmmamba.model.model import Model
 
+T = TypeVar("T")
 Part = int | None
 Tensors = dict[str, Tensor]
 
@@ -114,9 +115,9 @@ def part_of(name: str) -> Part:
     return int(name.split(".")[1]) if name.startswith("layers.") else None
 
 
-def by_part(state: Mapping[str, Tensor], config: ModelConfig) -> dict[Part, Tensors]:
-    """A state dict of ours, part by part (a tied head is no parameter of its own)."""
-    found: dict[Part, Tensors] = {part: {} for part in parts(config)}
+def by_part(state: Mapping[str, T], config: ModelConfig) -> dict[Part, dict[str, T]]:
+    """A state dict of ours (or what is known of each tensor), part by part; a tied head is no parameter of its own."""
+    found: dict[Part, dict[str, T]] = {part: {} for part in parts(config)}
     for name, tensor in state.items():
         if not (name == "head.weight" and config.tie_word_embeddings):
             found[part_of(name)][name] = tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,10 +29,12 @@ from mmmamba.checkpoints.layouts import (
     STUDENT,
     Part,
     Tensors,
+    by_part,
     parts,
     recognise,
     stored_shapes,
 )
+from mmmamba.checkpoints.rounded import code_dtypes
 from mmmamba.errors import UserError
 from mmmamba.jsonfile import read_json
 from mmmamba.model.config import ModelConfig
@@ -160,6 +162,7 @@ class Source:
         read: our tensors of a part, on the CPU in the dtype they are stored in.
         teacher: what a student was made from, where that is written down.
         places: its own folder (or GGUF file), its teacher's, and of a delta those that complete it.
+        dtype: of its matrices, where that is written down.
     """
 
     folder: Path
@@ -169,6 +172,7 @@ class Source:
     read: Callable[[Part], Tensors]
     teacher: student.TeacherReference | None = None
     places: tuple[Path, ...] = ()
+    dtype: torch.dtype | None = None
 
 
 def open_source(path: str | Path) -> Source:
@@ -201,29 +205,37 @@ def _student_source(folder: Path, stored: student.StudentFolder, weights: Weight
     places: tuple[Path, ...] = (folder,)
     if stored.teacher is not None and stored.teacher.name not in builtin_names():
         places += (folder / stored.teacher.name,)
+    dtype = None if stored.dtype is None else getattr(torch, stored.dtype)
     if stored.delta:
         assert stored.teacher is not None  # folder_from_json saw to it
-        teacher = _open_teacher(folder, stored.teacher)
+        teacher = open_teacher(folder, stored.teacher)
         places += teacher.places
         theirs = stored_shapes(STUDENT, teacher.config, where)
-        rest = frozenset(name for name, shape in expected.items() if name not in weights and theirs.get(name) == shape)
-        expected = {name: shape for name, shape in expected.items() if name not in rest}
-        read = partial(_complete, read, teacher, rest)
-    check_tensors(weights, expected, reason=lambda name: "")
+        read = partial(_complete, weights, teacher, by_part(expected, config), dtype or torch.float32)
+        own = student.delta_shapes(expected, weights)
+        expected = {name: shape for name, shape in own.items() if name in weights or theirs.get(name) != shape}
+    check_tensors(weights, expected, dtypes=code_dtypes(expected) if stored.delta else None, reason=lambda name: "")
     if stored.tensors not in (None, len(weights)):  # in a delta, a lost tensor would become the teacher's
         raise UserError(f"{weights.path}: holds {len(weights)} tensors, {CONFIG} says {stored.tensors}")
     return Source(
         folder=folder, layout=STUDENT.name, config=config, weights=weights, read=read, teacher=stored.teacher,
-        places=places,
+        places=places, dtype=dtype,
     )  # fmt: skip
 
 
-def _complete(own: Callable[[Part], Tensors], teacher: Source, rest: frozenset[str], part: Part) -> Tensors:
+def _complete(
+    weights: Weights, teacher: Source, shapes: Mapping[Part, Mapping[str, torch.Size]], dtype: torch.dtype, part: Part
+) -> Tensors:
     """A delta's part with what its teacher has to add."""
-    return own(part) | {name: tensor for name, tensor in teacher.read(part).items() if name in rest}
+    return student.complete_delta(weights, teacher.read(part), shapes[part], dtype)
 
 
-def _open_teacher(folder: Path, reference: student.TeacherReference) -> Source:
+def open_teacher(folder: Path, reference: student.TeacherReference) -> Source:
+    """The teacher that the student in ``folder`` was made from.
+
+    Raises:
+        UserError: when it is not there, or is another than it was.
+    """
     where = folder / CONFIG
     path = Path(reference.name)
     if reference.name not in builtin_names():

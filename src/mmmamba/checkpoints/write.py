@@ -25,7 +25,8 @@ from mmmamba.checkpoints.layouts import (
     skeleton,
     write_part,
 )
-from mmmamba.checkpoints.read import ASSETS, builtin_names, fingerprint, open_source, resolve
+from mmmamba.checkpoints.read import ASSETS, Source, builtin_names, fingerprint, open_source, resolve
+from mmmamba.checkpoints.rounded import Rounding
 from mmmamba.errors import UserError
 from mmmamba.jsonfile import MAX_TOKENIZER_BYTES, parse_json, read_bytes
 from mmmamba.links import refuse_foreign_link
@@ -91,7 +92,7 @@ def save_student(
     out_dir: str | Path,
     *,
     teacher: str | Path,
-    delta: bool,
+    delta: bool | Rounding,
     processor: Saves | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
@@ -102,7 +103,9 @@ def save_student(
         model: the student.
         out_dir: the folder.
         teacher: the built-in name or folder it was made from; its fingerprint is written down.
-        delta: store only what differs from the teacher, which is then needed to read the student.
+        delta: store only what differs from the teacher, which is then needed to read the student: as it is, or the
+            differences of large matrices rounded to ``int8`` (half of bfloat16), ``int4`` (a quarter), or ``mixed``
+            (``int8`` in the mixers, else ``int4``).
         processor: writes the files beside config and weights; without one they are copied from the teacher.
         dtype: of the stored tensors (default: the model's own); A_log and dt_bias are stored in float32.
         overwrite: replace a model that is there (see :func:`write_model`).
@@ -111,22 +114,46 @@ def save_student(
     if same(out_dir, folder):
         raise UserError(f"{out_dir}: is the teacher's folder; write the student to another")
     dtype = dtype or model.dtype
-    read, stored = _parts_of(model, dtype), None
+    read = _parts_of(model, dtype)
+    count = sum(map(len, skeleton(model.config, out_dir).values()))
     if delta:
-        source = open_source(folder)
-        read = _delta_of(read, source.read)
-        stored = [name for part in parts(model.config) for name in read(part)]
-    count = len(stored) if stored is not None else sum(map(len, skeleton(model.config, out_dir).values()))
-    builtin = folder.resolve().parent == ASSETS.resolve() and folder.name in builtin_names()
-    reference = student.TeacherReference(
-        name=folder.name if builtin else student.reference_path(folder, out_dir), fingerprint=fingerprint(folder)
-    )
+        read, count = delta_of(read, open_source(folder), model.config, None if delta is True else delta)
     config = student.StudentFolder(
-        model=model.config, teacher=reference, delta=delta, tensors=count, dtype=_name(dtype)
+        model=model.config, teacher=refer(folder, out_dir), delta=bool(delta), tensors=count, dtype=_name(dtype)
     )
     data = student.folder_to_json(config)
     beside = processor or CopiedFiles(folder)
     return write_model(out_dir, STUDENT, data, model.config, read, beside, overwrite=overwrite)
+
+
+def refer(teacher: Path, student_folder: Path) -> student.TeacherReference:
+    """How a student that is written to ``student_folder`` names the folder of its teacher."""
+    builtin = teacher.resolve().parent == ASSETS.resolve() and teacher.name in builtin_names()
+    name = teacher.name if builtin else student.reference_path(teacher, student_folder)
+    return student.TeacherReference(name=name, fingerprint=fingerprint(teacher))
+
+
+def delta_of(
+    read: Callable[[Part], Tensors], teacher: Source, config: ModelConfig, rounding: Rounding | None
+) -> tuple[Callable[[Part], Tensors], int]:
+    """Of each part only what the teacher lacks or has with other bits, and how many tensors that is in all.
+
+    Args:
+        read: our tensors of a part, as they are.
+        teacher: what they are compared with.
+        config: what the student is.
+        rounding: how large matrices are rounded; None stores them as they are.
+    """
+
+    def stored(part: Part) -> Tensors:
+        theirs = teacher.read(part)
+        delta = student.pick_delta(read(part), theirs)
+        return delta if rounding is None else student.round_delta(delta, theirs, rounding)
+
+    count = 0
+    for part in parts(config):
+        count += len(student.delta_names(student.pick_delta(read(part), teacher.read(part)), rounding))
+    return stored, count
 
 
 def write_model(
@@ -204,11 +231,6 @@ def _parts_of(model: Model, dtype: torch.dtype) -> Callable[[Part], Tensors]:
     """The model's tensors of a part on the CPU, as they are stored."""
     found = by_part(model.state_dict(), model.config)
     return lambda part: {name: cast(name, tensor.detach().cpu(), dtype) for name, tensor in found[part].items()}
-
-
-def _delta_of(read: Callable[[Part], Tensors], teacher: Callable[[Part], Tensors]) -> Callable[[Part], Tensors]:
-    """Of each part only what the teacher lacks or has with other bits."""
-    return lambda part: student.pick_delta(read(part), teacher(part))
 
 
 def check_target(out_dir: Path, *, overwrite: bool = False) -> None:
