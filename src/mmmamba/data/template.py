@@ -12,10 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NoReturn
 
-import jinja2
-import jinja2.ext
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from mmmamba.data.jinja import ChatJinja
 from mmmamba.data.patches import PATCH, PATCH_START, ROW_SEPARATOR
 from mmmamba.data.samples import GPT, HUMAN, IMAGE_MARK, SYSTEM, Turn
 from mmmamba.errors import UserError
@@ -197,10 +194,7 @@ class JinjaTemplate:
         self._specials = frozenset(specials)
         self._marks = _any_of(self._specials)
         self._ends = _any_of({*self._specials, *(token for token in others if not token.isspace())})
-        try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise UserError(f"{where}: the chat template, line {error.lineno}: {error.message}") from error
+        self._jinja = ChatJinja(source, where)
         self._headers: dict[bool, str] = {}
         self._appends: dict[str | None, bool] = {}
 
@@ -327,15 +321,10 @@ class JinjaTemplate:
 
     def _render(self, turns: Sequence[Turn], reply: bool) -> str:
         messages = [{"role": _ROLES[turn.role], "content": turn.text} for turn in turns]
-        try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=reply, tools=None, documents=None, **self._tokens
-            )
-        except Exception as error:  # whatever the template's own code raises
-            self._refuse(f"does not take this conversation ({' '.join(str(error).split())})")
+        return self._jinja.render(messages, add_generation_prompt=reply, tools=None, documents=None, **self._tokens)
 
     def _refuse(self, message: str) -> NoReturn:
-        raise UserError(f"{self._where}: the chat template {message}")
+        self._jinja.refuse(message)
 
 
 def _any_of(marks: Iterable[str]) -> re.Pattern[str] | None:
@@ -374,32 +363,6 @@ class _Builder:
             self.pieces[-1] = replace(last, text=last.text + text)
         elif text:
             self.pieces.append(Piece("text", text, scored))
-
-
-class _Generation(jinja2.ext.Extension):
-    """``{% generation %} … {% endgeneration %}``, by which some templates mark their answers: what is inside stands."""
-
-    tags = {"generation"}  # noqa: RUF012 (as the base class has it)
-
-    def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """Settings and names that chat templates rely on."""
-
-    def raise_exception(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-    extensions = [_Generation, jinja2.ext.loopcontrols]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    return environment
 
 
 def _with_images(text: str) -> list[Piece]:
