@@ -257,7 +257,20 @@ def test_one_huge_value_does_not_squeeze_the_others() -> None:
 def test_quantiles() -> None:
     counts = Counter([1, 2, 2, 3, 10])
     assert [quantile(counts, share) for share in (0.0, 0.2, 0.5, 0.8, 1.0)] == [1, 1, 2, 3, 10]
-    assert quantile({}, 0.5) == 0
+    assert quantile({}, 0.5) is None
+
+
+def test_no_figure_is_made_of_nothing(teacher_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text("broken\nbroken\n")
+    with pytest.raises(UserError, match="2 of 2 samples are bad"):
+        check(path, teacher=str(teacher_folder), workers=0, out=tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "check.json").read_text())
+    assert found["scored_share"] is None
+    for name in ("lengths", "tiles", "cut"):
+        assert [found[name][key] for key in ("median", "p90", "p99", "largest")] == [None] * 4, name
+    page = (tmp_path / "out" / "check.md").read_text()
+    assert "| tokens of a sample | – |" in page and "| tokens | 0 |" in page and "nan" not in page.lower()
 
 
 def test_samples_that_fit_are_not_cut(teacher_folder: Path, tmp_path: Path) -> None:

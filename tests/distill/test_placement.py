@@ -16,6 +16,7 @@ from mmmamba.distill.objectives import inputs
 from mmmamba.distill.placement import place
 from mmmamba.distill.recipe import StageConfig
 from mmmamba.distill.seeding import seed
+from mmmamba.errors import UserError
 from mmmamba.model import ATTENTION, MAMBA2, MixerConfig
 
 cheap_pixels = test_losses.cheap_pixels
@@ -50,6 +51,40 @@ def test_each_choice_is_the_nearest_to_the_teacher(tiny_model, capsys):
     assert [line.split(" keeps")[0] for line in said] == [f"layer {first}", f"layer {second}"]
     for line, keep in zip(said, ([first], [first, second]), strict=True):
         assert float(line.split()[-1]) == pytest.approx(kl(teacher, aligned, keep, rows), rel=2e-3, abs=2e-4)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("cheap_pixels")
+def test_nothing_is_chosen_by_nothing_or_by_what_is_no_number(tiny_model, capsys):
+    teacher = tiny_model()
+    aligned = seed(teacher)
+    with pytest.raises(UserError, match="no token that counts"):
+        place(teacher, aligned, MixerConfig(), 2, [], STAGE, torch.float32)
+    aligned.mixer(3).dt_bias.fill_(float("nan"))
+    rows = [pack(test_losses.SAMPLES[:2])]
+    with pytest.raises(UserError, match="the KL is nan where no layer keeps softmax: no layer can be chosen by it"):
+        place(teacher, aligned, MixerConfig(), 2, rows, STAGE, torch.float32)
+    assert "keeps softmax" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("first", ["good", "bad"])
+def test_a_batch_of_bad_samples_is_not_measured_on(teacher_folder, small_data, tmp_path, capsys, first):
+    """Whichever sample the order begins with; twice two steps of one sample also train on batches of none."""
+    good = small_data.read_text().splitlines()[0]
+    data = small_data.parent / f"{first}.jsonl"
+    data.write_text("\n".join([good, "broken"] if first == "good" else ["broken", good]) + "\n")
+    steps = {f"stage{i}__steps": 4 for i in (1, 2, 3)} | {f"stage{i}__batch_size": 1 for i in (1, 2, 3)}
+    recipe = small_run.write_recipe(tmp_path / "small.yaml", small_run.recipe(layers="measured:2", **steps))
+    go = {"teacher": str(teacher_folder), "data": (data,), "device": "cpu", "on_bad_sample": "skip"}
+    for run_seed in (1, 2):
+        distill(str(recipe), **go, out=tmp_path / str(run_seed), set=(f"seed={run_seed}",))
+        said = [line for line in capsys.readouterr().err.splitlines() if "keeps softmax" in line]
+        assert len(said) == 3 and not any("nan" in line for line in said)
+        lines = [json.loads(line) for line in (tmp_path / str(run_seed) / "metrics.jsonl").read_text().splitlines()]
+        assert all((line["grad_norm"] is None) == (line["tokens"] == 0) for line in lines if "loss" not in line)
+    data.write_text("broken\nbroken\n")
+    with pytest.raises(UserError, match="stage1: none of its 4 steps had a good sample, so that nothing was trained"):
+        distill(str(recipe), **go, out=tmp_path / "none")
 
 
 def test_a_run_measures_once_and_remembers(teacher_folder, small_data, tmp_path):

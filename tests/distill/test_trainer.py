@@ -147,8 +147,13 @@ def test_a_step_whose_samples_are_all_bad_changes_nothing_and_is_listed(tmp_path
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
     assert losses(tmp_path / "b")[0] == (3, None)
     assert run_folder(tmp_path / "a").skipped() == run_folder(tmp_path / "b").skipped() != {}
-    still = go(tmp_path / "c", rows=Rows(10, empty=range(10)))
+    still = Distance()
+    with pytest.raises(UserError, match=r"^s: none of its 10 steps had a good sample, so that nothing was trained"):
+        go(tmp_path / "c", still, rows=Rows(10, empty=range(10)))
     assert all(torch.equal(a, b) for a, b in zip(still.trained.values(), Distance().trained.values(), strict=True))
+    lines = run_folder(tmp_path / "c").metrics()
+    assert lines and all("loss" not in line and line["grad_norm"] is None for line in lines)
+    assert len(run_folder(tmp_path / "c").manifest["skipped"]["s"]) == 10
 
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf, 1e38])

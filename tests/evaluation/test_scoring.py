@@ -51,7 +51,13 @@ def test_yes_no_summary_is_that_of_a_confusion_matrix() -> None:
 
 def test_yes_no_summary_without_any_yes() -> None:
     summary = scoring.yes_no_summary(["no"], ["no"])
-    assert (summary["accuracy"], summary["precision"], summary["recall"], summary["f1"]) == (1, 0, 0, 0)
+    assert summary["accuracy"] == 1 and summary["yes_ratio"] == 0
+    assert [summary[name] for name in ("precision", "recall", "f1")] == [None] * 3  # ratios to nothing
+    summary = scoring.yes_no_summary(["no", "no"], ["no", "yes"])
+    assert (summary["precision"], summary["recall"], summary["f1"]) == (None, 0, 0)
+    assert scoring.yes_no_summary([], [])["accuracy"] is None
+    with pytest.raises(ValueError, match="a question at least"):
+        scoring.mme_summary([], [])
 
 
 CHOICES = ["a cat", "a dog", "B", "two dogs"]

@@ -8,7 +8,7 @@ from dataclasses import replace
 from mmmamba.benchmark.cells import FULL, SKIPPED, held, number
 from mmmamba.benchmark.results import Point, Results
 from mmmamba.benchmark.tables import title
-from mmmamba.evaluation.tables import Table
+from mmmamba.evaluation.tables import EMPTY, Table
 
 CLOSE = 0.05
 #: The published styles launch operators one by one and so are as fast as the host is, which varies.
@@ -33,9 +33,10 @@ def comparison(first: Results, second: Results) -> Table:
             continue
         allowed = CLOSE_ON_THE_HOST if task.series in host_bound else CLOSE
         for (figure, a), (_, b) in zip(_figures(ours), _figures(theirs), strict=True):
-            far = abs(b / a - 1) > allowed
+            apart = b / a - 1 if a else None  # there is no ratio to nothing
+            far = a != b if apart is None else abs(apart) > allowed
             mark = f"over {100 * allowed:.0f} %" if far else ""
-            rows.append([name, figure, number(a), number(b), f"{100 * (b / a - 1):+.1f}", mark])
+            rows.append([name, figure, number(a), number(b), EMPTY if apart is None else f"{100 * apart:+.1f}", mark])
             count, off = count + 1, off + far
     note = (
         f"{off} of {count} are marked: more than {100 * CLOSE:.0f} % off, {100 * CLOSE_ON_THE_HOST:.0f} % where the "

@@ -272,7 +272,7 @@ def survey(source: EncodedSource, bad: BadList, workers: int = 0) -> dict[str, A
         "turns": total.turns,
         "tokens": total.tokens,
         "scored_tokens": total.scored,
-        "scored_share": round(total.scored / max(total.tokens, 1), 6),
+        "scored_share": round(total.scored / total.tokens, 6) if total.tokens else None,
         "nothing_scored": total.unscored,
         "lengths": _distribution(total.lengths),
         "tiles": _distribution(total.tiles),
@@ -315,25 +315,25 @@ def _duplicates(dataset: JsonlDataset, ids: np.ndarray) -> dict[str, Any]:
 
 
 def _distribution(counts: Mapping[int, int]) -> dict[str, Any]:
-    """How many there are, their quantiles and a histogram."""
+    """How many there are, their quantiles and a histogram; of none there is no quantile (None)."""
     return {
         "samples": sum(counts.values()),
         "median": quantile(counts, 0.5),
         "p90": quantile(counts, 0.9),
         "p99": quantile(counts, 0.99),
-        "largest": max(counts, default=0),
+        "largest": max(counts, default=None),
         "histogram": [{"from": a, "to": b, "samples": n} for a, b, n in histogram(counts)],
     }
 
 
-def quantile(counts: Mapping[int, int], share: float) -> int:
-    """The least value that at least ``share`` of the counted ones do not exceed; 0 of none."""
+def quantile(counts: Mapping[int, int], share: float) -> int | None:
+    """The least value that at least ``share`` of the counted ones do not exceed; None of none."""
     left = share * sum(counts.values())
     for value in sorted(counts):
         left -= counts[value]
         if left <= 1e-9:
             return value
-    return 0
+    return None
 
 
 def histogram(counts: Mapping[int, int], bins: int = BINS) -> list[tuple[int, int, int]]:
@@ -344,6 +344,7 @@ def histogram(counts: Mapping[int, int], bins: int = BINS) -> list[tuple[int, in
     if not counts:
         return []
     least, bulk, most = min(counts), quantile(counts, 0.99), max(counts)
+    assert bulk is not None
     widths = (digit * 10**power for power in range(20) for digit in (1, 2, 5))
     width = next(width for width in widths if bulk // width - least // width < bins)
     found: Counter[int] = Counter()
@@ -358,7 +359,17 @@ def histogram(counts: Mapping[int, int], bins: int = BINS) -> list[tuple[int, in
 # ---------------------------------------------------------------------------------------------- the report
 
 Table = tuple[str, Sequence[str], list[Sequence[Any]]]
+NONE = "–"  # in place of a figure that would be made of nothing
 PANELS = {"lengths": "Tokens of a sample, before cutting", "tiles": "Tiles of a sample", "cut": "Tokens cut off"}
+
+
+def _share(scored: float | None) -> str:
+    return "" if scored is None else f", {100 * scored:.1f} % scored"
+
+
+def _spread(lengths: Mapping[str, Any]) -> str:
+    found = [f"{name} {lengths[name]:,}" for name in ("median", "p90", "p99", "largest") if lengths[name] is not None]
+    return ", ".join(found) or NONE
 
 
 def tables(found: Mapping[str, Any], bad: BadList) -> list[Table]:
@@ -370,8 +381,8 @@ def tables(found: Mapping[str, Any], bad: BadList) -> list[Table]:
         ("samples", f"{found['samples']:,}: {found['good']:,} good, {found['bad']:,} bad"),
         ("pictures", f"{found['images']:,}"),
         ("turns", f"{found['turns']:,}"),
-        ("tokens", f"{found['tokens']:,}, {100 * found['scored_share']:.1f} % scored"),
-        ("tokens of a sample", ", ".join(f"{name} {lengths[name]:,}" for name in ("median", "p90", "p99", "largest"))),
+        ("tokens", f"{found['tokens']:,}" + _share(found["scored_share"])),
+        ("tokens of a sample", _spread(lengths)),
         ("samples cut", f"{cut['samples']:,}; {cut['tokens']:,} tokens lost"),
         ("samples with nothing scored", f"{found['nothing_scored']:,}"),
         ("ids that come twice", f"{twice['ids']:,}, on {twice['samples']:,} samples" if twice["ids"] else "0"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmmamba.checkpoints import fingerprint, load, resolve, save_student
 from mmmamba.checkpoints.io import write_atomically
+from mmmamba.data.batching import Batch
 from mmmamba.data.processor import Processor
 from mmmamba.device import pick_device, pick_precision
 from mmmamba.distill import dry_run as rehearsal
@@ -34,6 +35,8 @@ from mmmamba.model.model import Model
 from mmmamba.progress import table
 
 ORDERS = {"stage1": 0, "stage2": 1, "stage3": 2, "placing": 3, "stage4": 4}  # each takes its samples in its own
+
+MOST_BATCHES = 64  # that are looked at for one to measure on, where samples are bad
 
 
 def distill(
@@ -202,11 +205,22 @@ def _placed(
     layers = teacher.config.num_layers
     if "softmax_layers" not in run.manifest:
         count = plan.layer_map(layers).count(ATTENTION)
-        one = replace(plan.stage3, steps=1)
-        rows = [row.to(teacher.device) for row in next(iter(feed.rows(one, ORDERS["placing"])(0)))]
+        rows = [row.to(teacher.device) for row in _measurable(feed, plan.stage3, teacher.device)]
         run.note(softmax_layers=place(teacher, aligned, plan.mixer, count, rows, plan.stage3, precision))
     kept = run.manifest["softmax_layers"]
     return tuple(ATTENTION if i in kept else MAMBA2 for i in range(layers))
+
+
+def _measurable(feed: Feed, stage: StageConfig, device: torch.device) -> Sequence[Batch]:
+    """The rows of the first batch of the measurement's order in which any process has a good sample."""
+    all_samples = -(-sum(len(source) for source in feed.sources) // stage.batch_size)  # in so many batches, about
+    batches = min(2 * all_samples, MOST_BATCHES)
+    for step in range(batches):
+        one = replace(stage, steps=step + 1)
+        rows = next(iter(feed.rows(one, ORDERS["placing"])(step)))
+        if int(processes.total(torch.tensor(len(rows), device=device))):
+            return rows
+    raise UserError(f"layers: measured: none of {batches * stage.batch_size:,} samples is good; see mmmamba data check")
 
 
 @torch.no_grad()

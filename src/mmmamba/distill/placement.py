@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ from mmmamba.distill.losses import divergence, token_weights
 from mmmamba.distill.objectives import autocast, inputs, total
 from mmmamba.distill.recipe import StageConfig
 from mmmamba.distill.seeding import seed
+from mmmamba.errors import UserError
 from mmmamba.model.config import ATTENTION, MAMBA2, MixerConfig
 from mmmamba.model.model import Model
 
@@ -33,10 +35,15 @@ def place(
     the teacher's: KL per token over ``rows``, weighted as in ``stage`` (stage 3). The number of passes grows with
     ``count`` times the number of layers; several processes share the rows. The paper interleaves instead (section 4.3
     compares placements by hand).
+
+    Raises:
+        UserError: when the rows score nothing, in all processes together, or a KL is no number: nothing is chosen then.
     """
     layers = range(teacher.config.num_layers)
     weights = [token_weights(row.labels, stage.prompt_weight, row.real) for row in rows]
     divisor = total([weight.sum() for weight in weights], teacher.device)
+    if not float(divisor) > 0:
+        raise UserError("layers: measured: the samples to measure on have no token that counts")
     with autocast(teacher.device, precision):
         given = [inputs(teacher, row) for row in rows]
         targets = [
@@ -50,7 +57,11 @@ def place(
             for x, row, weight, target in zip(given, rows, weights, targets, strict=True):
                 hidden = student(**x, cu_seqlens=row.cu_seqlens, logits="none").hidden
                 found += divergence(hidden, student.head, target, teacher.head, weight, stage.temperature)
-        return float(processes.total(found) / divisor)
+        kl = float(processes.total(found) / divisor)
+        if not math.isfinite(kl):
+            kept = f"layers {sorted(keep)} keep" if keep else "no layer keeps"
+            raise UserError(f"layers: measured: the KL is {kl} where {kept} softmax: no layer can be chosen by it")
+        return kl
 
     kept: list[int] = []
     before = measure(kept)

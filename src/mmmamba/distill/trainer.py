@@ -53,13 +53,14 @@ def train(
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     recent: list[dict[str, Tensor]] = []
-    tokens, since = 0, time.monotonic()
+    tokens, since, taken = 0, time.monotonic(), 0
     with Progress(stage, total=config.steps, start=start, console=processes.console()) as bar:
         for step, batch in zip(range(start, config.steps), rows(start), strict=False):
             rate = config.lr * config.factor(step)
             losses, norm = take(batch, rate)
             if losses:  # none when every sample of the step was skipped as bad
                 recent.append(losses)
+                taken += 1
             count = sum(row.tokens for row in batch)
             tokens += count
             done = step + 1
@@ -67,6 +68,7 @@ def train(
             # Also where a checkpoint is due: a resumed run then logs the same means over the same steps.
             if done % config.log_every == 0 or done == config.steps or saves:
                 means = _means(recent, norm, stage, done)
+                learnt = float(norm) if losses else None  # a step without samples has no gradient
                 tokens = int(processes.total(torch.tensor(tokens, device=device)))
                 now = time.monotonic()
                 run.log(
@@ -75,9 +77,9 @@ def train(
                         "step": done,
                         **means,
                         "lr": rate,
-                        "grad_norm": float(norm),
+                        "grad_norm": learnt,
                         "tokens": tokens,
-                        "tokens_per_s": round(tokens / (now - since), 1),
+                        "tokens_per_s": round(tokens / (now - since), 1) if now > since else None,
                     }
                 )
                 bar.update(done, tokens=tokens, lr=rate, **means)
@@ -86,6 +88,8 @@ def train(
                 run.skip(stage, processes.gather(rows.bad_samples))
                 run.save_step(stage, done, _snapshot(objective.trained, take.optimizers))
     run.skip(stage, processes.gather(rows.bad_samples))
+    if config.steps and not taken and start == 0:
+        raise UserError(f"{stage}: none of its {config.steps:,} steps had a good sample, so that nothing was trained")
 
 
 def _means(recent: Sequence[dict[str, Tensor]], norm: Tensor, stage: str, step: int) -> dict[str, float]:

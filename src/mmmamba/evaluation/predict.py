@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +42,8 @@ class Cost:
 
     @property
     def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
+        """NaN where nothing was timed."""
+        return self.tokens / self.seconds if self.seconds else math.nan
 
 
 @dataclass

@@ -50,7 +50,7 @@ class AbilityResult:
     chance_from: str | None = None
     retention_over_chance: float | None = None
     agreement: Interval | None = None
-    extra: dict[str, float] = field(default_factory=dict)
+    extra: dict[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,13 +173,13 @@ class _Scored:
             pairs.setdefault(self.items[i].unit, []).append(self.scores[i])
         return [(sum(pair) / len(pair) + min(pair)) / 2 for pair in pairs.values()]
 
-    def extra(self, ability: str) -> dict[str, float]:
+    def extra(self, ability: str) -> dict[str, float | None]:
         indices = self.of(ability)
         texts = [self.row.answers.texts[i] for i in indices]
         if self.suite.metric == "yes_no":
             return scoring.yes_no_summary(texts, [self.items[i].references[0] for i in indices])
         if self.suite.metric == "mme":
-            return scoring.mme_summary([self.scores[i] for i in indices], [self.items[i].unit for i in indices])
+            return {**scoring.mme_summary([self.scores[i] for i in indices], [self.items[i].unit for i in indices])}
         if self.suite.metric == "choice":
             parsed = [
                 scoring.choice_answer(text, self.items[i].choices) for text, i in zip(texts, indices, strict=True)
@@ -261,11 +261,12 @@ def _mean(scored: _Scored, teacher: _Scored | None, abilities: Mapping[str, Abil
     costs = [scored.row.answers.costs[ability] for ability in abilities]
     seconds = sum(cost.seconds for cost in costs)
     over_chance = [r.retention_over_chance for r in results if r.retention_over_chance is not None]
-    extra: dict[str, float] = {}
+    extra: dict[str, float | None] = {}
     if scored.suite.metric == "yes_no":
-        extra["f1"] = _average([r.extra["f1"] for r in results])
+        known = [f1 for r in results if (f1 := r.extra["f1"]) is not None]
+        extra["f1"] = _average(known) if known else None
     if scored.suite.metric == "mme":
-        extra = scoring.mme_totals({ability: r.extra["score"] for ability, r in abilities.items()})
+        extra |= scoring.mme_totals({ability: r.extra["score"] or 0.0 for ability, r in abilities.items()})
     kept = mean_retention([(scored.units(a), teacher.units(a)) for a in abilities], seed) if teacher else None
     return AbilityResult(
         n=len(scored.kept),
@@ -274,7 +275,7 @@ def _mean(scored: _Scored, teacher: _Scored | None, abilities: Mapping[str, Abil
         nll=nll,
         perplexity=_exp(nll),
         seconds=seconds,
-        tokens_per_second=sum(cost.tokens for cost in costs) / seconds if seconds else 0.0,
+        tokens_per_second=sum(cost.tokens for cost in costs) / seconds if seconds else math.nan,
         retention=kept,
         retention_over_chance=_average(over_chance) if over_chance else None,
         agreement=wilson(_agreements(scored, teacher, scored.kept), len(scored.kept)) if teacher else None,
@@ -303,4 +304,4 @@ def _average(values: Sequence[float]) -> float:
 
 
 def _exp(nll: float) -> float:
-    return math.exp(nll) if nll < 700 else math.inf
+    return nll if math.isnan(nll) else math.exp(nll) if nll < 700 else math.inf

@@ -149,31 +149,41 @@ def agrees(metric: str, one: str, other: str, choices: Sequence[str] = ()) -> bo
 # --- numbers over a whole set -----------------------------------------------------------------------------------------
 
 
-def yes_no_summary(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """POPE's numbers, with yes as the positive class; a ratio without a denominator is 0."""
+def yes_no_summary(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float | None]:
+    """POPE's numbers, with yes as the positive class; a ratio without a denominator is None.
+
+    So precision is None where yes is never said, recall where it is never right, F1 where both hold.
+    """
     said = [pope_answer(text) == "yes" for text in predictions]
     true = [pope_answer(text) == "yes" for text in references]
     hits = sum(s and t for s, t in zip(said, true, strict=True))
-    precision = hits / sum(said) if any(said) else 0.0
-    recall = hits / sum(true) if any(true) else 0.0
-    total = max(len(said), 1)
+    right = sum(s == t for s, t in zip(said, true, strict=True))
     return {
-        "accuracy": sum(s == t for s, t in zip(said, true, strict=True)) / total,
-        "precision": precision,
-        "recall": recall,
-        "f1": 2 * precision * recall / (precision + recall) if precision + recall else 0.0,
-        "yes_ratio": sum(said) / total,
+        "accuracy": _ratio(right, len(said)),
+        "precision": _ratio(hits, sum(said)),
+        "recall": _ratio(hits, sum(true)),
+        "f1": _ratio(2 * hits, sum(said) + sum(true)),
+        "yes_ratio": _ratio(sum(said), len(said)),
         "unparsed": float(sum(not says_yes_or_no(text) for text in predictions)),
     }
 
 
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
 def mme_summary(scores: Sequence[float], images: Sequence[str]) -> dict[str, float]:
-    """MME's numbers of one subtask: accuracy per question, acc+ per image (both questions right), 100·(acc + acc+)."""
+    """MME's numbers of one subtask: accuracy per question, acc+ per image (both questions right), 100·(acc + acc+).
+
+    ValueError without a question.
+    """
+    if not scores:
+        raise ValueError("MME's numbers need a question at least")
     by_image: dict[str, list[float]] = defaultdict(list)
     for score, image in zip(scores, images, strict=True):
         by_image[image].append(score)
-    accuracy = sum(scores) / max(len(scores), 1)
-    plus = sum(min(pair) for pair in by_image.values()) / max(len(by_image), 1)
+    accuracy = sum(scores) / len(scores)
+    plus = sum(min(pair) for pair in by_image.values()) / len(by_image)
     return {"accuracy": accuracy, "accuracy_plus": plus, "score": 100 * (accuracy + plus)}
 
 

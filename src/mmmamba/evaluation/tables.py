@@ -175,7 +175,7 @@ def _extra_table(report: Report) -> Table:
     rows = []
     for model in report.models:
         for name, result in [*model.abilities.items(), ("mean or total", model.mean)]:
-            rows += [[model.label, name, key, f"{value:.4g}"] for key, value in result.extra.items()]
+            rows += [[model.label, name, key, _number(value, 4)] for key, value in result.extra.items()]
     return Table(title="More of this metric", columns=["model", "ability", "number", "value"], rows=rows)
 
 
@@ -194,7 +194,7 @@ def _perplexity_table(report: Report) -> Table:
 
 def _cost_table(report: Report) -> Table:
     rows = [
-        [m.label, m.path, m.layers, str(m.mean.n), f"{m.mean.seconds:.1f}", f"{m.mean.tokens_per_second:,.0f}"]
+        [m.label, m.path, m.layers, str(m.mean.n), f"{m.mean.seconds:.1f}", _rate(m.mean.tokens_per_second)]
         for m in report.models
     ]
     return Table(
@@ -224,27 +224,36 @@ def _ability_data(result: AbilityResult) -> dict[str, Any]:
 def _interval_data(name: str, interval: Interval | None) -> dict[str, Any]:
     if interval is None:
         return {name: None, f"{name}_interval": None}
-    return {name: interval.value, f"{name}_interval": [interval.low, interval.high]}
+    value = interval.value if math.isfinite(interval.value) else None  # of no question
+    return {name: value, f"{name}_interval": [interval.low, interval.high]}
 
 
 def _value(value: Interval | float | None) -> float | None:
-    return value.value if isinstance(value, Interval) else value
+    number = value.value if isinstance(value, Interval) else value
+    return None if number is None or math.isnan(number) else number
 
 
 def _percent(value: Interval | float | None) -> str:
     number = _value(value)
-    return EMPTY if number is None or math.isnan(number) else f"{100 * number:.1f}"
+    return EMPTY if number is None else f"{100 * number:.1f}"
 
 
 def _range(value: Interval | float | None) -> str:
-    return f"[{100 * value.low:.1f}, {100 * value.high:.1f}]" if isinstance(value, Interval) else ""
+    known = isinstance(value, Interval) and math.isfinite(value.value)
+    return f"[{100 * value.low:.1f}, {100 * value.high:.1f}]" if known else ""  # type: ignore[union-attr]
 
 
 def _bracketless(text: str) -> str:
     return text.strip("[]").replace(", ", "–")
 
 
-def _number(value: float, digits: int = 3) -> str:
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if math.isfinite(value) else EMPTY
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    if value is None or math.isnan(value):  # made of nothing
+        return EMPTY
     return f"{value:.{digits}g}" if abs(value) < 1e4 else f"{value:.2e}"
 
 
