@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import time
 from concurrent.futures.process import BrokenProcessPool
@@ -20,12 +21,21 @@ from mmmamba.evaluation.report import write_report
 from mmmamba.evaluation.suite import nano_suite
 from mmmamba.evaluation.tables import print_report
 from mmmamba.evaluation.webpage import pick_examples, write_html
+from mmmamba.locks import LOCK, alone_in
+from mmmamba.outputs import LEDGER, Ledger, check_folder
 from mmmamba.progress import Terminal
 
 DATA = Path("data/nano")
 ABILITIES = ("easy", "read", "count", "relate", "absent", "text", "recall-1x", "recall-4x")
 STUDENTS = {"linear": "pico-linear", "hybrid": "pico-hybrid"}
 SHIPPED = {"nano teacher": "nano-teacher", "nano linear": "nano-linear", "nano hybrid": "nano-hybrid"}
+
+VERB, PAGE = "demo", "report.html"
+#: All that a demo leaves in its folder.
+PARTS = (
+    "aligned", "control", "evaluation", *STUDENTS.values(), *(f"{recipe}.log" for recipe in STUDENTS.values()), PAGE,
+    LEDGER, LOCK,
+)  # fmt: skip
 
 
 def demo(*, out: Path = Path("runs/demo"), limit: int = 100, fresh: bool = False, device: str = "auto") -> Path:
@@ -49,8 +59,38 @@ def demo(*, out: Path = Path("runs/demo"), limit: int = 100, fresh: bool = False
     """
     console = Terminal(stderr=True)
     began = time.monotonic()
-    if fresh and out.exists():
-        shutil.rmtree(out)
+    check_folder(out)
+    with alone_in(out):
+        _check_own(out)
+        if fresh:
+            _remove(out)
+        return _demo(out, limit, device, console, began)
+
+
+def _check_own(out: Path) -> None:
+    """Refuse a folder that holds anything but a demo."""
+    for entry in sorted(out.iterdir()):
+        run = entry.name in ("aligned", *STUDENTS.values())
+        if entry.name not in PARTS or entry.is_symlink() or (run and not (entry / "manifest.json").is_file()):
+            raise UserError(f"{out}: holds '{entry.name}', which is no part of a demo; give another --out")
+    if any(out.glob("*/manifest.json")) and not (out / LEDGER).exists():
+        return  # a demo of an earlier version
+    Ledger(out, VERB).check([PAGE], otherwise="give another --out")
+
+
+def _remove(out: Path) -> None:
+    """Throw away the parts of a demo, which :func:`_check_own` has seen to be all that is there."""
+    for name in PARTS:
+        if name == LOCK:
+            continue
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+        else:
+            (out / name).unlink(missing_ok=True)
+
+
+def _demo(out: Path, limit: int, device: str, console: Terminal, began: float) -> Path:
+    """The demo, alone in its folder."""
     models: dict[str, str | Path] = {"teacher": "pico-teacher"}
     console.rule("seed, and align the mixers: stages 1 and 2, for both students")
     distill(STUDENTS["linear"], out=out / "aligned", resume=True, set=("stage3.steps=0",), device=device)
@@ -70,8 +110,8 @@ def demo(*, out: Path = Path("runs/demo"), limit: int = 100, fresh: bool = False
     report = compare(models, suite, against=against, blind=["teacher"], device=device)
     write_report(report, out / "evaluation")
     print_report(report, Terminal())
-    page = write_html(
-        out / "report.html",
+    write_page = functools.partial(
+        write_html,
         title="mmmamba demo",
         summary="A softmax teacher became a linear and a hybrid state space model here. How much did they keep?",
         report=report,
@@ -85,6 +125,8 @@ def demo(*, out: Path = Path("runs/demo"), limit: int = 100, fresh: bool = False
             "long as anything that linear and hybrid were distilled on (the nano students have seen such lengths).",
         ],
     )
+    Ledger(out, VERB).write({PAGE: write_page})
+    page = out / PAGE
     console.print(f"{(time.monotonic() - began) / 60:.1f} minutes")
     print(f"report: {page}")
     return page

@@ -140,7 +140,7 @@ def test_nothing_measured_is_a_report_too(results, tmp_path):
     empty = replace(results, points=tuple(Point(task=point.task, oom=True) for point in results.points))
     assert draw(empty, "latency") is None
     write_report(empty, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mmmamba.json", "report.html", "report.md"]
 
 
 def test_results_come_back_from_their_file(results):

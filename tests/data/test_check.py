@@ -135,7 +135,7 @@ def test_the_report_is_the_same_for_any_number_of_workers(
 
 
 def test_the_report_folder(found: dict[str, Any], tmp_path: Path) -> None:
-    names = {"check.json", "check.md", "check.png", "check.svg"}
+    names = {".mmmamba.json", "check.json", "check.md", "check.png", "check.svg"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     page = (tmp_path / "out" / "check.md").read_text()
     assert "![Histograms](check.svg)" in page and "mixed.jsonl:18 |" in page

@@ -15,7 +15,7 @@ from mmmamba.evaluation.suite import Suite, own_suite
 
 
 def converted(source: str, path: Path, tmp_path: Path, **options: Any) -> Suite:
-    out = convert_dataset(source, path, out=tmp_path / "out.jsonl", **options)  # type: ignore[arg-type]
+    out = convert_dataset(source, path, out=tmp_path / "out.jsonl", overwrite=True, **options)  # type: ignore[arg-type]
     return own_suite(out, metric=METRIC_OF[source])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from mmmamba.inference.attachments import Attachments
 from mmmamba.inference.chat import Chat, chat, converse
 from mmmamba.inference.sampling import Sampling
 from mmmamba.inference.session import load_session, read_session
+from mmmamba.locks import alone_with
 from videos import write_video
 
 RED, WIDE = Image.new("RGB", (56, 56), "red"), Image.new("RGB", (112, 56), "blue")
@@ -197,6 +199,35 @@ def test_stopping_an_answer_keeps_the_loop(spoken, monkeypatch):
     monkeypatch.setattr(spoken, "ask", interrupted)
     printed = talk(spoken, ["what?", "/help"])
     assert "an\n(stopped)" in printed and "/image PATH" in printed
+
+
+def test_save_replaces_nothing_but_its_own_file(tiny_model, tiny_processor, tmp_path):
+    session = Chat(tiny_model(), tiny_processor, SAMPLING, max_new_tokens=2)
+    RED.save(tmp_path / "photo.png")
+    other = tmp_path / "other.state"
+    talk(Chat(tiny_model(), tiny_processor, max_new_tokens=2), ["hello?", f"/save {other}"])
+    before = {path: path.read_bytes() for path in (tmp_path / "photo.png", other)}
+    lines = ["first?", f"/save {tmp_path / 'photo.png'}", f"/save {other}", f"/save {tmp_path / 'a.state'}", "second?"]
+    printed = talk(session, [*lines, f"/save {tmp_path / 'a.state'}", f"/save {tmp_path}"])
+    assert printed.count("is there already; give another /save") == 2 and printed.count("Saved: ") == 2
+    assert "is a folder; /save takes a file" in printed
+    assert {path: path.read_bytes() for path in before} == before
+    assert load_session(tmp_path / "a.state", session.model, tiny_processor).turns == 2
+
+
+def test_two_conversations_on_one_session_file_do_not_lose_turns(folder, tmp_path, capsys):
+    kept = tmp_path / "talk.state"
+    with alone_with(kept, "wait"):
+        said = rf"talk\.state: is in use by .* \({os.getpid()}\); wait for it, or give another --session"
+        with pytest.raises(UserError, match=said):
+            chat(str(folder), "hello?", session=kept, max_new_tokens=2, device="cpu")
+    chat(str(folder), "hello?", session=kept, max_new_tokens=2, device="cpu")
+    with alone_with(kept, "wait"):  # one that only reads is not kept out
+        chat(str(folder), "and?", session=kept, keep_session=True, max_new_tokens=2, device="cpu")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="dangling: is a link to nothing"):
+        chat(str(folder), "hello?", session=tmp_path / "dangling", max_new_tokens=2, device="cpu")
+    assert sorted(path.name for path in tmp_path.iterdir() if "talk" in path.name) == ["talk.state"]
 
 
 def test_an_answer_cannot_steer_the_terminal(spoken, monkeypatch):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +21,11 @@ from mmmamba.checkpoints.io import write_atomically
 from mmmamba.device import pick_device
 from mmmamba.errors import UserError
 from mmmamba.figures import render
+from mmmamba.locks import alone_in
+from mmmamba.outputs import LEDGER, Ledger, check_folder
+
+VERB, TABLES = "ablate", "tables.md"
+FORMS: tuple[Literal["svg", "png"], ...] = ("svg", "png")
 
 
 def ablate(
@@ -102,7 +105,9 @@ def ablate(
         return file
     setting = Setting(out=folder, device=device, precision=precision, steps_scale=steps_scale, keep=keep)
     failed: dict[str, str] = {}
-    with _alone_in(folder):
+    check_folder(folder)
+    with alone_in(folder):
+        check_report(plan, folder)
         if merge:
             new = merge_files(file, merge)
             print(f"{new} cells taken over from {len(merge)} file{'s' * (len(merge) > 1)}", file=sys.stderr)
@@ -185,27 +190,33 @@ def _print_list(todo: Sequence[Unit], found: Results, kind: str) -> None:
 # ---------------------------------------------------------------------------------------------- what is written
 
 
+def check_report(plan: Plan, folder: Path) -> None:
+    """Refuse, before any cell runs, to replace tables or plots that no ablation of ours wrote."""
+    if (folder / RESULTS).is_file() and not (folder / LEDGER).exists():
+        return  # of an earlier version
+    names = [f"{name}.{form}" for name in plan.tables for form in FORMS]
+    Ledger(folder, VERB).check([TABLES, *names], otherwise="give another --out")
+
+
 def _write_report(results: Results, folder: Path) -> None:
     """``tables.md`` and a plot of each table, from the results alone."""
     assert results.plan is not None
     lines = [f"# {results.plan.name}", ""]
+    files: dict[str, bytes] = {}
     for name in results.plan.tables:
-        drawn = _draw(results, name, folder / name, ("svg", "png"))
+        drawn = _drawn(results, name, FORMS)
+        files |= {f"{name}.{form}": content for form, content in drawn.items()}
         lines += [f"## {name}", "", markdown(results, name, image=f"{name}.svg" if drawn else "")]
-    content = "\n".join(lines)
-    write_atomically(folder / "tables.md", lambda temporary: temporary.write_text(content, encoding="utf-8"))
+    Ledger(folder, VERB).write({**files, TABLES: "\n".join(lines).encode()})
 
 
-def _draw(results: Results, table: str, stem: Path, formats: Sequence[Literal["svg", "png"]]) -> bool:
-    """Write a table's plot as ``STEM.svg`` and the like, if anything is measured."""
+def _drawn(results: Results, table: str, formats: Sequence[Literal["svg", "png"]]) -> dict[str, bytes]:
+    """Format → a table's plot, if anything of it is measured."""
     measured = Measured.of(results, table)
     if not any(measured.cells.values()):
-        return False
+        return {}
     figure = dots(measured)
-    for form in formats:
-        content = render(figure, form)
-        write_atomically(stem.with_name(f"{stem.name}.{form}"), functools.partial(_put, content))
-    return True
+    return {form: render(figure, form) for form in formats}
 
 
 def _put(content: bytes, path: Path) -> None:
@@ -227,26 +238,8 @@ def _fill(page: Path, results: Results, file: Path) -> None:
         if name == beside.name:
             if table not in results.plan.tables:
                 raise UserError(f"{page}:{number}: no table '{table}'; known: {', '.join(results.plan.tables)}")
-            _draw(results, table, page.parent / plot_name(results.plan.name, table), ("svg",))
+            for form, content in _drawn(results, table, ("svg",)).items():
+                plot = page.parent / f"{plot_name(results.plan.name, table)}.{form}"
+                write_atomically(plot, functools.partial(_put, content))
     write_atomically(page, functools.partial(_put, filled(page).encode()))
     print(f"{page}: made anew", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """One command a folder: two would train in the same runs."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if os.name == "nt":  # has no such locks; nor can it open a folder
-        yield
-        return
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed by the system when the process dies
-        except BlockingIOError as error:
-            raise UserError(f"{folder}: another mmmamba ablate works here; give another --out, or wait") from error
-        yield
-    finally:
-        os.close(handle)

@@ -24,7 +24,7 @@ from mmmamba.benchmark.measure import (
 )
 from mmmamba.benchmark.memory import attempt, release
 from mmmamba.benchmark.paper import same_size
-from mmmamba.benchmark.report import write_report
+from mmmamba.benchmark.report import check_report, write_report
 from mmmamba.benchmark.results import Point, Results, Task, What, earlier, read, save
 from mmmamba.benchmark.results_page import fill
 from mmmamba.benchmark.subjects import Series, Subject, given_subjects, random_subjects, series_of
@@ -32,7 +32,9 @@ from mmmamba.benchmark.tables import print_results
 from mmmamba.device import pick_device, pick_dtype
 from mmmamba.errors import UserError
 from mmmamba.inference.steps import check_positive
+from mmmamba.locks import alone_in
 from mmmamba.model.model import Model
+from mmmamba.outputs import LEDGER, check_folder
 from mmmamba.progress import Progress, Terminal
 
 CONTEXTS = {"cpu": "1k,4k,16k", "cuda": "1k,8k,32k,103424,262144,1m"}
@@ -128,24 +130,28 @@ def bench(
         "prefill_chunk": prefill_chunk, "seed": seed,
     }  # fmt: skip
     machine = environment(where, number_format)
-    results = earlier(folder, request, machine, resume=resume, overwrite=overwrite) or Results(
-        request=request,
-        environment=machine,
-        series=tuple(series),
-        paper=same_size(subjects[0].config),
-        rates=measure_rates(where, number_format),
-    )
-    runner = _Runner(
-        device=where,
-        dtype=number_format,
-        seed=seed,
-        budget=None if memory is None else int(memory * 1e9),
-        seconds=SAMPLE_SECONDS[kind],
-        longest=point_seconds,
-        chunk=prefill_chunk,
-    )
-    results = runner.run(subjects, tasks(subjects, series, numbers, request["measure"]), results, folder)
-    page = write_report(results, folder)
+    check_folder(folder, "--report")
+    with alone_in(folder, "--report"):
+        results = earlier(folder, request, machine, resume=resume, overwrite=overwrite) or Results(
+            request=request,
+            environment=machine,
+            series=tuple(series),
+            paper=same_size(subjects[0].config),
+            rates=measure_rates(where, number_format),
+        )
+        # A report of an earlier version has no ledger: what lies beside its results is taken for its own.
+        check_report(folder, overwrite=overwrite or (results.complete and not (folder / LEDGER).exists()))
+        runner = _Runner(
+            device=where,
+            dtype=number_format,
+            seed=seed,
+            budget=None if memory is None else int(memory * 1e9),
+            seconds=SAMPLE_SECONDS[kind],
+            longest=point_seconds,
+            chunk=prefill_chunk,
+        )
+        results = runner.run(subjects, tasks(subjects, series, numbers, request["measure"]), results, folder)
+        page = write_report(results, folder)
     console = Terminal()
     print_results(results, console)
     console.print(f"report: {page}", soft_wrap=True)

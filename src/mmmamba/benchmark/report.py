@@ -9,21 +9,35 @@ from mmmamba.benchmark.page import html
 from mmmamba.benchmark.plots import PLOTS, draw
 from mmmamba.benchmark.results import Results
 from mmmamba.benchmark.tables import notes, tables
-from mmmamba.checkpoints.io import write_atomically
 from mmmamba.figures import render
+from mmmamba.outputs import Ledger
+
+VERB = "bench"
+PAGE = "report.html"
+
+
+def check_report(folder: Path, *, overwrite: bool) -> None:
+    """Refuse, before anything is measured, to replace files that no report of ours wrote.
+
+    Raises:
+        UserError: naming the file.
+    """
+    ledger = Ledger(folder, VERB)
+    names = [f"{name}.{kind}" for name in PLOTS for kind in ("png", "svg")]
+    ledger.check([*names, "report.md", PAGE], overwrite=overwrite, otherwise="choose another --report")
 
 
 def write_report(results: Results, folder: Path) -> Path:
-    """Write everything into ``folder`` and return the page."""
+    """Write everything into ``folder`` and return the page; what an earlier report has more than this is removed."""
+    files: dict[str, bytes] = {}
     for name in PLOTS:
         figure = draw(results, name)
-        for kind in ("png", "svg"):
-            if figure is None:
-                (folder / f"{name}.{kind}").unlink(missing_ok=True)  # of the report that this one replaces
-            else:
-                _write(folder / f"{name}.{kind}", render(figure, kind))  # type: ignore[arg-type]
-    _write(folder / "report.md", markdown(results).encode())
-    return _write(folder / "report.html", html(results, title(results), summary(results)).encode())
+        if figure is not None:
+            files |= {f"{name}.png": render(figure, "png"), f"{name}.svg": render(figure, "svg")}
+    files["report.md"] = markdown(results).encode()
+    files[PAGE] = html(results, title(results), summary(results)).encode()
+    Ledger(folder, VERB).write(files)
+    return folder / PAGE
 
 
 def title(results: Results) -> str:
@@ -57,7 +71,3 @@ def machine(results: Results) -> str:
     lines = [f"- {name}: {value}" for name, value in results.environment.items()]
     lines += [f"- in the same run: {rates}", f"- asked for: `{json.dumps(results.request, ensure_ascii=False)}`"]
     return "\n".join(lines) + "\n"
-
-
-def _write(path: Path, content: bytes) -> Path:
-    return write_atomically(path, lambda temporary: temporary.write_bytes(content))

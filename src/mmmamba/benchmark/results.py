@@ -15,6 +15,7 @@ from mmmamba.checkpoints.io import write_atomically
 from mmmamba.config import from_dict, to_dict
 from mmmamba.errors import UserError
 from mmmamba.jsonfile import read_json
+from mmmamba.locks import LOCK
 
 RESULTS = "results.json"
 FORMAT = 1
@@ -121,11 +122,9 @@ def earlier(
     """
     if resume and overwrite:
         raise UserError("--resume keeps what is there and --overwrite replaces it: pass one of them")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; --report takes a folder")
     file = folder / RESULTS
     if not file.is_file():
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(entry.name != LOCK for entry in folder.iterdir()):
             raise UserError(f"{folder} holds something that is no report of mmmamba bench; choose another --report")
         return None
     found = _raw(file)

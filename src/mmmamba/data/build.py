@@ -17,8 +17,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,8 @@ from mmmamba.data.sources.primer import write as primer
 from mmmamba.device import cores
 from mmmamba.errors import UserError
 from mmmamba.jsonfile import read_json
+from mmmamba.locks import alone_in
+from mmmamba.outputs import check_folder
 from mmmamba.progress import Terminal
 
 SOURCES = ("easy-vqa", "primer")
@@ -103,8 +104,10 @@ def build(
         ),
     }
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with _alone_in(root):
+        check_folder(root)
+        # Two runs that find the data missing must not make it at once: the second waits, and finds it.
+        with alone_in(root, wait=True):
+            _check_manifest(root / MANIFEST)
             for name in dict.fromkeys(source):
                 maker, settings, packages = makers[name]
                 _build_source(root / name, maker, settings, packages)
@@ -114,20 +117,10 @@ def build(
     return root
 
 
-@contextmanager
-def _alone_in(root: Path) -> Iterator[None]:
-    """Two runs that find the data missing must not make it at once: the second waits, and finds it."""
-    if os.name == "nt":  # has no such locks; nor can it open a folder
-        yield
-        return
-    import fcntl
-
-    handle = os.open(root, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # freed by the system when the process dies
-        yield
-    finally:
-        os.close(handle)
+def _check_manifest(path: Path) -> None:
+    """Refuse a folder whose manifest is somebody else's: it would be replaced."""
+    if path.exists() and "sources" not in read_json(path):
+        raise UserError(f"{path}: is there, but was not written by mmmamba data build; choose another --out")
 
 
 def _build_source(

@@ -30,6 +30,8 @@ from mmmamba.data.workers import ordered
 from mmmamba.device import cores
 from mmmamba.errors import UserError
 from mmmamba.figures import PALETTE, new_figure, render, style
+from mmmamba.locks import alone_in
+from mmmamba.outputs import Ledger, check_folder
 from mmmamba.progress import Progress, markdown, table
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ SHOWN = 20  # bad samples that are printed; the report file has them all
 KINDS = 200  # kinds of badness that are counted apart
 SLOWEST = 5
 BINS = 12
+VERB = "data check"
+FILES = ("check.png", "check.svg", "check.md", "check.json")  # what --out holds
 BAR = 24  # characters of the longest bar
 _ROWS = 16  # samples that a worker reads before it reports
 
@@ -79,8 +83,9 @@ def check(
         if value is not None and value < least:
             raise UserError(f"--{name} must be at least {least}, got {value}")
     check_tiles(max_tiles, "--max-tiles")
-    if out is not None and out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; --out takes a folder")
+    if out is not None:
+        check_folder(out)
+        Ledger(out, VERB).check(FILES, read=[file], otherwise="give another --out")
     dataset = JsonlDataset(file)
     if len(dataset) == 0:
         raise UserError(f"{file}: holds no sample")
@@ -420,7 +425,6 @@ def tables(found: Mapping[str, Any], bad: BadList) -> list[Table]:
 
 def write_report(found: Mapping[str, Any], bad: BadList, out: Path) -> None:
     """Write check.json, check.md, check.png and check.svg into ``out``; check.json has every bad sample."""
-    from mmmamba.checkpoints.io import write_atomically  # checkpoints stand above data
 
     def write_json(path: Path) -> None:
         text = json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False)
@@ -436,10 +440,15 @@ def write_report(found: Mapping[str, Any], bad: BadList, out: Path) -> None:
         + ([] if bad.count <= SHOWN else ["`check.json` lists every bad sample.", ""])
     )
     figure = plot(found)
-    files = {"check.png": render(figure, "png"), "check.svg": render(figure, "svg"), "check.md": page.encode()}
-    for name, content in files.items():
-        write_atomically(out / name, lambda path, content=content: path.write_bytes(content))  # type: ignore[misc]
-    write_atomically(out / "check.json", write_json)  # the last, so that its presence means the rest is there
+    with alone_in(out):
+        Ledger(out, VERB).write(
+            {
+                "check.png": render(figure, "png"),
+                "check.svg": render(figure, "svg"),
+                "check.md": page.encode(),
+                "check.json": write_json,  # the last, so that its presence means the rest is there
+            }
+        )
 
 
 def plot(found: Mapping[str, Any]) -> Figure:

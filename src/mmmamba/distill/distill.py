@@ -32,6 +32,7 @@ from mmmamba.errors import UserError
 from mmmamba.jsonfile import read_json
 from mmmamba.model.config import ATTENTION, MAMBA2
 from mmmamba.model.model import Model
+from mmmamba.outputs import LEDGER
 from mmmamba.progress import table
 
 ORDERS = {"stage1": 0, "stage2": 1, "stage3": 2, "placing": 3, "stage4": 4}  # each takes its samples in its own
@@ -288,11 +289,12 @@ def seeded(recipe: str, *, teacher: str | None = None, out: Path) -> Path:
     Args:
         recipe: a recipe file, or the name of a built-in one.
         teacher: a teacher folder or built-in name, in place of the recipe's.
-        out: folder of the student; what it held before is replaced.
+        out: folder of the student; one that was written here is replaced.
     """
     plan = load_recipe(DistillRecipe, recipe)
     name = teacher or plan.teacher
     model = load(name)
     student = seed(model, plan.layer_map(model.config.num_layers), plan.mixer, seed=plan.seed, init=plan.init)
-    save_student(student, out, teacher=name, delta=True)
+    # A student of an earlier version has no ledger in its folder.
+    save_student(student, out, teacher=name, delta=True, overwrite=not (out / LEDGER).exists())
     return out

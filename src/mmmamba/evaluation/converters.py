@@ -15,6 +15,7 @@ from mmmamba.checkpoints.io import write_atomically
 from mmmamba.errors import UserError
 from mmmamba.evaluation.choices import LETTERS, choice_answer
 from mmmamba.jsonfile import MAX_DATA_BYTES, parse_json, read_json
+from mmmamba.outputs import check_file
 from mmmamba.progress import Terminal
 
 Source = Literal["pope", "scienceqa", "mme", "textvqa", "gqa"]
@@ -34,6 +35,7 @@ def convert_dataset(
     image_root: Path | None = None,
     split: str = "test",
     prompt: str | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Turn a public benchmark's own files, already on this machine, into our JSONL.
 
@@ -56,11 +58,13 @@ def convert_dataset(
         split: Which split of scienceqa to take.
         prompt: What to add after each question. Default: the usual request for a short answer or a letter;
             an empty text adds nothing.
+        overwrite: Replace the file at --out, unless it lies among what is read.
     """
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if image_root is not None and not image_root.is_dir():
         raise UserError(f"{image_root}: no such image folder")
+    check_file(out, read=[path, *([image_root] if image_root else [])], overwrite=overwrite)
     reader = _READERS[source]
     count = 0
 

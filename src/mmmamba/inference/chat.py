@@ -19,6 +19,8 @@ from mmmamba.inference.conversation import Chat
 from mmmamba.inference.guard import within_memory
 from mmmamba.inference.sampling import Sampling
 from mmmamba.inference.session import read_session, save_session
+from mmmamba.locks import alone_with
+from mmmamba.outputs import check_file, same
 from mmmamba.progress import Terminal
 from mmmamba.streams import is_text
 
@@ -29,7 +31,7 @@ Type a question and press Enter. Lines that begin with a slash are commands:
   /image PATH   show a picture with the next question (repeat for several)
   /video PATH   show frames of a video with the next question
   /text PATH    put a text file before the next question
-  /save PATH    write the conversation to a session file, to go on from here another time
+  /save PATH    write the conversation to a new session file, to go on from here another time
   /reset        forget the conversation
   /help         this text
   /quit         leave (so does the end of the input, Ctrl-D)
@@ -116,6 +118,30 @@ def chat(
         raise UserError("the question is empty; leave it out for a conversation")
     if keep_session and session is None:
         raise UserError("--keep-session needs --session")
+    if session is not None and not keep_session:
+        check_file(session, "--session", read=[*image, *text, *video], overwrite=True)  # what is there is read first
+        with alone_with(session, "give another --session"):
+            _chat(
+                model, question, shown, session, sampling, max_new_tokens, stop, device, dtype, int8, keep_session=False
+            )
+        return
+    _chat(model, question, shown, session, sampling, max_new_tokens, stop, device, dtype, int8, keep_session)
+
+
+def _chat(
+    model: str,
+    question: str | None,
+    shown: Attachments,
+    session: Path | None,
+    sampling: Sampling,
+    max_new_tokens: int,
+    stop: tuple[str, ...],
+    device: str,
+    dtype: str,
+    int8: bool,
+    keep_session: bool,
+) -> None:
+    """The conversation, alone with its session file."""
     stored = read_session(session) if session is not None and (session.exists() or keep_session) else None
     where = pick_device(device)
     read = partial(load, model, dtype=pick_dtype(dtype, where), device=where, int8=int8)
@@ -154,6 +180,7 @@ def converse(
         read: the next line, or None at the end of the input.
         session: the file that is written after each answer, complete or stopped.
     """
+    saved: set[Path] = set()  # what this conversation wrote by /save, and may write again
     while (line := read(console)) is not None:
         command, _, argument = line.strip().partition(" ")
         path = argument.strip().strip("\"'")
@@ -171,7 +198,7 @@ def converse(
             elif command in _PATHS and not path:
                 console.print(f"{command} needs the path of {_PATHS[command]}.")
             elif command == "/save":
-                save_session(Path(path).expanduser(), conversation)
+                _save(Path(path).expanduser(), conversation, session, saved)
                 console.print(f"Saved: {path}", soft_wrap=True)
             elif command in _PATHS:
                 add = {"/image": shown.add_picture, "/video": shown.add_video, "/text": shown.add_text}[command]
@@ -189,6 +216,16 @@ def converse(
             console.print(f"error: {error}", style="red", soft_wrap=True)
         except KeyboardInterrupt:
             console.print("\n(stopped)")
+
+
+def _save(path: Path, conversation: Chat, session: Path | None, saved: set[Path]) -> None:
+    """Write a session file that is new, or this conversation's own."""
+    if session is not None and same(path, session):
+        save_session(path, conversation)  # whose lock is held
+        return
+    check_file(path, "/save", overwrite=path.resolve() in saved, flag="")
+    with alone_with(path, "give another path"):
+        saved.add(save_session(path, conversation).resolve())
 
 
 def _print_answer(console: Terminal, pieces: Iterator[str], stopped: str | None = None) -> None:
