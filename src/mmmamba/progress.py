@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmmamba.errors import LONGEST, printable
+from mmmamba.markdown import text
 
 T = TypeVar("T")
 
@@ -176,9 +177,9 @@ def table(
 
 def markdown(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """The table that :func:`table` prints, as Markdown under a heading."""
-    cells = [["" if cell is None else _number(cell).replace("|", "\\|") for cell in row] for row in rows]
+    cells = [["" if cell is None else text(_number(cell)) for cell in row] for row in rows]
     lines = ["| " + " | ".join(row) + " |" for row in ([*columns], ["---"] * len(columns), *cells)]
-    return "\n".join([f"## {title}", "", *lines]) + "\n"
+    return "\n".join([f"## {text(title)}", "", *lines]) + "\n"
 
 
 def _number(value: Any) -> str:

@@ -22,6 +22,7 @@ from mmmamba.ablation.ablate import ablate
 from mmmamba.ablation.page import filled
 from mmmamba.ablation.results import Result, read
 from mmmamba.errors import UserError
+from mmmamba.locks import alone_in
 
 
 @pytest.fixture(autouse=True)
@@ -287,12 +288,5 @@ def test_what_cannot_be_is_refused_before_anything_runs(place: Path) -> None:
 
 
 def test_two_commands_do_not_work_in_one_folder(place: Path) -> None:
-    fcntl = pytest.importorskip("fcntl")
-    (place / "out").mkdir()
-    handle = os.open(place / "out", os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    try:
-        with pytest.raises(UserError, match="another mmmamba ablate works here"):
-            go(place)
-    finally:
-        os.close(handle)
+    with alone_in(place / "out"), pytest.raises(UserError, match=r"out: is in use by .*process"):
+        go(place)

@@ -96,7 +96,12 @@ def _rows(measured: Measured) -> list[str]:
             row.append(EMPTY if cell == table.reference else signed(measured.gain(cell, table.reference)))
         row += [table.paper.get(cell, EMPTY)] if table.paper else []
         rows.append(row)
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows]
+
+
+def _cell(text: str) -> str:
+    """What a table file says in a cell, which may be Markdown but no HTML."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _teacher_row(measured: Measured, columns: Sequence[str]) -> list[str]:

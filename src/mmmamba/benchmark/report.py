@@ -10,6 +10,7 @@ from mmmamba.benchmark.plots import PLOTS, draw
 from mmmamba.benchmark.results import Results
 from mmmamba.benchmark.tables import notes, tables
 from mmmamba.figures import render
+from mmmamba.markdown import code, text
 from mmmamba.outputs import Ledger
 
 VERB = "bench"
@@ -55,19 +56,19 @@ def summary(results: Results) -> str:
 
 def markdown(results: Results) -> str:
     """The report as a Markdown page."""
-    lines = [f"# {title(results)}", "", summary(results), ""]
+    lines = [f"# {text(title(results))}", "", text(summary(results)), ""]
     for name, plot in PLOTS.items():
         if any(p.task.what == plot.what and p.measured is not None for p in results.points):
             lines += [f"![{plot.caption}]({name}.svg)", ""]
     lines += [table.markdown() for table in tables(results)]
     said = notes(results)
-    lines += ["### Notes", "", *(f"- {note}" for note in said), ""] if said else []
+    lines += ["### Notes", "", *(f"- {text(note)}" for note in said), ""] if said else []
     return "\n".join([*lines, "### How this was made", "", machine(results)])
 
 
 def machine(results: Results) -> str:
     """On what a report was made and what was asked for, as Markdown."""
     rates = f"copied {results.rates.bytes / 1e9:,.0f} GB/s, multiplied {results.rates.flops / 1e12:,.3g} TFLOP/s"
-    lines = [f"- {name}: {value}" for name, value in results.environment.items()]
-    lines += [f"- in the same run: {rates}", f"- asked for: `{json.dumps(results.request, ensure_ascii=False)}`"]
+    lines = [f"- {name}: {text(value)}" for name, value in results.environment.items()]
+    lines += [f"- in the same run: {rates}", f"- asked for: {code(json.dumps(results.request, ensure_ascii=False))}"]
     return "\n".join(lines) + "\n"

@@ -37,6 +37,7 @@ from mmmamba.benchmark.tables import TABLES, notes
 from mmmamba.checkpoints.io import write_atomically
 from mmmamba.errors import UserError
 from mmmamba.figures import render
+from mmmamba.markdown import text as as_text
 
 OPEN, END, SECOND = "<!-- bench", "<!-- /bench -->", "second-run"
 _BLOCK = re.compile(
@@ -145,7 +146,7 @@ def _made(page: Path, text: str, match: re.Match[str]) -> str:
             plot = PLOTS[part.removesuffix(".svg")]
             lines.append(f"![{plot.caption} ({device})]({_plot(page, match, part).name})\n")
         elif part == "notes":
-            lines.append("".join(f"- {note}\n" for note in notes(results)))
+            lines.append("".join(f"- {as_text(note)}\n" for note in notes(results)))
         elif part == "machine":
             lines.append(machine(results))
         elif part == SECOND and match["how"] == "beside":

@@ -18,6 +18,7 @@ from mmmamba.evaluation.tables import tables, to_data
 from mmmamba.evaluation.webpage import Answer, Example, pick_examples, write_html
 from mmmamba.figures import render
 from mmmamba.jsonfile import read_json
+from mmmamba.markdown import code, text
 from mmmamba.names import file_labels
 from mmmamba.outputs import Ledger
 
@@ -84,14 +85,14 @@ def _prediction_files(labels: Sequence[str]) -> dict[str, str]:
 
 def markdown(report: Report) -> str:
     """The report as a Markdown page, with the plot, the tables and how to repeat it."""
-    lines = [f"# Evaluation: {report.suite}", ""]
-    lines += [f"{len(report.items)} questions from `{report.source}`, answered greedily.", ""]
+    lines = [f"# Evaluation: {text(report.suite)}", ""]
+    lines += [f"{len(report.items)} questions from {code(report.source)}, answered greedily.", ""]
     lines += ["![Score and retention by ability](abilities.svg)", ""]
     for table in tables(report):
         lines += [table.markdown()]
     if report.bad_samples:
         lines += [f"### Skipped: {len(report.bad_samples)} bad samples", ""]
-        lines += [f"- {note['reason']}" for note in report.bad_samples] + [""]
+        lines += [f"- {text(note['reason'])}" for note in report.bad_samples] + [""]
     lines += ["### How this was made", "", "```", json.dumps(report.request, ensure_ascii=False), "```", ""]
-    lines += [f"- {name}: {value}" for name, value in report.environment.items()]
+    lines += [f"- {name}: {text(value)}" for name, value in report.environment.items()]
     return "\n".join(lines) + "\n"

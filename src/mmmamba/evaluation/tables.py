@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from mmmamba import markdown
 from mmmamba.errors import printable
 from mmmamba.evaluation.results import AbilityResult, ModelResult, Report
 from mmmamba.evaluation.statistics import Interval
@@ -43,14 +44,15 @@ class Table:
 
     def markdown(self) -> str:
         """The table under a heading; a cell's small print follows it in the same cell."""
-        lines = [f"### {self.title}", ""]
+        lines = [f"### {markdown.text(self.title)}", ""]
         if self.note:
             lines += [self.note, ""]
-        lines.append("| " + " | ".join(_escaped(column) for column in self.columns) + " |")
+        lines.append("| " + " | ".join(markdown.text(column) for column in self.columns) + " |")
         lines.append("|" + "---|" + "---:|" * (len(self.columns) - 1))
         for i, row in enumerate(self.rows):
             details = self.details[i] if self.details else [""] * len(row)
-            cells = [f"{_escaped(cell)} {_escaped(detail)}".rstrip() for cell, detail in zip(row, details, strict=True)]
+            both = zip(row, details, strict=True)
+            cells = [f"{markdown.text(cell)} {markdown.text(detail)}".rstrip() for cell, detail in both]
             lines.append("| " + " | ".join(cells) + " |")
         return "\n".join(lines) + "\n"
 
@@ -255,7 +257,3 @@ def _number(value: float | None, digits: int = 3) -> str:
     if value is None or math.isnan(value):  # made of nothing
         return EMPTY
     return f"{value:.{digits}g}" if abs(value) < 1e4 else f"{value:.2e}"
-
-
-def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|").replace("\n", " ")
