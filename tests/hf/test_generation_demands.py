@@ -85,6 +85,9 @@ def test_embeddings_with_pictures_that_become_tokens_late(prompt: dict[str, torc
 def test_other_ways_of_choosing(model: Any, prompt: dict[str, torch.Tensor]) -> None:
     plain = generated(model, **prompt)
     assert torch.equal(generated(model, **prompt, num_beams=1, temperature=1.0, top_p=1.0), plain)
+    guided = generated(model, **prompt, guidance_scale=2.0)
+    assert torch.equal(guided, generated(model, **prompt, guidance_scale=2.0, use_cache=False))
+    assert not torch.equal(guided, plain)
     no_repeats = generated(model, **prompt, no_repeat_ngram_size=1)
     assert all(len(set(one.tolist())) == 12 for one in no_repeats[:, 14:])
     banned = int(plain[0, 14])
@@ -107,6 +110,10 @@ def test_nothing_is_taken_and_dropped(model: Any, prompt: dict[str, torch.Tensor
             generated(model, **prompt, cache_implementation=kind)
     with pytest.raises(UserError, match="must be a StateCache or a State of this model, got DynamicCache: its layers"):
         generated(model, **prompt, **{CACHE: DynamicCache()})
+    with pytest.raises(UserError, match="continuous batching"):
+        generated(model, input_ids=prompt["input_ids"][1:2, 9:], cache_implementation="paged")
+    with pytest.raises(UserError, match="continuous batching"):
+        model.generate_batch([[1, 20, 30]])
     with pytest.raises(ValueError, match="stateful"):
         generated(model, input_ids=prompt["input_ids"][1:2, 9:], assistant_model=model)
 

@@ -67,6 +67,13 @@ class StateGeneration(GenerationMixin):
         start = StateCache(max_length=fixed_length(self.network, generation_config.max_length or 0))
         model_kwargs[CACHE] = StateCache.of(**given) if given else start
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse pages of keys and values (UserError), in which no state can be kept."""
+        raise UserError(
+            "continuous batching keeps keys and values in pages, and this model keeps a state: mmmamba.generate takes "
+            "prompts of any number and fills places that get free"
+        )
+
     def _expand_inputs_for_generation(
         self,
         expand_size: int = 1,
