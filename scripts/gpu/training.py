@@ -44,9 +44,10 @@ from mmmamba.distill.dry_run import Allocated, passes_of, random_models
 from mmmamba.distill.objectives import AlignHeads, MatchLogits
 from mmmamba.distill.plan import GPUS, stage_memory, step_work, student_config
 from mmmamba.distill.recipe import DistillRecipe, StageConfig, load_recipe
-from mmmamba.distill.run import TENSORS, RunFolder
+from mmmamba.distill.run import RunFolder
 from mmmamba.distill.seeding import seed
 from mmmamba.distill.step import Step, make_step
+from mmmamba.distill.stored import TENSORS
 from mmmamba.distill.trainer import train
 from mmmamba.model.config import MAMBA2, ModelConfig
 from mmmamba.model.geometries import GEOMETRIES, geometry

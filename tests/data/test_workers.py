@@ -133,7 +133,8 @@ def test_batches_travel_as_arrays():
 @pytest.mark.parametrize("busy", [*(pytest.param(b, marks=pytest.mark.slow) for b in ("idle", "working")), "sending"])
 def test_workers_end_with_a_parent_that_is_killed(method, busy, tmp_path):
     script = tmp_path / "parent.py"
-    script.write_text(textwrap.dedent("""
+    script.write_text(
+        textwrap.dedent("""
         import multiprocessing, os, pathlib, sys, time
         from mmmamba.data.workers import ordered
 
@@ -149,7 +150,8 @@ def test_workers_end_with_a_parent_that_is_killed(method, busy, tmp_path):
                 next(items), next(items)
             print("ready", flush=True)
             os.read(0, 1) if sys.argv[2] == "idle" else list(items) if sys.argv[2] == "sending" else next(items)
-    """))
+    """)
+    )
     (marks := tmp_path / "marks").mkdir()
     command = [sys.executable, str(script), method, busy, str(marks)]
     parent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=small_run.ENVIRONMENT)

@@ -19,8 +19,9 @@ from mmmamba.distill.feed import Feed
 from mmmamba.distill.objectives import AlignHeads, MatchLogits
 from mmmamba.distill.optimizers import Optimizers
 from mmmamba.distill.recipe import DataConfig, SourceConfig, StageConfig
-from mmmamba.distill.run import TENSORS, RunFolder
+from mmmamba.distill.run import RunFolder
 from mmmamba.distill.seeding import seed
+from mmmamba.distill.stored import TENSORS
 from mmmamba.errors import UserError
 from mmmamba.inference.decoder import Decoder
 from mmmamba.locks import alone_in

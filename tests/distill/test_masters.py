@@ -16,9 +16,10 @@ from mmmamba.data.batching import pack
 from mmmamba.distill.distill import distill
 from mmmamba.distill.objectives import AlignHeads, MatchLogits
 from mmmamba.distill.recipe import TrainConfig
-from mmmamba.distill.run import ABOUT, TENSORS, RunFolder
+from mmmamba.distill.run import RunFolder
 from mmmamba.distill.seeding import seed
 from mmmamba.distill.step import make_step
+from mmmamba.distill.stored import ABOUT, TENSORS
 
 CPU = torch.device("cpu")
 
@@ -109,6 +110,7 @@ def test_a_run(teacher_folder, small_data, tmp_path, monkeypatch):
         tensors, about = kept[stage]
         assert {name.split("/")[1].split(".")[3] for name in tensors} == set(names)
         assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+        assert about.pop("sha256") and about.pop("stage") == stage and about.pop("step") == 2
         assert about == {
             "holds": f"what {stage} trains, and its optimizer's state; the rest is the teacher's", "teacher": teacher
         }  # fmt: skip

@@ -16,7 +16,8 @@ from mmmamba.checkpoints import io, load, resolve, save_hovle
 from mmmamba.config import from_dict
 from mmmamba.data.batching import Skipped
 from mmmamba.distill.recipe import DistillRecipe
-from mmmamba.distill.run import SHOWN, TENSORS, RunFolder, digest
+from mmmamba.distill.run import SHOWN, RunFolder, digest
+from mmmamba.distill.stored import TENSORS, lay_over
 from mmmamba.errors import UserError
 
 PLAN = from_dict(DistillRecipe, small_run.recipe(), where="small")
@@ -283,3 +284,117 @@ def test_result_of_a_stage_is_named_when_it_is_damaged(tmp_path):
     (run.checkpoints / "stage1" / TENSORS).write_bytes(b"x")
     with pytest.raises(UserError, match=r"stage1/tensors.safetensors: truncated or not a safetensors file"):
         run.result("stage1")
+
+
+# ---------------------------------------------------------------------------------------------- altered folders
+
+
+def flip(path: Path, at: int, bit: int = 0) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1 << bit
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("finished", [False, True], ids=["step", "finished"])
+def test_any_flipped_bit_of_a_checkpoint_is_found(tmp_path, finished):
+    run = open_run(tmp_path)
+    kept = {"weight/a": torch.randn(3, 2), "exp_avg/a": torch.randn(3, 2), "step/a": torch.tensor(4.0)}
+    run.finish("stage1", kept) if finished else run.save_step("stage1", 4, kept)
+    (folder,) = run.checkpoints.iterdir()
+    file = folder / TENSORS
+    read = (lambda: run.result("stage1")) if finished else (lambda: run.last_step("stage1"))
+    assert read() is not None
+    whole = file.read_bytes()
+    remedy = "run it again into another --out" if finished else rf"remove {folder} to begin stage1 again"
+    for at in range(len(whole)):
+        flip(file, at, at % 8)
+        try:
+            found = read()
+        except UserError as error:
+            assert str(error).startswith(f"{file}: ") and "\n" not in str(error), error
+            assert str(error).endswith(remedy), error
+        else:  # spaces that fill up the header mean nothing
+            tensors = found if finished else found[1]
+            assert whole[at : at + 1] == b" " and all(torch.equal(tensors[name], kept[name]) for name in kept)
+        file.write_bytes(whole)
+    for cut in (0, 7, 8, 100, len(whole) - 1):
+        file.write_bytes(whole[:cut])
+        with pytest.raises(UserError, match=r"tensors\.safetensors: "):
+            read()
+
+
+def test_a_checkpoint_of_another_step_or_stage_is_not_taken(tmp_path):
+    run = open_run(tmp_path)
+    run.save_step("stage1", 4, tensors(4))
+    (run.checkpoints / "stage1-step0000004").rename(run.checkpoints / "stage1-step0000400")
+    with pytest.raises(UserError, match="is of step 4, not of 400"):
+        run.last_step("stage1")
+    (run.checkpoints / "stage1-step0000400").rename(run.checkpoints / "stage2-step0000004")
+    with pytest.raises(UserError, match="is of stage 'stage1', not of 'stage2'"):
+        run.last_step("stage2")
+
+
+def test_a_checkpoint_of_an_earlier_version_is_taken(tmp_path):
+    run = open_run(tmp_path)
+    folder = run.step_folder("stage1", 4)
+    folder.mkdir(parents=True)
+    io.write_safetensors(folder / TENSORS, tensors(4), {"about": json.dumps({"holds": "x", "teacher": None})})
+    assert torch.equal(run.last_step("stage1")[1]["a"], tensors(4)["a"])
+    with pytest.raises(UserError, match=r"tensor 'weight/b' is missing"):
+        lay_over({"b": torch.zeros(3)}, run.last_step("stage1")[1], folder, "weight/")
+    with pytest.raises(UserError, match=r"tensor 'a' is \(3,\), expected \(2, 3\)"):  # which copying would spread
+        lay_over({"a": torch.zeros(2, 3)}, run.last_step("stage1")[1], folder)
+
+
+@pytest.mark.parametrize("key, value, complaint", [
+    ("stages", [], "'stages' must be an object"),
+    ("stages", {"stage1": 3}, "'stages.stage1' must be an object"),
+    ("stages", ..., "'stages' must be there"),
+    ("identity", None, "'identity' must be an object"),
+    ("skipped", 3, "'skipped' must be an object"),
+    ("skipped", {"stage1": [{"where": 3}]}, "'skipped.stage1' must be a list of objects"),
+    ("softmax_layers", "0", "'softmax_layers' must be a list of layers"),
+    ("fingerprint", 5, "holds another run"),
+])  # fmt: skip
+def test_an_altered_manifest_is_named(tmp_path, key, value, complaint):
+    open_run(tmp_path)
+    file = tmp_path / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest[key] = value
+    if value is ...:
+        del manifest[key]
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=complaint):
+        open_run(tmp_path, resume=True)
+
+
+def test_any_cut_of_a_manifest_is_one_line(tmp_path):
+    open_run(tmp_path)
+    file = tmp_path / "manifest.json"
+    whole = file.read_text()
+    for cut in range(0, len(whole) - 2, 7):
+        file.write_text(whole[:cut])
+        with pytest.raises(UserError, match=r"manifest\.json"):
+            open_run(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("text", ["", "teacher: [", "seed: 1\n", "{}", "seed: 3\nseed: 3\n"])
+def test_an_altered_recipe_is_named(tmp_path, text):
+    open_run(tmp_path)
+    file = tmp_path / "recipe.yaml"
+    whole = file.read_text()
+    file.write_text(text if text != "seed: 1\n" else whole.replace("seed: 0", "seed: 1"))
+    with pytest.raises(UserError, match=r"recipe\.yaml"):
+        open_run(tmp_path, resume=True)
+    file.write_text(whole)
+    open_run(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("line", ["3", "{}", '{"stage": 1, "step": 2}', '{"stage": "stage1", "step": "2"}', "{", "NaN"])
+def test_an_altered_log_is_named(tmp_path, line):
+    run = open_run(tmp_path)
+    run.log(entry("stage1", 1))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: "):
+        run.cut_metrics("stage1", 1)

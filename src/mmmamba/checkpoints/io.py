@@ -47,6 +47,12 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: truncated or not a safetensors file ({error})") from error
 
 
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The texts in the header of a safetensors file."""
+    with _opened(Path(path)) as stored:
+        return stored.metadata() or {}
+
+
 def read_with_metadata(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of one safetensors file, read at once into memory that they share, and the texts in its header."""
     path = Path(path)

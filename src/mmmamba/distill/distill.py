@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from mmmamba.checkpoints import fingerprint, load, resolve, save_student
 from mmmamba.checkpoints.io import write_atomically
@@ -25,11 +24,12 @@ from mmmamba.distill.objectives import AlignHeads, MatchLogits, PredictAnswers
 from mmmamba.distill.parameters import check_stages, kind_of, own_parameters, unshare
 from mmmamba.distill.placement import place
 from mmmamba.distill.recipe import ALIGNMENT, DistillRecipe, SourceConfig, StageConfig, label, load_recipe
-from mmmamba.distill.run import TENSORS, RunFolder, alone, digest
+from mmmamba.distill.run import RunFolder, alone, checked_manifest, digest
 from mmmamba.distill.seeding import seed
+from mmmamba.distill.stored import TENSORS, lay_over, read_stored
 from mmmamba.distill.trainer import train
 from mmmamba.errors import UserError
-from mmmamba.jsonfile import read_json
+from mmmamba.jsonfile import MAX_DATA_BYTES, read_json
 from mmmamba.model.config import ATTENTION, MAMBA2
 from mmmamba.model.model import Model
 from mmmamba.outputs import LEDGER
@@ -196,7 +196,7 @@ def _run_stage(
         train(objective, config, rows, run, stage, device=device, precision=precision)
         run.finish(stage, own_parameters(student, teacher), steps=config.steps)
     else:
-        restore(own_parameters(student, teacher), done)
+        lay_over(own_parameters(student, teacher), done, run.checkpoints / stage)
 
 
 def _placed(
@@ -209,6 +209,8 @@ def _placed(
         rows = [row.to(teacher.device) for row in _measurable(feed, plan.stage3, teacher.device)]
         run.note(softmax_layers=place(teacher, aligned, plan.mixer, count, rows, plan.stage3, precision))
     kept = run.manifest["softmax_layers"]
+    if len(set(kept)) != plan.layer_map(layers).count(ATTENTION) or not all(0 <= layer < layers for layer in kept):
+        raise UserError(f"{run.path / 'manifest.json'}: was altered: 'softmax_layers' is {kept} of {layers} layers")
     return tuple(ATTENTION if i in kept else MAMBA2 for i in range(layers))
 
 
@@ -224,13 +226,6 @@ def _measurable(feed: Feed, stage: StageConfig, device: torch.device) -> Sequenc
     raise UserError(f"layers: measured: none of {batches * stage.batch_size:,} samples is good; see mmmamba data check")
 
 
-@torch.no_grad()
-def restore(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Lay a finished stage's result over the student's own parameters."""
-    for name, parameter in parameters.items():
-        parameter.copy_(tensors[name])
-
-
 def _borrow_alignment(run: RunFolder, alignment: str) -> None:
     """Take stages 1 and 2 from a sibling run that aligned the same teacher in the same way."""
     if run.result("stage2") is not None or run.last_step("stage1") or run.last_step("stage2"):
@@ -242,22 +237,33 @@ def _borrow_alignment(run: RunFolder, alignment: str) -> None:
         found = _readable(manifest)
         if found.get("alignment") != alignment or not {*ALIGNMENT} <= set(found.get("stages", {})):
             continue
-        if not all((sibling / "checkpoints" / stage / TENSORS).is_file() for stage in ALIGNMENT):
+        if not all(_lends(sibling / "checkpoints" / stage, stage) for stage in ALIGNMENT):
             continue
         for stage in ALIGNMENT:
-            write_atomically(
-                run.checkpoints / stage, functools.partial(shutil.copytree, sibling / "checkpoints" / stage)
-            )
+            copy = functools.partial(_copy_result, sibling / "checkpoints" / stage)
+            write_atomically(run.checkpoints / stage, copy, folder=True)
             run.manifest["stages"][stage] = {**found["stages"][stage], "from": str(sibling)}
         run.note(skipped={stage: found.get("skipped", {}).get(stage, []) for stage in ALIGNMENT})
         print(f"stages 1 and 2 are those of {sibling}", file=sys.stderr)
         return
 
 
+def _copy_result(source: Path, target: Path) -> None:
+    shutil.copyfile(source / TENSORS, target / TENSORS)
+
+
+def _lends(folder: Path, stage: str) -> bool:
+    """Whether a neighbour's result is there and whole; a damaged one is no affair of this run."""
+    try:
+        return bool(read_stored(folder, {"stage": stage}, remedy=""))
+    except UserError:
+        return False
+
+
 def _readable(manifest: Path) -> dict[str, Any]:
     """A neighbour's manifest; empty where it is damaged, which is no affair of this run."""
     try:
-        return read_json(manifest)
+        return checked_manifest(read_json(manifest, limit=MAX_DATA_BYTES), manifest)
     except UserError:
         return {}
 

@@ -21,23 +21,20 @@ import mmmamba
 from mmmamba.checkpoints.io import (
     clear_leftovers,
     half_written,
-    read_safetensors,
     write_atomically,
     write_json,
-    write_safetensors,
 )
 from mmmamba.checkpoints.write import check_target
-from mmmamba.config import dump_yaml, to_dict
+from mmmamba.config import dump_yaml, load_yaml, to_dict
 from mmmamba.data.batching import Skipped
 from mmmamba.distill import processes
+from mmmamba.distill.stored import read_stored, write_stored
 from mmmamba.errors import UserError
-from mmmamba.jsonfile import read_json, read_lines
+from mmmamba.jsonfile import MAX_DATA_BYTES, read_json, read_lines
 from mmmamba.locks import LOCK, alone_in
 from mmmamba.outputs import LEDGER, check_folder
 
 MANIFEST = "manifest.json"
-TENSORS = "tensors.safetensors"
-ABOUT = "about"  # key of its header: JSON that says what the tensors are, and which teacher the rest is from
 SHOWN = 20  # skipped samples that are printed; the manifest has them all
 
 
@@ -81,7 +78,7 @@ def check_run(path: Path, recipe: Any, identity: Mapping[str, Any] | None, *, re
         UserError: when the folder holds another run, or this one and ``resume`` is off, or something else.
     """
     if (path / MANIFEST).is_file():
-        found = read_json(path / MANIFEST)
+        found = checked_manifest(read_json(path / MANIFEST, limit=MAX_DATA_BYTES), path / MANIFEST)
         if identity is not None and found.get("fingerprint") != digest({"recipe": to_dict(recipe), **identity}):
             changed = [key for key, value in identity.items() if found.get("identity", {}).get(key) != to_dict(value)]
             what = f" (other {', '.join(changed)})" if changed else " (another recipe)"
@@ -89,10 +86,18 @@ def check_run(path: Path, recipe: Any, identity: Mapping[str, Any] | None, *, re
         if not resume:
             which = "this run already" if identity is not None else "a run already"
             raise UserError(f"{path}: holds {which}; add --resume to go on with it, or give another --out")
+        if identity is not None:
+            _check_recipe(path / "recipe.yaml", recipe)
         return found
     if foreign := _foreign(path, dump_yaml(recipe)):
         raise UserError(f"{path}: is not empty and not a run (it holds '{foreign}'); give another --out")
     return None
+
+
+def _check_recipe(file: Path, recipe: Any) -> None:
+    """Refuse a ``recipe.yaml`` that is no longer the run's: a folder explains itself, or it misleads."""
+    if file.exists() and load_yaml(file) != to_dict(recipe):
+        raise UserError(f"{file}: was altered: it is not the recipe of this run; remove it or put it back")
 
 
 def _foreign(folder: Path, recipe: str) -> str:
@@ -156,11 +161,10 @@ class RunFolder:
         if self._writes:
             write_atomically(path, write, folder=folder)
 
-    def _write_tensors(self, folder: Path, tensors: Mapping[str, Tensor], holds: str) -> None:
-        """Tensors in a folder of their own; what they are, and whose teacher's, stands in the file's header."""
-        # One text: safetensors writes several in any order, and a run's files are the same to the bit.
-        about = json.dumps({"holds": holds, "teacher": self.manifest.get("teacher")})
-        self._write(folder, lambda p: write_safetensors(p / TENSORS, tensors, {ABOUT: about}), folder=True)
+    def _write_tensors(self, folder: Path, tensors: Mapping[str, Tensor], **about: Any) -> None:
+        """Tensors in a folder of their own, with what they are and whose teacher the rest is of."""
+        about |= {"teacher": self.manifest.get("teacher")}
+        self._write(folder, lambda p: write_stored(p, tensors, about), folder=True)
 
     def _write_manifest(self) -> None:
         self._write(self._manifest, lambda p: write_json(p, self.manifest))
@@ -221,7 +225,11 @@ class RunFolder:
         """Every whole line of metrics.jsonl (a killed process may leave half a line)."""
         if not self._metrics.is_file():
             return []
-        return read_lines(self._metrics)
+        found = read_lines(self._metrics)
+        for number, entry in enumerate(found, start=1):
+            if not isinstance(entry.get("stage"), str) or type(entry.get("step")) is not int:
+                raise UserError(f"{self._metrics}:{number}: was altered or damaged: it has no 'stage' and 'step'")
+        return found
 
     def cut_metrics(self, stage: str, step: int) -> None:
         """Forget what was logged past ``step`` of ``stage``: it will be logged again."""
@@ -241,26 +249,35 @@ class RunFolder:
         found = [(int(m[1]), p) for p in self.checkpoints.glob(f"{stage}-step*") if (m := pattern.fullmatch(p.name))]
         return sorted(found)
 
+    def step_folder(self, stage: str, step: int) -> Path:
+        """Where a stage's checkpoint lies."""
+        return self.checkpoints / f"{stage}-step{step:07d}"
+
     def save_step(self, stage: str, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Write a checkpoint to go on from; the one before is removed only when this one is on the disk."""
         older = self._steps(stage)
-        target = self.checkpoints / f"{stage}-step{step:07d}"
+        target = self.step_folder(stage, step)
         holds = f"what {stage} trains, and its optimizer's state; the rest is the teacher's"
-        self._write_tensors(target, tensors, holds)
+        self._write_tensors(target, tensors, holds=holds, stage=stage, step=step)
         self._drop(older)
 
     def last_step(self, stage: str) -> tuple[int, dict[str, Tensor]] | None:
-        """The last checkpoint of an unfinished stage."""
+        """The last checkpoint of an unfinished stage.
+
+        Raises:
+            UserError: when it is not what was written down.
+        """
         steps = self._steps(stage)
         if not steps:
             return None
         step, path = steps[-1]
-        return step, read_safetensors(path / TENSORS)
+        remedy = f"remove {path} to begin {stage} again"
+        return step, read_stored(path, {"stage": stage, "step": step}, remedy=remedy)
 
     def finish(self, stage: str, tensors: Mapping[str, Tensor], **facts: Any) -> None:
         """Write a stage's result and drop its checkpoints."""
         holds = f"the result of {stage}: all that is not the teacher's"
-        self._write_tensors(self.checkpoints / stage, tensors, holds)
+        self._write_tensors(self.checkpoints / stage, tensors, holds=holds, stage=stage)
         self.manifest["stages"][stage] = to_dict(facts)
         self._write_manifest()
         self._drop_steps(stage)
@@ -273,7 +290,43 @@ class RunFolder:
             shutil.rmtree(path, ignore_errors=True)
 
     def result(self, stage: str) -> dict[str, Tensor] | None:
-        """What a finished stage wrote."""
+        """What a finished stage wrote.
+
+        Raises:
+            UserError: when it is not what was written down.
+        """
         if stage not in self.manifest["stages"]:
             return None
-        return read_safetensors(self.checkpoints / stage / TENSORS)
+        return read_stored(self.checkpoints / stage, {"stage": stage}, remedy="run it again into another --out")
+
+
+def checked_manifest(manifest: dict[str, Any], where: Path) -> dict[str, Any]:
+    """A manifest whose entries are of the kinds that are written.
+
+    Raises:
+        UserError: naming the entry that was altered.
+    """
+
+    def refuse(key: str, kind: str) -> None:
+        raise UserError(f"{where}: was altered or damaged: '{key}' must be {kind}")
+
+    for key in ("identity", "stages", "skipped"):
+        if not isinstance(manifest.get(key, {}), dict):
+            refuse(key, "an object")
+    if "stages" not in manifest:
+        refuse("stages", "there")
+    for stage, facts in manifest["stages"].items():
+        if not isinstance(facts, dict):
+            refuse(f"stages.{stage}", "an object")
+    for stage, entries in manifest.get("skipped", {}).items():
+        texts = [entry.get(key) for entry in entries for key in ("where", "reason")] if _objects(entries) else [None]
+        if not all(isinstance(text, str) for text in texts):
+            refuse(f"skipped.{stage}", "a list of objects with 'where' and 'reason'")
+    layers = manifest.get("softmax_layers", [])
+    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+        refuse("softmax_layers", "a list of layers")
+    return manifest
+
+
+def _objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)

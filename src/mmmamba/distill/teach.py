@@ -19,6 +19,7 @@ from mmmamba.distill.feed import Feed
 from mmmamba.distill.objectives import PredictAnswers
 from mmmamba.distill.recipe import TeachRecipe, load_recipe
 from mmmamba.distill.run import RunFolder, alone
+from mmmamba.distill.stored import lay_over
 from mmmamba.distill.trainer import train
 from mmmamba.model.config import ModelConfig
 from mmmamba.model.model import Model, compile_layers, initialise
@@ -80,9 +81,7 @@ def _taught(plan: TeachRecipe, run_folder: Path, resume: bool, where: torch.devi
         )
         run.finish("teach", dict(model.named_parameters()), steps=plan.train.steps)
     else:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(done[name])
+        lay_over(dict(model.named_parameters()), done, run.checkpoints / "teach")
     if processes.is_main():
         save_hovle(model, processor, run.model, overwrite=run.replaces_model)
         run.report_skipped()

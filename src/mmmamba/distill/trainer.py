@@ -17,6 +17,7 @@ from mmmamba.distill.optimizers import KEPT, Optimizers
 from mmmamba.distill.recipe import TrainConfig
 from mmmamba.distill.run import RunFolder
 from mmmamba.distill.step import make_step
+from mmmamba.distill.stored import lay_over
 from mmmamba.errors import UserError
 from mmmamba.progress import Progress
 
@@ -120,7 +121,7 @@ def _restore(run: RunFolder, stage: str, trained: dict[str, nn.Parameter], optim
     if found is None:
         return 0
     step, tensors = found
+    lay_over(trained, tensors, run.step_folder(stage, step), "weight/")
     for name, parameter in trained.items():
-        parameter.copy_(tensors[f"weight/{name}"])
         optimizers.restore(parameter, {key: tensors[f"{key}/{name}"] for key in KEPT if f"{key}/{name}" in tensors})
     return step
