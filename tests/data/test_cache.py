@@ -192,3 +192,31 @@ def test_two_processes_make_one_cache(tmp_path):
     for process in processes:
         process.join(60)
     assert sorted(queue.get() for _ in processes) == [(0, ROWS), (1, ROWS)]
+
+
+def test_what_was_altered_is_said_and_made_again(tmp_path, capsys):
+    data = write(tmp_path / "data", images=False)
+    source = EncodedSource(data, PROCESSOR)
+    made = EncodedCache(data, PROCESSOR, tmp_path / "cache")
+    kept = {file.name: file.read_bytes() for file in made.path.iterdir()}
+    random = np.random.default_rng(0)
+    for name in ("tokens.npy", "labels.npy", "ids.npy", "token_counts.npy", "cut.npy", "meta.json"):
+        for cut in (False, False, False, True):
+            content = bytearray(kept[name])
+            at = int(random.integers(len(content)))
+            if cut:
+                del content[at:]
+            else:
+                content[at] ^= 1 << int(random.integers(8))
+            (made.path / name).write_bytes(content)
+            again = EncodedCache(data, PROCESSOR, tmp_path / "cache")
+            said = capsys.readouterr().err
+            assert "the cache was altered or damaged and is made again" in said and said.count("again") == 1, name
+            assert {file.name: file.read_bytes() for file in again.path.iterdir()} == kept
+            assert_same(again.encode(3), source.encode(3))
+    EncodedCache(data, PROCESSOR, tmp_path / "cache")
+    assert capsys.readouterr().err == ""
+    meta = {key: value for key, value in json.loads(kept["meta.json"]).items() if key != "sha256"}
+    (made.path / "meta.json").write_text(json.dumps(meta))  # of an earlier version
+    EncodedCache(data, PROCESSOR, tmp_path / "cache")
+    assert capsys.readouterr().err == ""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -23,12 +24,14 @@ from mmmamba.data.template import JinjaTemplate
 from mmmamba.data.workers import ordered
 from mmmamba.errors import UserError
 from mmmamba.files import open_file
+from mmmamba.jsonfile import MAX_DATA_BYTES, read_json
 from mmmamba.progress import Progress
 
 #: Raised whenever what is stored, or how samples are encoded, changes: an older cache is then made anew.
 _VERSION = 2
 
 _META = "meta.json"
+_TOLD = {"version", "fingerprint", "samples", "bytes", "sha256", "bad"}
 _CHUNK_ROWS = 256
 _CHUNK_BYTES = 32 << 20  # of tiles, so that a few workers' chunks fit into memory at 448 pixels too
 
@@ -87,13 +90,13 @@ class EncodedCache:
         mark = fingerprint(source)
         self.dataset = dataset
         self.path = Path(directory) / f"{dataset.path.stem}-{mark[:16]}"
-        if not _complete(self.path):
+        if not _complete(self.path, mark):
             try:
                 self._make(source, mark, workers, on_bad_sample)
             except OSError as error:
                 hint = "a recipe with data.cache=false needs none"
                 raise UserError(f"{self.path}: cannot write the cache: {error} ({hint})") from error
-        meta = json.loads((self.path / _META).read_text(encoding="utf-8"))
+        meta = read_json(self.path / _META, limit=MAX_DATA_BYTES)
         self._bad: dict[int, str] = {int(row): message for row, message in meta["bad"]}
         if self._bad and on_bad_sample == "stop":
             raise BadSample(next(iter(self._bad.values())))
@@ -131,7 +134,7 @@ class EncodedCache:
     def _make(self, source: EncodedSource, mark: str, workers: int, on_bad_sample: str) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(self.path.with_name(f"{self.path.name}.lock")):
-            if not _complete(self.path):  # another process may have made it meanwhile
+            if not _complete(self.path, mark, say=False):  # another process may have made it meanwhile
                 _build(source, self.path, mark, workers, on_bad_sample)
 
     def _open(self) -> None:
@@ -253,7 +256,10 @@ def _build(source: EncodedSource, final: Path, mark: str, workers: int, on_bad_s
     try:
         bad = _write_arrays(source, partial, workers, on_bad_sample)
         sizes = {name: (partial / f"{name}.npy").stat().st_size for name in _ARRAYS}
-        meta = {"version": _VERSION, "fingerprint": mark, "samples": len(source), "bytes": sizes, "bad": bad}
+        sums = {name: _sha256(partial / f"{name}.npy") for name in _ARRAYS if name != "tiles"}
+        meta = {
+            "version": _VERSION, "fingerprint": mark, "samples": len(source), "bytes": sizes, "sha256": sums, "bad": bad
+        }  # fmt: skip
         with open(partial / _META, "w", encoding="utf-8") as file:
             json.dump(meta, file, ensure_ascii=False)
             file.flush()
@@ -332,13 +338,59 @@ class _all_closed:
             writer.close()
 
 
-def _complete(path: Path) -> bool:
-    """Whether a cache is there in full: its name is given last, but files can be lost or cut later."""
-    if not (path / _META).is_file():
+def _complete(path: Path, mark: str, *, say: bool = True) -> bool:
+    """Whether a cache is there as it was written: its name is given last, but files can be cut or altered later.
+
+    What was altered is said, and made again from the data.
+    """
+    if not path.exists():
         return False
-    sizes: dict[str, int] = json.loads((path / _META).read_text(encoding="utf-8"))["bytes"]
-    files = {name: path / f"{name}.npy" for name in _ARRAYS}
-    return all(file.is_file() and file.stat().st_size == sizes[name] for name, file in files.items())
+    try:
+        _check(path, mark)
+    except (UserError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # whatever a byte leads to
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if say:
+            print(f"{path}: the cache was altered or damaged and is made again ({reason})", file=sys.stderr)
+        return False
+    return True
+
+
+def _check(path: Path, mark: str) -> None:
+    """Refuse a cache whose files are not what ``meta.json`` and one another say.
+
+    The small arrays are hashed; of the tiles, which may be hundreds of gigabytes, only the size is looked at.
+    """
+    meta = read_json(path / _META, limit=MAX_DATA_BYTES)
+    if set(meta) - _TOLD or (meta["version"], meta["fingerprint"]) != (_VERSION, mark):
+        raise UserError(f"{_META} says other things")
+    samples, sums = meta["samples"], meta.get("sha256", {})  # an older cache has no checksums
+    arrays = {}
+    for name, dtype in _ARRAYS.items():
+        file = path / f"{name}.npy"
+        if file.stat().st_size != meta["bytes"][name]:
+            raise UserError(f"{file.name} has another size")
+        if name in sums and _sha256(file) != sums[name]:
+            raise UserError(f"{file.name} has another checksum")
+        arrays[name] = np.load(file, mmap_mode="r", allow_pickle=False)
+        if arrays[name].dtype != dtype:
+            raise UserError(f"{file.name} holds {arrays[name].dtype}")
+    for name, counted in (("tokens", "token_counts"), ("tiles", "tile_counts"), ("ids", "id_counts")):
+        counts = arrays[counted]
+        if len(counts) != samples or counts.min(initial=0) < 0 or int(counts.sum(dtype=np.int64)) != len(arrays[name]):
+            raise UserError(f"{counted}.npy does not fit {name}.npy")
+    if len(arrays["labels"]) != len(arrays["tokens"]) or len(arrays["cut"]) != samples:
+        raise UserError("the arrays are not of one length")
+    for row, message in meta["bad"]:
+        if type(row) is not int or not 0 <= row < samples or not isinstance(message, str):
+            raise UserError(f"{_META}: 'bad' lists {row!r}")
+
+
+def _sha256(file: Path) -> str:
+    found = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
 
 
 @contextmanager
