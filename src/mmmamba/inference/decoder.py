@@ -11,6 +11,7 @@ weight) is passed the tokens as anybody would pass them: slower, and right.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -209,17 +210,34 @@ def why_called(model: Model) -> str | None:
     """Which module of a model has to be called, in words; None where a step may read all weights."""
     if not plain(Model, model):
         return f"this one is wrapped, hooked or offloaded as a whole ({type(model).__name__})"
-    for name, module in model.named_modules():
-        if module is not model and name.split(".")[0] != "vision":
-            kind = next((kind for kind in KINDS if isinstance(module, kind)), None)
-            if kind is None or not plain(kind, module):
-                return f"'{name}' is wrapped, hooked or offloaded ({type(module).__module__}.{type(module).__name__})"
-    return None
+    found = next(
+        (one for name, part in model._modules.items() if name != "vision" and (one := _called(part)) is not None), None
+    )
+    if found is None:
+        return None
+    name = next(name for name, module in model.named_modules() if module is found)
+    return f"'{name}' is wrapped, hooked or offloaded ({type(found).__module__}.{type(found).__name__})"
 
 
 def decodable(model: Model) -> bool:
     """Whether steps may read the weights of a model instead of calling its modules."""
     return why_called(model) is None
+
+
+def _called(module: nn.Module | None) -> nn.Module | None:
+    """The first module that has to be called, of a module and all that it is made of."""
+    if module is None:
+        return None
+    kind = _kind(type(module))
+    if kind is None or not plain(kind, module):
+        return module
+    return next((found for part in module._modules.values() if (found := _called(part)) is not None), None)
+
+
+@functools.lru_cache(maxsize=64)
+def _kind(of: type) -> type[nn.Module] | None:
+    """Which of :data:`KINDS` a class is."""
+    return next((kind for kind in KINDS if issubclass(of, kind)), None)
 
 
 def graphable(model: Model) -> bool:
