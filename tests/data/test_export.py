@@ -10,7 +10,7 @@ import jinja2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from mmmamba.data.export import chat_template, export_files, generation_settings, image_settings
 from mmmamba.data.processor import Processor
@@ -26,13 +26,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(['"',
 
 def jinja(source: str, **names: object) -> str:
     """As transformers renders it."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = _raise
-    return environment.from_string(source).render(**names)
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
+    return str(_compile_jinja_template(source).render(**names))
 
 
 @settings(deadline=None)

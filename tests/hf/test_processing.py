@@ -173,7 +173,17 @@ TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=train_bpe(WORDS * 4, 320, S
         ({"text": ["<image>", "hi"], "images": [[RED]]}, "for 1 texts, there are 2"),
         ({}, "needs text, images or both"),
         ({"text": [3]}, "text must be a string"),
-        ({"text": "hi", "truncation": True}, "no option 'truncation'"),
+        ({"text": "hi", "return_overflowing_tokens": True}, "no option 'return_overflowing_tokens'"),
+        ({"text": "hi", "stride": False}, "no option 'stride'"),
+        ({"text": "hi", "videos": [1]}, "'videos': this model reads text and pictures only"),
+        ({"text": "hi", "audio_kwargs": {"x": 1}}, "'audio_kwargs': this model reads"),
+        ({"text": "hi", "padding": True, "text_kwargs": {"padding": False}}, "'padding' stands both in 'text_kwargs'"),
+        ({"text": "hi", "text_kwargs": {"max_tiles": 3}}, "no option 'max_tiles'"),
+        ({"text": "hi", "return_tensors": "tf"}, "return_tensors must be 'pt', 'np' or None, got 'tf'"),
+        ({"text": "hi", "device": "cpu"}, "device goes with return_tensors='pt'"),
+        ({"text": "<image>", "images": RED, "truncation": True, "max_length": 3}, "would cut a picture"),
+        ({"text": "<image>", "images": RED, "do_resize": False}, "do_resize=False"),
+        ({"text": "<IMG_CONTEXT>", "images": [RED, RED]}, "has 1 <image> marks for 2 pictures"),
         ({"text": "hi", "max_length": 3}, "a prompt is not cut"),
         ({"text": "hi there", "padding": "max_length", "max_length": 1}, "the longest text takes"),
         ({"text": "hi", "padding": "most"}, "padding must be"),
@@ -242,10 +252,58 @@ def test_the_image_processor_alone(folder: Path, processor: MMMambaProcessor, tm
     assert alone(WIDE, max_tiles=1)["pixel_values"].shape == (1, 3, 56, 56)
     alone.save_pretrained(tmp_path)
     assert AutoImageProcessor.from_pretrained(tmp_path).to_dict() == alone.to_dict()
-    with pytest.raises(UserError, match="no option 'do_resize'"):
-        alone(RED, do_resize=True)
-    with pytest.raises(UserError, match="image_mean and image_std"):
-        MMMambaImageProcessor(56, image_mean=[0, 0, 0])
+    plain = normalise(alone.tiles(RED))
+    assert np.array_equal(alone(RED)["pixel_values"], plain)
+    for options in (
+        {"do_resize": True, "resample": 3},
+        {"size": {"height": 56, "width": 56}},
+        {"do_convert_rgb": True},
+    ):
+        assert np.array_equal(alone(RED, **options)["pixel_values"], plain)
+        assert np.array_equal(MMMambaImageProcessor(56, **options)(RED)["pixel_values"], plain)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"do_normalize": False}, lambda tiles: tiles / 255),
+        ({"do_rescale": False, "do_normalize": False}, lambda tiles: tiles * 1.0),
+        ({"rescale_factor": 1 / 128, "do_normalize": False}, lambda tiles: tiles / 128),
+        ({"image_mean": [0.5] * 3, "image_std": 0.25}, lambda tiles: (tiles / 255 - 0.5) / 0.25),
+    ],
+)
+def test_what_is_said_about_pixels_is_done(
+    options: Any, expected: Any, processor: MMMambaProcessor, tmp_path: Path
+) -> None:
+    given = processor.image_processor
+    wanted = expected(given.tiles(WIDE).astype(np.float64)).transpose(0, 3, 1, 2)
+    settings = MMMambaImageProcessor(**{**given.to_dict(), **options})
+    settings.save_pretrained(tmp_path)
+    made = [
+        given(WIDE, **options), settings(WIDE), AutoImageProcessor.from_pretrained(tmp_path)(WIDE),
+        processor(text="<image>", images=WIDE, **options), processor(WIDE, images_kwargs=options),
+        processor.apply_chat_template([user("x", WIDE)], tokenize=True, return_dict=True, **options),
+        MMMambaProcessor(settings, processor.tokenizer, processor.model)(text="<image>", images=WIDE),
+    ]  # fmt: skip
+    for out in made:
+        assert np.allclose(out["pixel_values"], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"do_resize": False}, "do_resize=False"), ({"size": {"height": 64, "width": 64}}, "size={'height': 64"),
+        ({"size": 99}, "size=99"), ({"resample": 2}, "resample=2"), ({"do_convert_rgb": False}, "do_convert_rgb=False"),
+        ({"do_center_crop": True}, "do_center_crop=True"), ({"data_format": "channels_last"}, "data_format="),
+        ({"nonsense": False}, "no option 'nonsense'"), ({"image_mean": [1, 2]}, "image_mean must be"),
+        ({"image_std": 0}, "image_std must not be 0"), ({"return_tensors": "tf"}, "return_tensors must be"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_to_pictures_is_refused_by_name(
+    options: Any, reason: str, processor: MMMambaProcessor
+) -> None:
+    with pytest.raises(UserError, match=reason):
+        processor.image_processor(RED, **options)
 
 
 def test_settings_of_the_tiles(folder: Path, processor: MMMambaProcessor) -> None:
@@ -325,3 +383,138 @@ def test_pictures_as_rows_of_patches(tmp_path: Path) -> None:
     assert all(torch.equal(again[key], out[key]) for key in out)
     with pytest.raises(UserError, match="max_tiles: this model reads"):
         found(text="<image>", images=WIDE, max_tiles=2)
+
+
+# ---------------------------------------------------------------------------------------------- transformers' ways
+
+PARTS = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{% for p in m.content %}{% if p.type == 'image' %}<image>"
+    "{% else %}{{ p.text }}{% endif %}{% endfor %}<|im_end|>{% endfor %}{{ tools | tojson if tools }}"
+    "{{ 'thinking' if enable_thinking }}"
+)
+
+
+def test_a_template_that_goes_through_parts_gets_them(processor: MMMambaProcessor) -> None:
+    messages = [system("Be brief."), user("what?", RED), assistant("red")]
+    text = processor.apply_chat_template(messages, chat_template=PARTS)
+    assert text == "<s>[system]Be brief.<|im_end|>[user]<image>what?<|im_end|>[assistant]red<|im_end|>"
+    out = ids_of(processor, messages, chat_template=PARTS, return_dict=True, return_tensors="pt")
+    assert out["input_ids"][0].tolist().count(7) == 4 and out["pixel_values"].shape[0] == 1
+
+
+def test_what_a_template_reads_reaches_it_and_nothing_else_is_dropped(processor: MMMambaProcessor) -> None:
+    def look(place: str) -> str:
+        """Look around.
+
+        Args:
+            place: where
+        """
+        return place
+
+    messages, schema = [user("hi")], [{"type": "function", "function": {"name": "look"}}]
+    text = processor.apply_chat_template(messages, chat_template=PARTS, tools=schema, enable_thinking=True)
+    assert '"name": "look"' in text and text.endswith("thinking")
+    assert '"description": "where"' in processor.apply_chat_template(messages, chat_template=PARTS, tools=[look])
+    for options in ({"tools": schema}, {"documents": [{"text": "x"}]}):
+        with pytest.raises(UserError, match=f"'{next(iter(options))}': the chat template does not read it"):
+            processor.apply_chat_template(messages, **options)
+    for options in ({"enable_thinking": True}, {"nonsense": False}, {"processor_kwargs": {"nonsense": 1}}):
+        with pytest.raises(UserError, match=r"enable_thinking|nonsense"):
+            processor.apply_chat_template(messages, tokenize=True, **options)
+    with pytest.raises(UserError, match="tools must be functions or plain data"):
+        processor.apply_chat_template(messages, chat_template=PARTS, tools=[{"x": RED}])
+
+
+def test_templates_get_no_objects(processor: MMMambaProcessor, tmp_path: Path) -> None:
+    """A picture's own methods would let a folder's template write files."""
+    evil = f"{{{{ messages[0].content[0].image.save('{tmp_path / 'x.png'}') }}}}"
+    with pytest.raises(UserError, match="does not take this conversation"):
+        processor.apply_chat_template([user("x", RED)], chat_template=evil)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_template_is_bounded(processor: MMMambaProcessor) -> None:
+    with pytest.raises(UserError, match="makes a value of"):
+        processor.apply_chat_template([user("x")], chat_template="{{ 'a' * 10**10 }}")
+
+
+def test_masks_of_a_template_that_marks_its_answers(processor: MMMambaProcessor) -> None:
+    marked = (
+        "{% for m in messages %}{{ m.role }}:{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endfor %}"
+    )
+    messages = [user("what?"), assistant("red")]
+    options: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    out = processor.apply_chat_template(messages, chat_template=marked, **options)
+    kept = [token for token, mask in zip(out["input_ids"][0], out["assistant_masks"][0], strict=True) if mask]
+    assert processor.decode(kept) == "what?<|im_end|>red<|im_end|>"
+    bare = marked.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    with pytest.raises(UserError, match="does not mark answers"):
+        processor.apply_chat_template(messages, chat_template=bare, **options)
+
+
+def test_the_tokenizer_alone_knows_answers_and_the_placeholder(processor: MMMambaProcessor) -> None:
+    """As trainers ask it: masks by the template's marks, ``image_token``."""
+    tokenizer, messages = processor.tokenizer, [user("what?"), assistant("red")]
+    options: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    ours, theirs = (
+        processor.apply_chat_template(messages, **options),
+        tokenizer.apply_chat_template(messages, **options),
+    )
+    assert theirs["input_ids"] == ours["input_ids"][0] and theirs["assistant_masks"] == ours["assistant_masks"][0]
+    assert (tokenizer.image_token, tokenizer.image_token_id) == (processor.image_token, processor.image_token_id)
+
+
+def test_a_template_of_an_earlier_version_is_our_own(processor: MMMambaProcessor, tmp_path: Path) -> None:
+    from mmmamba.data.export import without_generation
+
+    processor.save_pretrained(tmp_path)
+    file = tmp_path / "chat_template.jinja"
+    file.write_text(without_generation(file.read_text()))
+    again = AutoProcessor.from_pretrained(tmp_path)
+    assert again.chat_template == processor.chat_template
+    assert ids_of(again, [user("<|im_end|>")]) == ids_of(processor, [user("<|im_end|>")])
+
+
+def test_image_token_is_a_placeholder(processor: MMMambaProcessor) -> None:
+    marked, named = (processor(text=f"a{mark}b", images=RED, return_mm_token_type_ids=True, return_tensors="pt")
+                     for mark in ("<image>", processor.image_token))  # fmt: skip
+    assert all(torch.equal(marked[key], named[key]) for key in marked)
+    assert torch.equal(named["mm_token_type_ids"], (named["input_ids"] == 7).long())
+    found = processor._get_num_multimodal_tokens(image_sizes=[(56, 56), (56, 112)])
+    assert (found.num_image_tokens, found.num_image_patches) == ([4, 12], [1, 3])
+
+
+def test_no_text_is_an_empty_batch(processor: MMMambaProcessor) -> None:
+    assert processor(text=[])["input_ids"] == []
+    assert processor(text=[], return_tensors="pt")["input_ids"].shape == (0, 0)
+
+
+def test_options_in_groups(processor: MMMambaProcessor) -> None:
+    texts = ["how many red circles are there ?", "is"]
+    flat = processor(text=texts, padding="max_length", max_length=40, return_tensors="pt")
+    grouped = processor(text=texts, text_kwargs={"padding": "max_length", "max_length": 40},
+                        common_kwargs={"return_tensors": "pt"})  # fmt: skip
+    assert torch.equal(flat["input_ids"], grouped["input_ids"]) and flat["input_ids"].shape[1] == 40
+    cut = processor(text=texts, truncation=True, max_length=4)["input_ids"]
+    assert cut == [ids[:4] for ids in processor(text=texts)["input_ids"]]
+    assert processor(text=texts, padding=True, pad_to_multiple_of=8, return_tensors="pt")["input_ids"].shape[1] % 8 == 0
+    assert processor(text=texts, device="cpu", return_tensors="pt")["input_ids"].device.type == "cpu"
+
+
+def test_added_tokens_are_read_at_once_and_after_saving(folder: Path, tmp_path: Path) -> None:
+    found = AutoProcessor.from_pretrained(folder)
+    before = found(text="a<think>b")["input_ids"][0]
+    found.tokenizer.add_tokens(["<think>"])
+    found.tokenizer.add_special_tokens({"extra_special_tokens": ["<stop>"]})
+    think, stop = found.tokenizer.convert_tokens_to_ids(["<think>", "<stop>"])
+    found.save_pretrained(tmp_path)
+    for processor in (found, AutoProcessor.from_pretrained(tmp_path)):
+        ids = processor(text="a<think>b<stop>")["input_ids"][0]
+        assert think in ids and ids[-1] == stop and think not in before
+        (said,) = ids_of(processor, [user("a<think>b<stop>")])
+        assert think in said and stop not in said
+        assert processor.batch_decode([ids], skip_special_tokens=True) == ["a<think>b"]
+    ours = Tokenizer.from_folder(tmp_path)
+    assert think in ours.encode("<think>", allow_special=False) and stop not in ours.encode(
+        "<stop>", allow_special=False
+    )

@@ -43,6 +43,8 @@ def export_files(folder: str | Path, processor: Processor) -> None:
     folder, config = Path(folder), processor.config
     processor.tokenizer.save(folder)
     tokenizer = read_json(folder / CONFIG_FILE)
+    if 0 <= config.img_context_token_id < processor.tokenizer.vocab_size:
+        tokenizer["image_token"] = processor.decode([config.img_context_token_id], skip_special=False)
     for key in ("auto_map", "chat_template"):  # code to download, which nothing of ours needs; its own file
         tokenizer.pop(key, None)
     _write(folder / CONFIG_FILE, {**tokenizer, **TOKENIZER_SETTINGS})
@@ -88,7 +90,8 @@ def image_settings(config: ModelConfig) -> dict[str, Any]:
 def chat_template(processor: Processor) -> str:
     """The processor's template in Jinja: messages of ``role`` and ``content`` (text, or a list of parts) → the prompt.
 
-    A picture is an ``<image>`` mark, on a line of its own before what follows it.
+    A picture is an ``<image>`` mark, on a line of its own before what follows it. ``{% generation %}`` marks answers
+    with what ends them, for losses on answers only.
     """
     template, config = processor.template, processor.config
     if isinstance(template, JinjaTemplate):
@@ -130,7 +133,8 @@ _TEMPLATE = """
 {%- if system -%}{{ @SYSTEM@ ~ system ~ @END@ }}{%- endif -%}
 {%- for turn in turns -%}
     {%- if turn['role'] == 'user' -%}{{ @USER@ ~ text(turn['content']) ~ @END@ }}
-    {%- elif turn['role'] == 'assistant' -%}{{ @ASSISTANT@ ~ text(turn['content']) ~ @END@ }}
+    {%- elif turn['role'] == 'assistant' -%}
+        {{ @ASSISTANT@ }}{%- generation -%}{{ text(turn['content']) ~ @END@ }}{%- endgeneration -%}
     {%- else -%}{{ raise_exception('a role must be user or assistant (or system, first), got ' ~ turn['role']) }}
     {%- endif -%}
 {%- endfor -%}
@@ -138,11 +142,18 @@ _TEMPLATE = """
 """
 
 
+def without_generation(source: str) -> str:
+    """A template of ours as earlier versions wrote it: without the marks around answers."""
+    return source.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+
+
 def _of_tokenizer(tokenizer: Tokenizer, system_message: str | None) -> str:
     """The chat template that a tokenizer brings (else the plain one), behind the config's system message, if any."""
     source = tokenizer.chat_template
     if source is None:
-        source = PLAIN if tokenizer.adds_bos else PLAIN.removeprefix("{{ bos_token }}")
+        said = "{{ 'Assistant:\n' + message.content + eos_token + '\n\n' }}"
+        marked = "{{ 'Assistant:\n' }}{% generation %}{{ message.content + eos_token }}{% endgeneration %}{{ '\n\n' }}"
+        source = (PLAIN if tokenizer.adds_bos else PLAIN.removeprefix("{{ bos_token }}")).replace(said, marked)
     if system_message is None:
         return source
     default = f"[{{'role': 'system', 'content': {_literal(system_message)}}}]"

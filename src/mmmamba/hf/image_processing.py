@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import math
 import os
 import time
 import urllib.request
@@ -15,8 +16,8 @@ from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
 from mmmamba.data.images import MAX_BYTES, decode_image, decode_text, from_array, load_image, upright_rgb
-from mmmamba.data.patches import patch_rows
-from mmmamba.data.tiling import IMAGENET_MEAN, IMAGENET_STD, check_tiles, normalise, tile
+from mmmamba.data.patches import fitted_size, patch_rows
+from mmmamba.data.tiling import IMAGENET_MEAN, IMAGENET_STD, check_tiles, grid, normalise, tile
 from mmmamba.errors import UserError
 
 MAX_DOWNLOAD, MAX_SECONDS = 100 << 20, 60  # of a picture that a URL names
@@ -33,7 +34,11 @@ class MMMambaImageProcessor(BaseImageProcessor):
         min_dynamic_patch, max_dynamic_patch: fewest and most tiles, the thumbnail not counted.
         max_side: longer side, in pixels, of a picture that is read as rows of patches of ``image_size`` instead; None
             for tiles.
-        image_mean, image_std: what pixels are normalised with: always ImageNet's.
+        do_rescale, rescale_factor: whether pixels are multiplied, and by what (1/255).
+        do_normalize, image_mean, image_std: whether pixels are normalised, and with what (ImageNet's, which our models
+            are trained with).
+        do_resize, do_convert_rgb, resample, size: only what is always done can be said: tiles are made by resizing RGB
+            pictures, bicubic, to ``image_size``.
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012
@@ -48,19 +53,22 @@ class MMMambaImageProcessor(BaseImageProcessor):
         max_side: int | None = None,
         image_mean: Sequence[float] = IMAGENET_MEAN,
         image_std: Sequence[float] = IMAGENET_STD,
+        do_rescale: bool = True,
+        rescale_factor: float = 1 / 255,
+        do_normalize: bool = True,
         **kwargs: Any,
     ) -> None:
         kwargs.pop("image_processor_type", None)
-        super().__init__(**kwargs)
+        refuse_changes(kwargs, image_size)
+        super().__init__(**{name: value for name, value in kwargs.items() if name not in _FIXED})
         self.image_size = image_size
         self.dynamic_image_size = dynamic_image_size
         self.use_thumbnail = use_thumbnail
         self.min_dynamic_patch = min_dynamic_patch
         self.max_dynamic_patch = max_dynamic_patch
         self.max_side = max_side
-        self.image_mean, self.image_std = list(image_mean), list(image_std)
-        if (tuple(image_mean), tuple(image_std)) != (IMAGENET_MEAN, IMAGENET_STD):
-            raise UserError(f"image_mean and image_std must be {IMAGENET_MEAN} and {IMAGENET_STD}")
+        self.image_mean, self.image_std = _three(image_mean, "image_mean"), _three(image_std, "image_std")
+        self.do_rescale, self.rescale_factor, self.do_normalize = do_rescale, rescale_factor, do_normalize
 
     def tiles(self, image: Any, max_tiles: int | None = None) -> np.ndarray:
         """One picture (whatever :func:`open_image` takes) as uint8 (t, H, W, 3).
@@ -86,20 +94,120 @@ class MMMambaImageProcessor(BaseImageProcessor):
             return [self.fetch_images(image) for image in image_url_or_urls]
         return open_image(image_url_or_urls)
 
+    def __call__(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
+        """As :meth:`preprocess`."""
+        return self.preprocess(images, *args, **kwargs)
+
     def preprocess(
         self, images: Any, return_tensors: str | None = None, max_tiles: int | None = None, **kwargs: Any
     ) -> BatchFeature:
         """Pictures → ``pixel_values`` (tiles, 3, H, W), float32, and ``num_tiles`` of each picture.
 
         Args:
-            images: one picture or a list of them.
+            images: one picture or (nested) lists of them.
             return_tensors: ``pt``, ``np`` or None for numpy arrays.
             max_tiles: most tiles a picture may take, thumbnail not counted (default: the processor's own setting).
+            kwargs: ``do_rescale``, ``rescale_factor``, ``do_normalize``, ``image_mean`` and ``image_std`` in place of
+                the processor's own, and ``device``.
+
+        Raises:
+            UserError: for any other option, unless it asks for what is done anyway.
         """
-        refuse_unknown("the image processor", kwargs)
+        pixels = {name: kwargs.pop(name) for name in PIXEL_OPTIONS if name in kwargs}
+        device = kwargs.pop("device", None)
+        refuse_changes(kwargs, self.image_size)
+        refuse_unknown("the image processor", {name: kwargs[name] for name in kwargs if name not in _FIXED})
         cut = [in_order(self.tiles(image, max_tiles)) for image in flat(images)]
-        data = {"pixel_values": normalise(np.concatenate(cut)), "num_tiles": np.array([len(t) for t in cut])}
-        return BatchFeature(data, tensor_type=return_tensors)
+        if not cut:
+            raise UserError("the image processor needs at least one picture")
+        data = {
+            "pixel_values": self.pixels(np.concatenate(cut), **pixels),
+            "num_tiles": np.array([len(t) for t in cut]),
+        }
+        return tensors(data, return_tensors, device)
+
+    def pixels(self, tiles: np.ndarray, **options: Any) -> np.ndarray:
+        """uint8 (t, H, W, 3) → float32 (t, 3, H, W), by the processor's settings or by ``options`` in their place."""
+        named = {name: getattr(self, name) if options.get(name) is None else options[name] for name in PIXEL_OPTIONS}
+        mean, std = (tuple(_three(named[name], name)) for name in ("image_mean", "image_std"))
+        factor = named["rescale_factor"]
+        if named["do_rescale"] and named["do_normalize"] and (mean, std, factor) == (
+            IMAGENET_MEAN, IMAGENET_STD, 1 / 255
+        ):  # fmt: skip
+            return normalise(tiles)
+        values: np.ndarray = tiles.astype(np.float32)
+        if named["do_rescale"]:
+            values = values * np.float32(factor)
+        if named["do_normalize"]:
+            values = (values - np.array(mean, np.float32)) / np.array(std, np.float32)
+        return np.ascontiguousarray(values.transpose(0, 3, 1, 2))
+
+    def get_number_of_image_patches(self, height: int, width: int, images_kwargs: Any = None) -> int:
+        """Tiles (or patches, where a picture is read as rows of them) of a picture of this size, thumbnail included."""
+        if self.image_size is None:
+            raise UserError("this model reads text only, it cannot be shown pictures")
+        if self.max_side is not None:
+            fitted = fitted_size(width, height, self.image_size, self.max_side)
+            return (fitted[0] // self.image_size) * (fitted[1] // self.image_size)
+        most = (images_kwargs or {}).get("max_tiles") or self.max_dynamic_patch
+        least = min(self.min_dynamic_patch, most)
+        if not self.dynamic_image_size:
+            least = most = 1
+        columns, rows = grid(width, height, self.image_size, least, most)
+        return columns * rows + (self.use_thumbnail and columns * rows > 1)
+
+
+#: What can be said at a call about the pixels of the tiles.
+PIXEL_OPTIONS = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+#: What is always done so, by name: another value is refused.
+_FIXED = ("do_resize", "do_convert_rgb", "resample", "size", "do_center_crop", "crop_size", "do_pad", "data_format",
+          "input_data_format", "disable_grouping", "default_to_square")  # fmt: skip
+IMAGE_OPTIONS = (*PIXEL_OPTIONS, *_FIXED, "max_tiles")
+
+
+def refuse_changes(options: dict[str, Any], image_size: int | None) -> None:
+    """Refuse, by name, what would change how tiles are made.
+
+    Raises:
+        UserError: naming the option and what it may be.
+    """
+    side = {"height": image_size, "width": image_size}
+    allowed: dict[str, tuple[Any, ...]] = {
+        "do_resize": (True,), "do_convert_rgb": (True,), "resample": (3, Image.Resampling.BICUBIC),
+        "size": (image_size, side, {"shortest_edge": image_size}), "do_center_crop": (False,), "crop_size": (),
+        "do_pad": (False,), "data_format": ("channels_first",),
+        "input_data_format": ("channels_first", "channels_last"),
+        "disable_grouping": (True, False), "default_to_square": (True,),
+    }  # fmt: skip
+    for name in _FIXED:
+        value = options.get(name)
+        if value is not None and hasattr(value, "items"):
+            value = {side: length for side, length in value.items() if length is not None}
+        if value is not None and value not in allowed[name]:
+            shown = " or ".join(repr(one) for one in allowed[name][:1]) or "left out"
+            raise UserError(f"{name}={value!r}: this model's pictures are cut into tiles, so it must be {shown}")
+
+
+def tensors(data: dict[str, Any], return_tensors: Any, device: Any = None) -> BatchFeature:
+    """``data`` as tensors of the kind that is asked for, on ``device``."""
+    kind = getattr(return_tensors, "value", return_tensors)
+    if kind not in (None, "pt", "np"):
+        raise UserError(f"return_tensors must be 'pt', 'np' or None, got {return_tensors!r}")
+    if device is not None and kind != "pt":
+        raise UserError("device goes with return_tensors='pt'")
+    made = BatchFeature(data, tensor_type=kind)
+    if device is not None:
+        made.to(device)
+    return made
+
+
+def _three(values: Any, name: str) -> list[float]:
+    found = [values] * 3 if isinstance(values, (int, float)) else list(values)
+    if len(found) != 3 or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in found):
+        raise UserError(f"{name} must be a number for each of three colours, got {values!r:.80}")
+    if name == "image_std" and 0 in found:
+        raise UserError("image_std must not be 0")
+    return [float(value) for value in found]
 
 
 def in_order(tiles: np.ndarray) -> np.ndarray:
@@ -162,7 +270,7 @@ def flat(images: Any) -> list[Any]:
 
 
 def refuse_unknown(what: str, kwargs: dict[str, Any]) -> None:
-    """Nothing that a caller asks for is dropped silently; None and False ask for nothing."""
+    """Nothing that a caller asks for is dropped silently; None asks for nothing."""
     for name, value in kwargs.items():
-        if value is not None and value is not False:
+        if value is not None:
             raise UserError(f"{what} has no option '{name}'")
