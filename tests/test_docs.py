@@ -133,7 +133,12 @@ def test_there_is_something_to_test() -> None:
     assert {"demo", "test"} <= {command.words[1] for command in MAKES}
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=str)
+def _marked(command: Command) -> Any:
+    """A plan at HoVLE's size takes most of a minute; ``tests/distill/test_dry_run.py`` has the dry run in small."""
+    return pytest.param(command, marks=pytest.mark.slow) if "--geometry" in command.words else command
+
+
+@pytest.mark.parametrize("command", [_marked(command) for command in COMMANDS], ids=str)
 def test_command_runs(command: Command, room: Path) -> None:
     """Every command is parsed, and run for real; what would take minutes with fewer steps and shorter answers."""
     argv = list(command.words[1:])

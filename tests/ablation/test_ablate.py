@@ -159,6 +159,7 @@ def test_killed_it_goes_on_in_the_cell_that_it_was_in(place: Path) -> None:
     assert resumed == {"layers/none/0": False, "layers/two/0": True}
 
 
+@pytest.mark.slow
 def test_parts_and_processes_give_the_same_lines(place: Path) -> None:
     """Two shards, one of them with two processes at a time, joined; against one command alone."""
     base = (place / "base.yaml").read_text()

@@ -12,16 +12,33 @@ from mmmamba.ops.pick import pick_greedy_torch
 kernels = pytest.importorskip("mmmamba.ops.triton.pick", exc_type=ImportError)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    b=st.sampled_from([0, 1, 2, 5, 66]),  # 66: more than a block of rows holds; each row costs the interpreter time
-    v=st.integers(1, 9000),
-    turned=st.booleans(),
-    banned=st.booleans(),
-    scale=st.sampled_from([1, 30]),
-)
+ROWS = 66  # more than a block of rows holds; each row costs the interpreter time
+DTYPES = [torch.float32, torch.bfloat16]
+OPTIONS = {"turned": st.booleans(), "banned": st.booleans(), "scale": st.sampled_from([1, 30])}
+SETTINGS = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=8, **SETTINGS)
+@given(b=st.sampled_from([0, 1, 2, 5]), v=st.integers(1, 9000), **OPTIONS)
 def test_picks_what_argmax_picks(device, dtype, b, v, turned, banned, scale):
+    check_pick(device, dtype, b, v, turned, banned, scale)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_picks_in_more_rows_than_a_block_holds(device, turned):
+    check_pick(device, torch.bfloat16, ROWS, 300, turned, True, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=25, **SETTINGS)
+@given(b=st.sampled_from([0, 1, 2, 5, ROWS]), v=st.integers(1, 9000), **OPTIONS)
+def test_picks_what_argmax_picks_in_many_rows(device, dtype, b, v, turned, banned, scale):
+    check_pick(device, dtype, b, v, turned, banned, scale)
+
+
+def check_pick(device, dtype, b, v, turned, banned, scale):
     generator = torch.Generator().manual_seed(b * 9001 + v)
     logits = (scale * torch.randn((v, b) if turned else (b, v), generator=generator)).to(device, dtype)
     logits = logits.t() if turned else logits
