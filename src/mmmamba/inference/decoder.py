@@ -228,7 +228,8 @@ def _called(module: nn.Module | None) -> nn.Module | None:
     """The first module that has to be called, of a module and all that it is made of."""
     if module is None:
         return None
-    kind = _kind(type(module))
+    of: Any = type(module)
+    kind = _kind(of)
     if kind is None or not plain(kind, module):
         return module
     return next((found for part in module._modules.values() if (found := _called(part)) is not None), None)
