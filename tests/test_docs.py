@@ -135,7 +135,8 @@ def test_there_is_something_to_test() -> None:
 
 def _marked(command: Command) -> Any:
     """A plan at HoVLE's size takes most of a minute; ``tests/distill/test_dry_run.py`` has the dry run in small."""
-    return pytest.param(command, marks=pytest.mark.slow) if "--geometry" in command.words else command
+    long = {"--dry-run", "--geometry"} <= set(command.words)
+    return pytest.param(command, marks=pytest.mark.slow) if long else command
 
 
 @pytest.mark.parametrize("command", [_marked(command) for command in COMMANDS], ids=str)
