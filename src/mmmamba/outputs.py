@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mmmamba.errors import UserError
+from mmmamba.jsonfile import MAX_DATA_BYTES, read_json
 
 LEDGER = ".mmmamba.json"
 
@@ -208,8 +209,8 @@ def file_hash(path: Path) -> str:
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     """The entries of a ledger; none where it is missing or not one, so that nothing counts as ours."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["written"]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        found = read_json(path, limit=MAX_DATA_BYTES)["written"]
+    except (UserError, KeyError):
         return {}
     if not isinstance(found, dict):
         return {}

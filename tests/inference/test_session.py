@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -319,3 +320,49 @@ def test_killed_at_any_moment_the_file_is_whole(teacher_folder, tmp_path):
     assert resumed.past.turns[0] == Turn("human", "what?")
     say(resumed, "sure?")
     assert save_session(path, resumed) and len(list(tmp_path.iterdir())) == 1, "no half-written file is left"
+
+
+HYBRID_STATES = ("attention", "mamba2", "mamba2", "attention", "mamba2")
+STRANGE = {
+    "shape": ("layers.1.ssm", lambda t: t[..., :-1].clone(), r"'layers.1.ssm' is \(1, 4, 16, 15\), expected"),
+    "rows": ("layers.0.k", lambda t: torch.cat([t, t]), r"'layers.0.k' is \(2, "),
+    "kind": ("layers.1.conv", lambda t: t.to(torch.int32), r"'layers.1.conv' is int32"),
+    "narrow": ("layers.3.v", lambda t: t.half(), r"'layers.3.v' is float16"),
+    "NaN": ("layers.1.ssm", lambda t: t * torch.nan, r"'layers.1.ssm' has values that are not finite"),
+    "infinity": ("layers.0.v", lambda t: t / 0, r"'layers.0.v' has values that are not finite"),
+    "flags": ("layers.0.filled", lambda t: t.byte(), r"'layers.0.filled' is uint8"),
+    "no tokens": ("layers.0.filled", lambda t: t & False, r"'layers.0.filled' counts other tokens than 'positions'"),
+    "scalar": ("layers.0.filled", lambda t: t[0, 0].clone(), r"'layers.0.k' is .*, expected \(1, 0,"),
+    "negative": ("positions", lambda t: -t, "'positions' is no number of positions"),
+    "endless": ("positions", lambda t: t + 2**62, "'positions' is no number of positions"),
+    "two": ("positions", lambda t: torch.cat([t, t]), "'positions' is no number of positions"),
+}
+TOLD = {
+    "unfed": ([320], "'unfed' holds the id 320, but the model has 320 tokens"),
+    "answers": (-1, r"'answers' \(-1\)"),
+    "max_length": (-5, r"'max_length' \(-5\)"),
+    "max_embedded": (-1, r"'max_embedded' \(-1\)"),
+}
+
+
+def test_a_state_that_no_model_left_is_refused(tiny_model, tiny_processor, tmp_path):
+    """Also where whoever changed it has put the checksum right."""
+    model = tiny_model(HYBRID_STATES)
+    chat = Chat(model, tiny_processor, max_new_tokens=4)
+    say(chat, "how many?")
+    path = save_session(tmp_path / "talk", chat)
+    whole = path.read_bytes()
+
+    def reason(change) -> str:
+        path.write_bytes(whole)
+        with pytest.raises(UserError) as refusal:
+            load_session(rewritten(path, change), model, tiny_processor)
+        return str(refusal.value)
+
+    for name, alter, complaint in STRANGE.values():
+        said = reason(lambda told, tensors: tensors.update({name: alter(tensors[name])}))  # noqa: B023
+        assert re.search(complaint, said) and "talk: is not a session of this model" in said, said
+    for key, (value, complaint) in TOLD.items():
+        assert re.search(complaint, reason(lambda told, tensors: told.update({key: value})))  # noqa: B023
+    path.write_bytes(whole)
+    load_session(rewritten(path, lambda told, tensors: None), model, tiny_processor)

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmmamba.checkpoints import write_atomically
-from mmmamba.checkpoints.io import read_with_metadata, write_safetensors
+from mmmamba.checkpoints.io import not_finite, read_with_metadata, write_safetensors
 from mmmamba.config import from_dict, to_dict
 from mmmamba.data.pictures import PictureFile, Unread
 from mmmamba.data.processor import Processor
@@ -32,7 +32,8 @@ from mmmamba.inference.conversation import Chat, Past
 from mmmamba.inference.fingerprint import digest, fingerprint
 from mmmamba.inference.sampling import Sampling
 from mmmamba.jsonfile import parse_json
-from mmmamba.model.config import ATTENTION
+from mmmamba.model.config import ATTENTION, MAX_POSITIONS
+from mmmamba.model.mamba2 import Mamba2
 from mmmamba.model.model import Model
 from mmmamba.model.state import KVState, LayerState, MambaState, State
 
@@ -209,6 +210,8 @@ def _state(path: Path, tensors: Mapping[str, Tensor], model: Model, header: Head
     expected = {"positions", *(["embedded"] if model.merges_late else []), *(name for layer in names for name in layer)}
     if wrong := sorted(expected ^ set(tensors)):
         raise UserError(f"{path}: is not a session of this model: tensor '{wrong[0]}' is missing or not of its state")
+    _check_tensors(path, tensors, model)
+    _check_header(path, header, tensors, model)
     return State(
         layers=tuple(kind(*(tensors[name] for name in layer)) for kind, layer in zip(kinds, names, strict=True)),
         positions=tensors["positions"],
@@ -216,6 +219,58 @@ def _state(path: Path, tensors: Mapping[str, Tensor], model: Model, header: Head
         embedded=tensors.get("embedded"),
         max_embedded=header.max_embedded,
     ).to(model.device)
+
+
+def _check_tensors(path: Path, tensors: Mapping[str, Tensor], model: Model) -> None:
+    """Refuse a state that the model's layers cannot go on from: other shapes, other numbers, NaN.
+
+    The checksum tells damage; whoever wrote a file may have written down a checksum of anything.
+    """
+
+    def refuse(name: str, what: str) -> None:
+        raise UserError(f"{path}: is not a session of this model: tensor '{name}' {what}")
+
+    floating = torch.promote_types(model.dtype, torch.float32)
+    for i, kind in enumerate(model.config.layer_map):
+        prefix, mixer = f"layers.{i}.", model.mixer(i)
+        if kind == ATTENTION:
+            length = tensors[f"{prefix}filled"].shape[-1] if tensors[f"{prefix}filled"].ndim else 0
+            heads = (1, length, mixer.groups, mixer.head_dim)
+            shapes: dict[str, tuple[int, ...]] = {"k": heads, "v": heads, "filled": (1, length)}
+        else:
+            assert isinstance(mixer, Mamba2)
+            channels = (mixer.heads_count + 2 * mixer.groups) * mixer.head_dim
+            shapes = {
+                "conv": (1, mixer.config.conv_kernel - 1, channels),
+                "ssm": (1, mixer.heads_count, mixer.head_dim, mixer.head_dim),
+            }
+        for name, shape in shapes.items():
+            found = tensors[prefix + name]
+            if found.shape != shape:
+                refuse(prefix + name, f"is {tuple(found.shape)}, expected {shape}")
+            if (found.dtype != torch.bool) if name == "filled" else found.dtype not in (model.dtype, floating):
+                refuse(prefix + name, f"is {_name(found.dtype)}")
+            if not_finite(found):
+                refuse(prefix + name, "has values that are not finite (NaN or infinity)")
+    for name in ("positions", "embedded"):
+        if name in tensors:
+            found = tensors[name]
+            if found.dtype != torch.long or found.shape != (1,) or not 0 <= int(found) < MAX_POSITIONS:
+                refuse(name, "is no number of positions")
+    for i in model.config.attention_layers:
+        seen = "embedded" if model.merges_late and i < model.config.embedding.num_layers else "positions"
+        if int(tensors[f"layers.{i}.filled"].sum()) != int(tensors[seen]):
+            refuse(f"layers.{i}.filled", f"counts other tokens than '{seen}'")
+
+
+def _check_header(path: Path, header: Header, tensors: Mapping[str, Tensor], model: Model) -> None:
+    vocabulary = model.config.vocab_size
+    if wrong := [token for token in header.unfed if not 0 <= token < vocabulary]:
+        raise UserError(f"{path}: 'unfed' holds the id {wrong[0]}, but the model has {vocabulary} tokens")
+    if header.answers < 0 or not 0 <= header.max_length <= MAX_POSITIONS:
+        raise UserError(f"{path}: 'answers' ({header.answers}) or 'max_length' ({header.max_length}) is out of range")
+    if header.max_embedded is not None and not 0 <= header.max_embedded <= MAX_POSITIONS:
+        raise UserError(f"{path}: 'max_embedded' ({header.max_embedded}) is out of range")
 
 
 def _reference(path: Path, number: int, picture: Image.Image | Unread) -> Reference:
