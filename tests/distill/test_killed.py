@@ -72,7 +72,7 @@ def test_killed_at_any_disk_operation(command, tmp_path):
 
     # A resumed run needs about twenty operations to its next checkpoint.
     distils = command[0] == "distill"
-    moments = [18, 25, 21, 12, 23] if distils else [10, 14, 13, 17]
+    moments = [18, 25, 21, 12, 23] if distils else [11, 14, 13, 12]
     saving_the_model_again = [15, 16, 17] if distils else [13, 14, 15]
     jobs = [
         job(whole),

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -18,11 +19,12 @@ import numpy as np
 
 from mmmamba.config import to_dict
 from mmmamba.data.jsonl import JsonlDataset
+from mmmamba.data.marks import Marks
 from mmmamba.data.processor import Encoded, Processor
 from mmmamba.data.samples import BadSample
 from mmmamba.data.template import JinjaTemplate
 from mmmamba.data.workers import ordered
-from mmmamba.errors import UserError
+from mmmamba.errors import UserError, printable
 from mmmamba.files import open_file
 from mmmamba.jsonfile import MAX_DATA_BYTES, read_json
 from mmmamba.progress import Progress
@@ -31,7 +33,7 @@ from mmmamba.progress import Progress
 _VERSION = 2
 
 _META = "meta.json"
-_TOLD = {"version", "fingerprint", "samples", "bytes", "sha256", "bad"}
+_TOLD = {"version", "fingerprint", "samples", "bytes", "sha256", "pictures", "bad"}
 _CHUNK_ROWS = 256
 _CHUNK_BYTES = 32 << 20  # of tiles, so that a few workers' chunks fit into memory at 448 pixels too
 
@@ -55,6 +57,11 @@ class EncodedSource:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @cached_property
+    def marks(self) -> Marks:
+        """By which the set's pictures are known."""
+        return Marks.of(self.dataset)
+
     def encode(self, index: int) -> Encoded:
         return self.processor.encode(self.dataset[index], max_length=self.max_length, max_tiles=self.max_tiles)
 
@@ -63,8 +70,8 @@ class EncodedCache:
     """The same samples, encoded once and read from disk ever after.
 
     A folder under ``directory`` holds one .npy array of each kind. Its name ends in a fingerprint of the JSONL's
-    bytes, the tokenizer and every setting that decides an encoding, so a change of any of them makes a new one. The
-    pictures' own bytes are not part of it: after changing pictures in place, delete the folder.
+    bytes, the tokenizer and every setting that decides an encoding, so a change of any of them makes a new one. Where
+    pictures have changed in place, as :mod:`mmmamba.data.marks` sees it, everything is encoded again.
 
     It is written under another name and renamed when complete. Processes that want the same cache at the same time
     wait for the one that makes it.
@@ -90,7 +97,8 @@ class EncodedCache:
         mark = fingerprint(source)
         self.dataset = dataset
         self.path = Path(directory) / f"{dataset.path.stem}-{mark[:16]}"
-        if not _complete(self.path, mark):
+        self.marks = source.marks
+        if not _complete(self.path, mark, self.marks):
             try:
                 self._make(source, mark, workers, on_bad_sample)
             except OSError as error:
@@ -134,7 +142,8 @@ class EncodedCache:
     def _make(self, source: EncodedSource, mark: str, workers: int, on_bad_sample: str) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(self.path.with_name(f"{self.path.name}.lock")):
-            if not _complete(self.path, mark, say=False):  # another process may have made it meanwhile
+            # Another process may have made it meanwhile.
+            if not _complete(self.path, mark, self.marks, say=False):
                 _build(source, self.path, mark, workers, on_bad_sample)
 
     def _open(self) -> None:
@@ -258,7 +267,8 @@ def _build(source: EncodedSource, final: Path, mark: str, workers: int, on_bad_s
         sizes = {name: (partial / f"{name}.npy").stat().st_size for name in _ARRAYS}
         sums = {name: _sha256(partial / f"{name}.npy") for name in _ARRAYS if name != "tiles"}
         meta = {
-            "version": _VERSION, "fingerprint": mark, "samples": len(source), "bytes": sizes, "sha256": sums, "bad": bad
+            "version": _VERSION, "fingerprint": mark, "samples": len(source), "bytes": sizes, "sha256": sums,
+            "pictures": source.marks.text, "bad": bad,
         }  # fmt: skip
         with open(partial / _META, "w", encoding="utf-8") as file:
             json.dump(meta, file, ensure_ascii=False)
@@ -338,10 +348,10 @@ class _all_closed:
             writer.close()
 
 
-def _complete(path: Path, mark: str, *, say: bool = True) -> bool:
+def _complete(path: Path, mark: str, marks: Marks, *, say: bool = True) -> bool:
     """Whether a cache is there as it was written: its name is given last, but files can be cut or altered later.
 
-    What was altered is said, and made again from the data.
+    What was altered is said, and made again from the data; so is a cache of pictures that have changed since.
     """
     if not path.exists():
         return False
@@ -352,7 +362,11 @@ def _complete(path: Path, mark: str, *, say: bool = True) -> bool:
         if say:
             print(f"{path}: the cache was altered or damaged and is made again ({reason})", file=sys.stderr)
         return False
-    return True
+    # A cache of an earlier version does not say which pictures it is of.
+    changed = marks.changed(str(read_json(path / _META, limit=MAX_DATA_BYTES).get("pictures", "")))
+    if changed is not None and say:
+        print(f"{printable(changed)}: changed since it was encoded: the cache is made again", file=sys.stderr)
+    return changed is None
 
 
 def _check(path: Path, mark: str) -> None:

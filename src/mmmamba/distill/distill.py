@@ -15,6 +15,7 @@ import torch
 from mmmamba.checkpoints import fingerprint, load, resolve, save_student
 from mmmamba.checkpoints.io import write_atomically
 from mmmamba.data.batching import Batch
+from mmmamba.data.marks import Marks
 from mmmamba.data.processor import Processor
 from mmmamba.device import pick_device, pick_precision
 from mmmamba.distill import dry_run as rehearsal
@@ -24,7 +25,7 @@ from mmmamba.distill.objectives import AlignHeads, MatchLogits, PredictAnswers
 from mmmamba.distill.parameters import check_stages, kind_of, own_parameters, unshare
 from mmmamba.distill.placement import place
 from mmmamba.distill.recipe import ALIGNMENT, DistillRecipe, SourceConfig, StageConfig, label, load_recipe
-from mmmamba.distill.run import RunFolder, alone, checked_manifest, digest
+from mmmamba.distill.run import RunFolder, alone, checked_manifest, digest, pictures_of
 from mmmamba.distill.seeding import seed
 from mmmamba.distill.stored import TENSORS, lay_over, read_stored
 from mmmamba.distill.trainer import train
@@ -144,9 +145,12 @@ def _distilled(plan: DistillRecipe, run_folder: Path, resume: bool, where: torch
     identity = {"kind": "distill", "teacher": source_hash, "data": feed.identity}
     with processes.main_first():
         run = RunFolder(run_folder, plan, identity, resume=resume)
-        run.note(alignment=alignment, teacher={"path": str(plan.teacher), "sha256": source_hash})
+        pictures = run.check_pictures(feed.marks)
+        run.note(
+            pictures=pictures, alignment=alignment, teacher={"path": str(plan.teacher), "sha256": source_hash}
+        )  # fmt: skip
         if processes.is_main():
-            _borrow_alignment(run, alignment)
+            _borrow_alignment(run, alignment, feed.marks)
 
     aligned = seed(model, mixer=plan.mixer, seed=plan.seed, init=plan.init, dtype=torch.float32)
     for stage in ALIGNMENT:
@@ -226,7 +230,7 @@ def _measurable(feed: Feed, stage: StageConfig, device: torch.device) -> Sequenc
     raise UserError(f"layers: measured: none of {batches * stage.batch_size:,} samples is good; see mmmamba data check")
 
 
-def _borrow_alignment(run: RunFolder, alignment: str) -> None:
+def _borrow_alignment(run: RunFolder, alignment: str, marks: Mapping[str, Marks]) -> None:
     """Take stages 1 and 2 from a sibling run that aligned the same teacher in the same way."""
     if run.result("stage2") is not None or run.last_step("stage1") or run.last_step("stage2"):
         return
@@ -237,6 +241,9 @@ def _borrow_alignment(run: RunFolder, alignment: str) -> None:
         found = _readable(manifest)
         if found.get("alignment") != alignment or not {*ALIGNMENT} <= set(found.get("stages", {})):
             continue
+        kept = pictures_of(found)
+        if any(now.changed(kept.get(source, "")) for source, now in marks.items()):
+            continue  # it saw other pictures
         if not all(_lends(sibling / "checkpoints" / stage, stage) for stage in ALIGNMENT):
             continue
         for stage in ALIGNMENT:

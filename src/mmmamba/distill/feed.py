@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from mmmamba.data.batching import Batch, Concatenated, Loader, Order, Skipped, Source
+from mmmamba.data.batching import Batch, Concatenated, Loader, Order, Skipped
 from mmmamba.data.cache import EncodedCache, EncodedSource
 from mmmamba.data.jsonl import JsonlDataset
+from mmmamba.data.marks import Marks
 from mmmamba.data.processor import Processor
 from mmmamba.device import cores
 from mmmamba.distill import processes
@@ -37,7 +38,7 @@ class Feed:
         prepare_root(config)
         limits: dict[str, Any] = {"max_length": config.max_length, "max_tiles": config.max_tiles}
         self.paths = source_paths(config)
-        self.sources: list[Source] = []
+        self.sources: list[EncodedCache | EncodedSource] = []
         for path in self.paths:
             dataset = JsonlDataset(path)
             if len(dataset) == 0:
@@ -63,6 +64,11 @@ class Feed:
     def identity(self) -> list[str]:
         """What the sources are, for the run's fingerprint: name, weight and a hash of each file."""
         return identity_of(self.config)
+
+    @functools.cached_property
+    def marks(self) -> dict[str, Marks]:
+        """The number of a source → by which its pictures are known."""
+        return {str(i): source.marks for i, source in enumerate(self.sources)}
 
     def rows(self, config: TrainConfig, salt: int) -> _Rows:
         """The rows of each step of a stage; ``salt`` gives every stage its own order."""

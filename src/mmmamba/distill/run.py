@@ -27,6 +27,7 @@ from mmmamba.checkpoints.io import (
 from mmmamba.checkpoints.write import check_target
 from mmmamba.config import dump_yaml, load_yaml, to_dict
 from mmmamba.data.batching import Skipped
+from mmmamba.data.marks import Marks
 from mmmamba.distill import processes
 from mmmamba.distill.stored import read_stored, write_stored
 from mmmamba.errors import UserError
@@ -51,6 +52,12 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "numpy": numpy.__version__,
     }
+
+
+def pictures_of(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Source → by which its pictures were known when a run began; nothing where its manifest does not say."""
+    found = manifest.get("pictures")
+    return {key: value for key, value in found.items() if isinstance(value, str)} if isinstance(found, dict) else {}
 
 
 @contextmanager
@@ -183,6 +190,19 @@ class RunFolder:
         """Add entries to the manifest."""
         self.manifest.update(to_dict(entries))
         self._write_manifest()
+
+    def check_pictures(self, marks: Mapping[str, Marks]) -> dict[str, str]:
+        """By which the sources' pictures are known, to be noted; refuses to go on with others.
+
+        Raises:
+            UserError: naming a picture that is not what it was when the run began.
+        """
+        kept = pictures_of(self.manifest)
+        for source, now in marks.items():
+            changed = now.changed(kept.get(source, ""))
+            if changed is not None:
+                raise UserError(f"{changed}: changed since the run in {self.path} began; give another --out")
+        return {source: kept.get(source) or now.text for source, now in marks.items()}
 
     # ------------------------------------------------------------------ skipped samples
 

@@ -66,6 +66,9 @@ def _taught(plan: TeachRecipe, run_folder: Path, resume: bool, where: torch.devi
     with processes.main_first():
         feed = Feed(plan.data, processor, plan.seed)
         run = RunFolder(run_folder, plan, {"kind": "teach", "data": feed.identity}, resume=resume)
+        pictures = run.check_pictures(feed.marks)
+        if run.manifest.get("pictures") != pictures:
+            run.note(pictures=pictures)
     model = initialise(Model(processor.config), plan.seed).to(where)
     if plan.train.compile:
         compile_layers(model)
