@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -293,7 +293,7 @@ def test_what_is_said_about_pixels_is_done(
     ("options", "reason"),
     [
         ({"do_resize": False}, "do_resize=False"), ({"size": {"height": 64, "width": 64}}, "size={'height': 64"),
-        ({"size": 99}, "size=99"), ({"resample": 2}, "resample=2"), ({"do_convert_rgb": False}, "do_convert_rgb=False"),
+        ({"size": 99}, "size=99"), ({"resample": 2}, "resample=2"),
         ({"do_center_crop": True}, "do_center_crop=True"), ({"data_format": "channels_last"}, "data_format="),
         ({"nonsense": False}, "no option 'nonsense'"), ({"image_mean": [1, 2]}, "image_mean must be"),
         ({"image_std": 0}, "image_std must not be 0"), ({"return_tensors": "tf"}, "return_tensors must be"),
@@ -518,3 +518,33 @@ def test_added_tokens_are_read_at_once_and_after_saving(folder: Path, tmp_path: 
     assert think in ours.encode("<think>", allow_special=False) and stop not in ours.encode(
         "<stop>", allow_special=False
     )
+
+
+@dataclass
+class Said:
+    """A message as an object, as some clients have them."""
+
+    role: str
+    content: Any
+    tool_calls: Any = None
+
+
+def test_messages_may_be_objects(processor: MMMambaProcessor) -> None:
+    chat = [
+        Said("user", [{"type": "image", "image": WIDE}, {"type": "text", "text": "and?"}]),
+        Said("assistant", "red"),
+    ]
+    plain = [user("and?", WIDE), assistant("red")]
+    assert ids_of(processor, chat) == ids_of(processor, plain)
+    assert ids_of(processor, [chat, chat]) == ids_of(processor, [plain, plain])
+    with pytest.raises(UserError, match="a message must have a role and a content"):
+        ids_of(processor, ["hi"])
+
+
+def test_pictures_that_are_not_rgb_are_converted_or_refused(processor: MMMambaProcessor) -> None:
+    alone, grey = processor.image_processor, RED.convert("L")
+    assert alone(grey)["pixel_values"].shape == (1, 3, 56, 56)
+    assert np.array_equal(alone(RED, do_convert_rgb=False)["pixel_values"], alone(RED)["pixel_values"])
+    for call in (lambda: alone(grey, do_convert_rgb=False), lambda: processor(grey, "<image>", do_convert_rgb=False)):
+        with pytest.raises(UserError, match="do_convert_rgb=False: the picture is not RGB"):
+            call()

@@ -37,8 +37,9 @@ class MMMambaImageProcessor(BaseImageProcessor):
         do_rescale, rescale_factor: whether pixels are multiplied, and by what (1/255).
         do_normalize, image_mean, image_std: whether pixels are normalised, and with what (ImageNet's, which our models
             are trained with).
-        do_resize, do_convert_rgb, resample, size: only what is always done can be said: tiles are made by resizing RGB
-            pictures, bicubic, to ``image_size``.
+        do_convert_rgb: whether other pictures become RGB; otherwise they are refused.
+        do_resize, resample, size: only what is always done can be said: tiles are made by resizing pictures, bicubic,
+            to ``image_size``.
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012
@@ -56,6 +57,7 @@ class MMMambaImageProcessor(BaseImageProcessor):
         do_rescale: bool = True,
         rescale_factor: float = 1 / 255,
         do_normalize: bool = True,
+        do_convert_rgb: bool = True,
         **kwargs: Any,
     ) -> None:
         kwargs.pop("image_processor_type", None)
@@ -69,14 +71,21 @@ class MMMambaImageProcessor(BaseImageProcessor):
         self.max_side = max_side
         self.image_mean, self.image_std = _three(image_mean, "image_mean"), _three(image_std, "image_std")
         self.do_rescale, self.rescale_factor, self.do_normalize = do_rescale, rescale_factor, do_normalize
+        self.do_convert_rgb = do_convert_rgb
 
-    def tiles(self, image: Any, max_tiles: int | None = None) -> np.ndarray:
+    def tiles(self, image: Any, max_tiles: int | None = None, do_convert_rgb: bool | None = None) -> np.ndarray:
         """One picture (whatever :func:`open_image` takes) as uint8 (t, H, W, 3).
 
         With ``max_side`` it is (rows, columns, H, W, 3).
         """
         if self.image_size is None:
             raise UserError("this model reads text only, it cannot be shown pictures")
+        if not (self.do_convert_rgb if do_convert_rgb is None else do_convert_rgb):
+            mode, shape = getattr(image, "mode", None), getattr(image, "shape", ())
+            if mode != "RGB" and 3 not in (*shape[-1:], *shape[-3:-2]):
+                raise UserError(
+                    "do_convert_rgb=False: the picture is not RGB, which this model reads, or not known to be"
+                )
         if self.max_side is not None:
             if max_tiles is not None:
                 raise UserError("max_tiles: this model reads a picture as rows of patches, not as tiles")
@@ -114,10 +123,10 @@ class MMMambaImageProcessor(BaseImageProcessor):
             UserError: for any other option, unless it asks for what is done anyway.
         """
         pixels = {name: kwargs.pop(name) for name in PIXEL_OPTIONS if name in kwargs}
-        device = kwargs.pop("device", None)
+        device, convert = kwargs.pop("device", None), kwargs.pop("do_convert_rgb", None)
         refuse_changes(kwargs, self.image_size)
         refuse_unknown("the image processor", {name: kwargs[name] for name in kwargs if name not in _FIXED})
-        cut = [in_order(self.tiles(image, max_tiles)) for image in flat(images)]
+        cut = [in_order(self.tiles(image, max_tiles, convert)) for image in flat(images)]
         if not cut:
             raise UserError("the image processor needs at least one picture")
         data = {
@@ -160,9 +169,9 @@ class MMMambaImageProcessor(BaseImageProcessor):
 #: What can be said at a call about the pixels of the tiles.
 PIXEL_OPTIONS = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 #: What is always done so, by name: another value is refused.
-_FIXED = ("do_resize", "do_convert_rgb", "resample", "size", "do_center_crop", "crop_size", "do_pad", "data_format",
+_FIXED = ("do_resize", "resample", "size", "do_center_crop", "crop_size", "do_pad", "data_format",
           "input_data_format", "disable_grouping", "default_to_square")  # fmt: skip
-IMAGE_OPTIONS = (*PIXEL_OPTIONS, *_FIXED, "max_tiles")
+IMAGE_OPTIONS = (*PIXEL_OPTIONS, *_FIXED, "do_convert_rgb", "max_tiles")
 
 
 def refuse_changes(options: dict[str, Any], image_size: int | None) -> None:
@@ -173,7 +182,7 @@ def refuse_changes(options: dict[str, Any], image_size: int | None) -> None:
     """
     side = {"height": image_size, "width": image_size}
     allowed: dict[str, tuple[Any, ...]] = {
-        "do_resize": (True,), "do_convert_rgb": (True,), "resample": (3, Image.Resampling.BICUBIC),
+        "do_resize": (True,), "resample": (3, Image.Resampling.BICUBIC),
         "size": (image_size, side, {"shortest_edge": image_size}), "do_center_crop": (False,), "crop_size": (),
         "do_pad": (False,), "data_format": ("channels_first",),
         "input_data_format": ("channels_first", "channels_last"),

@@ -106,8 +106,6 @@ class MMMambaProcessor(ProcessorMixin):
         self,
         images: Any = None,
         text: str | Sequence[str] | None = None,
-        videos: Any = None,
-        audio: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Text and pictures → ``input_ids``, ``attention_mask`` and, with pictures, ``pixel_values``.
@@ -119,7 +117,6 @@ class MMMambaProcessor(ProcessorMixin):
             images: the pictures of the marks, in order: one, a list, or a list a text. Pillow's pictures, arrays,
                 paths, URLs or base64 text.
             text: one text or several.
-            videos, audio: refused: our models read pictures.
             kwargs: options of the text (:data:`TEXT_OPTIONS`) and of the pictures (those of the image processor), as
                 they are or within ``text_kwargs``, ``images_kwargs``, ``common_kwargs``:
                 ``return_tensors`` (``pt``, ``np``; lists otherwise), ``device``;
@@ -131,8 +128,6 @@ class MMMambaProcessor(ProcessorMixin):
         Raises:
             UserError: when marks and pictures differ in number, or an option is not known.
         """
-        if videos is not None or audio is not None:
-            raise UserError(f"'{'videos' if videos is not None else 'audio'}': this model reads text and pictures only")
         text_options, image_options = self._options(kwargs)
         if text is None:
             if images is None:
@@ -155,11 +150,11 @@ class MMMambaProcessor(ProcessorMixin):
         Raises:
             UserError: for one that is not known, or stands twice.
         """
-        flat_options = {name: value for name, value in kwargs.items() if name not in _NESTED}
+        flat_options = {name: value for name, value in kwargs.items() if name not in (*_NESTED, "videos", "audio")}
         made: dict[str, Any] = {n: v for n, v in self.tokenizer.init_kwargs.items() if n in _OF_TOKENIZER_INIT}
         options: tuple[dict[str, Any], dict[str, Any]] = (made, {})
-        for name in ("videos_kwargs", "audio_kwargs"):
-            if kwargs.get(name):
+        for name in ("videos", "audio", "videos_kwargs", "audio_kwargs"):
+            if kwargs.get(name) is not None and kwargs[name] != {}:
                 raise UserError(f"'{name}': this model reads text and pictures only")
         groups: list[tuple[str, Mapping[str, Any]]] = [(name, kwargs.get(name) or {}) for name in _NESTED[:3]]
         for group, values in [*groups, ("", flat_options)]:
@@ -232,8 +227,9 @@ class MMMambaProcessor(ProcessorMixin):
         if not conversation:
             raise UserError("the conversation has no messages")
         conversation = getattr(conversation, "messages", conversation)
-        batched = not isinstance(conversation[0], Mapping)
-        given = [getattr(chat, "messages", chat) for chat in (conversation if batched else [conversation])]
+        batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
+        chats = [getattr(chat, "messages", chat) for chat in (conversation if batched else [conversation])]
+        given = [[_mapping(message) for message in chat] for chat in chats]
         jinja = self._jinja(chat_template, tools)
         variables: dict[str, Any] = {"tools": _schemas(tools), "documents": documents}
         options = dict(processor_kwargs or {})
@@ -323,7 +319,10 @@ class MMMambaProcessor(ProcessorMixin):
             answers: (start, end) of what is scored, in characters.
         """
         ours = self._ours
-        tiles = [self.image_processor.tiles(image, options.get("max_tiles")) for image in images]
+        tiles = [
+            self.image_processor.tiles(image, options.get("max_tiles"), options.get("do_convert_rgb"))
+            for image in images
+        ]
         pictures = iter(tiles)
         ids: list[int] = []
         labels: list[int] = []
@@ -467,6 +466,21 @@ def _picture(part: Message, message: int) -> Any:
     raise UserError(f"message {message}: an image part has no 'image', 'url', 'path' or 'base64'")
 
 
+def _mapping(entry: Any) -> Message:
+    """A message, or a part of one, that is given as an object (a dataclass, a pydantic model), as its dict."""
+    if isinstance(entry, str):
+        raise UserError(f"a message must have a role and a content, got {entry!r:.80}")
+    found = entry
+    if not isinstance(entry, Mapping):
+        fields = (
+            entry.model_dump() if hasattr(entry, "model_dump") else vars(entry) if hasattr(entry, "__dict__") else {}
+        )
+        found = {name: value for name, value in fields.items() if value is not None}
+    if isinstance(content := found.get("content"), (list, tuple)):
+        found = {**found, "content": [part if isinstance(part, (str, Mapping)) else _mapping(part) for part in content]}
+    return dict(found)
+
+
 def _plain(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Any]]:
     """Messages as plain data, for a template: without the pictures themselves, which come second.
 
@@ -481,7 +495,10 @@ def _plain(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Any]
                 kind = part.get("type") if isinstance(part, Mapping) else None
                 if kind in ("image", "image_url"):
                     images.append(_picture(part, i))
-                    parts.append({"type": "image"})
+                    named = {"url": images[-1], **part}
+                    parts.append(
+                        {n: named[n] for n in ("url", "path") if isinstance(named.get(n), str)} | {"type": "image"}
+                    )
                 elif kind == "text" and isinstance(part.get("text"), str):
                     parts.append(dict(part))
                 else:

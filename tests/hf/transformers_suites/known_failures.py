@@ -44,6 +44,28 @@ SUITES = (
                 "it wants a second processor over torchvision, which would give other pixels: a model answers by "
                 "those that it was trained on"
             ),
+            "ImageProcessorTest::test_call_numpy_4_channels": (
+                "it wants pictures of four colours as they are: the model reads three, and do_convert_rgb=False is "
+                "refused for a picture that is not RGB"
+            ),
+        },
+    ),
+    Suite(
+        "suite_processing.py",
+        32,
+        {
+            **{
+                f"ProcessorTest::test_apply_chat_template_image_{i}": (
+                    "it gives num_frames along with pictures: an option that nothing reads is refused by name"
+                )
+                for i in range(2)
+            },
+            "ProcessorTest::test_unstructured_kwargs_batched_0_images": (
+                "it gives a max_length that nothing reads (padding to the longest, no truncation): refused by name"
+            ),
+            "ProcessorTest::test_tokenizer_decode_defaults": (
+                "it makes a processor without the model's config, which says what a prompt and a picture are made of"
+            ),
         },
     ),
 )
