@@ -161,7 +161,7 @@ def tokenizers(rng: random.Random, seeds: tuple[Path, list[str]], here: Path) ->
         data = json.loads(path.read_text())
         if path.name == "tokenizer.json" and rng.random() < 0.7:  # not always the vocabulary
             key = rng.choice("added_tokens normalizer pre_tokenizer post_processor decoder model version".split())
-            data[key] = mutate.tree(rng, {"x": data.get(key)}, 1).get("x")
+            data[key] = mutate.tree(rng, data.get(key))
         else:
             data = mutate.tree(rng, data)
         replaced(path, mutate.json_text(rng, data, changed=rng.random() < 0.2))

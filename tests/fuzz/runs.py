@@ -80,7 +80,7 @@ def _tensor(rng: random.Random, tensor: torch.Tensor) -> torch.Tensor:
         return tensor[None].contiguous()
     if how == 5:
         return torch.full_like(tensor, rng.choice([0, 1, 127]))
-    return torch.full_like(tensor, float("nan")) if tensor.is_floating_point() else -tensor
+    return torch.full_like(tensor, float("nan")) if tensor.is_floating_point() else ~tensor
 
 
 # ---------------------------------------------------------------------------------------------- run folders

@@ -11,11 +11,11 @@ from fuzz.harness import Target
 TARGETS = {
     target.name: target
     for target in [
-        Target("jsonl", 1360, files.jsonl_seeds, files.jsonl),
+        Target("jsonl", 1610, files.jsonl_seeds, files.jsonl),
         Target("pictures", 1000, files.picture_seeds, files.pictures),
         Target("recipes", 700, files.recipe_seeds, files.recipes),
         Target("tables", 100, files.table_seeds, files.tables),
-        Target("configs", 500, models.config_seeds, models.configs),
+        Target("configs", 250, models.config_seeds, models.configs),
         Target("checkpoints", 400, models.checkpoint_seeds, models.checkpoints),
         Target("gguf", 250, models.gguf_seeds, models.ggufs),
         Target("tokenizers", 300, models.tokenizer_seeds, models.tokenizers),

@@ -304,7 +304,8 @@ class Tokenizer:
         """The Jinja chat template that came with the tokenizer."""
         template = (self._config or {}).get("chat_template")
         if isinstance(template, list):  # several, by name
-            template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
+            entries = [entry for entry in template if isinstance(entry, dict)]
+            template = next((entry.get("template") for entry in entries if entry.get("name") == "default"), None)
         if template is not None and not isinstance(template, str):
             raise UserError(f"{self._where}: 'chat_template' of {CONFIG_FILE} must be a text")
         return template
@@ -313,7 +314,7 @@ class Tokenizer:
     def named_tokens(self) -> dict[str, str]:
         """``bos_token``, ``eos_token``, … → the token, as far as ``tokenizer_config.json`` names them."""
         found = {
-            name: token["content"] if isinstance(token, dict) else token
+            name: token.get("content") if isinstance(token, dict) else token
             for name, token in (self._config if self._config is not None else self._default_config()).items()
             if name in ROLES and token is not None
         }
