@@ -313,7 +313,7 @@ class Tokenizer:
     @property
     def named_tokens(self) -> dict[str, str]:
         """``bos_token``, ``eos_token``, … → the token, as far as ``tokenizer_config.json`` names them."""
-        found = {
+        found: dict[str, Any] = {
             name: token.get("content") if isinstance(token, dict) else token
             for name, token in (self._config if self._config is not None else self._default_config()).items()
             if name in ROLES and token is not None
