@@ -21,6 +21,7 @@ POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0, 1]])
 WAYS = {
     "position_ids": {"position_ids": POSITIONS},
     "borders": {"cu_seq_lens_q": BORDERS, "cu_seq_lens_k": BORDERS, "max_length_q": 5, "max_length_k": 5},
+    "lists": {"cu_seq_lens_q": BORDERS.tolist(), "cu_seq_lens_k": BORDERS.tolist()},
     "seq_idx": {"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 2, 2]], dtype=torch.int32)},
     "all": {
         "position_ids": POSITIONS,

@@ -56,7 +56,9 @@ def run(
     if (input_ids is None) == (inputs_embeds is None):
         raise UserError("forward needs either input_ids or inputs_embeds")
     network, config = model.network, model.config
-    rows, new = (input_ids if input_ids is not None else inputs_embeds).shape[:2]  # type: ignore[union-attr]
+    x = input_ids if inputs_embeds is None else inputs_embeds
+    assert x is not None
+    rows, new = x.shape[:2]
     if attention_mask is not None:
         if attention_mask.shape not in ((rows, new), (rows, past.columns + new)):
             raise UserError(
@@ -66,8 +68,9 @@ def run(
         attention_mask = attention_mask[:, -new:]
     row = None
     if position_ids is not None or any(value is not None for value in packing.values()):
+        given = {name: _placed_as(x, value) for name, value in {**packing, "position_ids": position_ids}.items()}
         real = None if attention_mask is None or bool((attention_mask != 0).all()) else attention_mask != 0
-        row = packed((rows, new), real, past, position_ids=position_ids, **packing)
+        row = packed((rows, new), real, past, **given)
     use_cache = _uses_cache(model, use_cache, row)
     hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
     weights = None
@@ -104,6 +107,11 @@ def run(
     if weights is not None:
         more["attentions"] = tuple(weights.layers)
     return Passed(hidden, logits, more, bool(getattr(config, "return_dict", True)))
+
+
+def _placed_as(x: Tensor, value: Any) -> Any:
+    """A tensor, or a list of numbers, where ``x`` is: collators leave borders on the host."""
+    return torch.as_tensor(value, device=x.device) if isinstance(value, (Tensor, list)) else value
 
 
 def _is(logits_to_keep: int | Tensor | None, count: int) -> bool:
