@@ -157,6 +157,22 @@ def test_the_vocabulary_grows(tiny: Model, tmp_path: Path) -> None:
         wrap(special).resize_token_embeddings(330)
 
 
+def test_tokens_are_added_saved_and_read_again(folder_of, tmp_path: Path) -> None:
+    folder = folder_of("pico-linear")
+    model, processor = AutoModelForCausalLM.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    processor.tokenizer.add_tokens(["<think>", "<tool_call>"])
+    model.resize_token_embeddings(len(processor.tokenizer))
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again, read = AutoModelForCausalLM.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    assert again.config.vocab_size == len(read.tokenizer) == 642 and read.tokenizer("<think>").input_ids == [640]
+    ids = torch.tensor([[1, 640, 30]])
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+        assert torch.equal(mmmamba.load(tmp_path)(ids).logits, model(ids).logits)
+    assert 640 in mmmamba.load_processor(tmp_path).prompt([Turn("human", "a <think> b")]).input_ids
+
+
 def test_a_model_from_a_config_is_started_as_ours_under_set_seed() -> None:
     config = MMMambaConfig(make_config(HYBRID))
     made = []

@@ -93,7 +93,13 @@ def folder(request: pytest.FixtureRequest, folder_of) -> str:
 
 @pytest.mark.parametrize(
     "more",
-    [{}, {"packing": True}, {"gradient_checkpointing": True}, {"padding_free": True, "max_length": None}],
+    [
+        {},
+        {"packing": True},
+        {"gradient_checkpointing": True},
+        {"padding_free": True, "max_length": None},
+        {"assistant_only_loss": True},
+    ],
     ids=lambda more: "-".join(more) or "plain",
 )
 def test_sft_of_texts(folder: str, tmp_path: Path, more: dict[str, Any]) -> None:
