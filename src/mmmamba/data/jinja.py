@@ -11,8 +11,9 @@ from typing import Any, Literal, NoReturn
 import jinja2
 import jinja2.meta
 
+from mmmamba.data.budget import OverBounds
 from mmmamba.data.samples import IMAGE_MARK
-from mmmamba.data.sandbox import MAX_SOURCE, BoundedEnvironment, OverBounds, render
+from mmmamba.data.sandbox import MAX_SOURCE, BoundedEnvironment, render
 from mmmamba.errors import UserError
 
 Message = Mapping[str, Any]

@@ -11,10 +11,8 @@ from __future__ import annotations
 import functools
 import json
 import re
-import time
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextvars import ContextVar
 from typing import Any, NoReturn
 
 import jinja2
@@ -24,58 +22,25 @@ from jinja2.runtime import BlockReference, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.utils import Cycler, Joiner, Namespace, pass_eval_context
 
+from mmmamba.data.budget import (
+    BITS,
+    BUDGET,
+    ITEM,
+    VALUE,
+    Budget,
+    OverBounds,
+    bounded_number,
+    checked,
+    paid,
+    size_of,
+    taken,
+    weigh,
+)
+
 MAX_SOURCE = 1 << 17
 """Characters of a template; the longest published ones have some 30,000."""
-WORK = 1 << 24
-"""What a rendering may spend: about one a character that is made or a simple step, :data:`ITEM` an entry of a list."""
-VALUE = 1 << 22
-"""Characters of one text, or one for each :data:`ITEM` of a list's entries."""
-SECONDS = 3.0
-"""Processor time of one rendering."""
-ITEM = 16
-_BITS = 4096  # of a whole number
-_DEPTH = 100  # of lists within lists
 _WIDE = 1 << 16  # columns, rows, spaces that a filter is asked for by number
 _PRODUCT = 1 << 30  # text and characters to look for, where Python compares each with each
-
-
-class OverBounds(Exception):
-    """A template asked for more than it may have."""
-
-
-class Budget:
-    """What one rendering may still spend.
-
-    Args:
-        size: characters that the template is given.
-        marks: what is written at the start and at the end of what a template marks as an answer.
-    """
-
-    def __init__(self, size: int, marks: tuple[str, str] = ("", "")) -> None:
-        self.marks = marks
-        self.left = WORK + 64 * size
-        self.value = VALUE + 8 * size
-        self._end = time.thread_time() + SECONDS + size / 1e6
-        self._ticks = 0
-
-    def spend(self, amount: int) -> None:
-        self.left -= amount
-        if self.left < 0:
-            raise OverBounds("takes more steps or memory than a chat template may")
-        self._ticks += 1 + (amount >> 12)
-        if self._ticks >= 64:
-            self._ticks = 0
-            if time.thread_time() > self._end:
-                raise OverBounds(f"takes longer than {SECONDS:g} s")
-
-    def make(self, size: int) -> None:
-        """Pay for a value of ``size`` before it is made."""
-        if size > self.value:
-            raise OverBounds(f"makes a value of {size:,} characters or more")
-        self.spend(size)
-
-
-_BUDGET: ContextVar[Budget] = ContextVar("chat template")
 
 
 def render(template: jinja2.Template, variables: Mapping[str, Any], marks: tuple[str, str] = ("", "")) -> str:
@@ -89,7 +54,7 @@ def render(template: jinja2.Template, variables: Mapping[str, Any], marks: tuple
         OverBounds: where it would take too long or grow too large.
     """
     budget = Budget(weigh(dict(variables), None), marks)
-    token = _BUDGET.set(budget)
+    token = BUDGET.set(budget)
     try:
         parts: list[str] = []
         for part in template.generate(variables):
@@ -97,83 +62,7 @@ def render(template: jinja2.Template, variables: Mapping[str, Any], marks: tuple
             parts.append(part)
         return "".join(parts)
     finally:
-        _BUDGET.reset(token)
-
-
-def weigh(value: Any, limit: int | None) -> int:
-    """How large the text of ``value`` may become, an entry that stands twice counted twice.
-
-    Raises:
-        OverBounds: beyond ``limit``, or for lists too deep within one another.
-    """
-    total, stack = 0, [(value, 0)]
-    while stack:
-        value, depth = stack.pop()
-        if isinstance(value, str):
-            total += len(value)
-        elif isinstance(value, (Mapping, list, tuple, set, frozenset)):
-            total += ITEM * len(value)
-            inside = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
-            stack += ((entry, depth + 1) for entry in inside)
-        elif isinstance(value, Namespace):
-            raise OverBounds("writes or compares a namespace")
-        else:
-            total += ITEM
-        if depth > _DEPTH:
-            raise OverBounds(f"nests lists more than {_DEPTH} deep")
-        if limit is not None and total > limit:
-            raise OverBounds(f"makes a value of {limit:,} characters or more")
-    return total
-
-
-def _size(value: Any) -> int:
-    """What a value that is there already takes, without what its entries hold."""
-    if isinstance(value, (str, bytes)):
-        return len(value)
-    if isinstance(value, (Mapping, list, tuple)):
-        return ITEM * len(value)
-    if isinstance(value, int) and value.bit_length() > _BITS:
-        raise OverBounds(f"makes a number of more than {_BITS} bits")
-    return 1
-
-
-def _checked(value: Any) -> Any:
-    """``value``, once it is known that comparing, hashing or writing it takes no more than its size allows."""
-    if isinstance(value, (list, tuple, Mapping, Namespace)):
-        budget = _BUDGET.get()
-        budget.spend(weigh(value, budget.value) // ITEM)
-    elif isinstance(value, str):
-        if len(value) > 4096:
-            _BUDGET.get().spend(len(value) // ITEM)
-    elif isinstance(value, int):
-        _size(value)
-    return value
-
-
-def _taken(values: Any) -> Any:
-    """Entries to go through: as they are where their number is known, a list of the others."""
-    budget = _BUDGET.get()
-    if isinstance(values, (str, Mapping, list, tuple, set, frozenset, range, jinja2.Undefined)):
-        if not isinstance(values, jinja2.Undefined):
-            budget.spend(ITEM * len(values))
-        return values
-    found = []
-    for entry in values:
-        budget.make(ITEM)
-        found.append(entry)
-    return found
-
-
-def _text(value: Any) -> Any:
-    """``value``, once what it takes as a text is paid for."""
-    budget = _BUDGET.get()
-    budget.make(len(value) if isinstance(value, str) else weigh(value, budget.value))
-    return value
-
-
-def _number(value: Any, most: int, what: str) -> None:
-    if isinstance(value, int) and abs(value) > most:
-        raise OverBounds(f"asks {what} for {value if value.bit_length() < 64 else 'a number of many digits'}")
+        BUDGET.reset(token)
 
 
 # ---------------------------------------------------------------------------------------------- methods
@@ -192,7 +81,7 @@ def _pay_width(text: str, width: Any = 0, fill: str = " ") -> int:
 
 
 def _pay_join(text: str, values: Any = ()) -> int:
-    return weigh(values, _BUDGET.get().value) + len(text) * len(values)
+    return weigh(values, BUDGET.get().value) + len(text) * len(values)
 
 
 def _pay_all(text: str, *more: Any) -> int:
@@ -223,12 +112,12 @@ _PAY: Mapping[type, Mapping[str, Callable[..., int]]] = {
 class _Formatter(SandboxedFormatter):
     def format_field(self, value: Any, format_spec: str) -> Any:
         _check_widths(format_spec)
-        text = super().format_field(_text(value), format_spec)
-        _BUDGET.get().make(len(text))
+        text = super().format_field(paid(value), format_spec)
+        BUDGET.get().make(len(text))
         return text
 
     def convert_field(self, value: Any, conversion: Any) -> Any:
-        return super().convert_field(_text(value), conversion)
+        return super().convert_field(paid(value), conversion)
 
 
 def _check_widths(form: str) -> None:
@@ -240,7 +129,7 @@ def _percent(form: str, values: Any) -> str:
     """``form % values``, of which no column is too wide."""
     for spec in re.findall(r"%(?:\([^)]*\))?[^a-zA-Z%]*", form):
         _check_widths(re.sub(r"\([^)]*\)", "", spec))
-    budget = _BUDGET.get()
+    budget = BUDGET.get()
     each = weigh(values, budget.value)
     budget.make(len(form) + form.count("%") * each)
     return form % values
@@ -254,10 +143,10 @@ def _to_json(
 ) -> str:
     """JSON as chat templates expect it: characters as they are, nothing escaped for HTML."""
     for option in (indent, *(separators or ())):
-        _number(option, 64, "tojson")
+        bounded_number(option, 64, "tojson")
         if isinstance(option, str) and len(option) > 64:
             raise OverBounds("asks tojson for a long separator")
-    budget = _BUDGET.get()
+    budget = BUDGET.get()
     weight = weigh(value, budget.value)
     wide = 0 if indent is None else len(indent) if isinstance(indent, str) else indent
     budget.make(6 * weight if not wide else weight * (6 + wide))
@@ -268,13 +157,13 @@ def _to_json(
 
 def _pay_filter(name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """What a filter takes beyond going through its value, before it runs."""
-    budget = _BUDGET.get()
+    budget = BUDGET.get()
     options = (*args, *kwargs.values())
     if name in ("batch", "slice", "center", "indent", "round", "truncate"):
         for option in options:
-            _number(option, 300 if name == "round" else _WIDE, name)
+            bounded_number(option, 300 if name == "round" else _WIDE, name)
     for option in options:
-        _checked(option)
+        checked(option)
     if name == "join":
         separator = len(args[0]) if args and isinstance(args[0], str) else len(str(kwargs.get("d", "")))
         budget.make(weigh(value, budget.value) + separator * len(value))
@@ -305,23 +194,23 @@ def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        budget = _BUDGET.get(None)
+        budget = BUDGET.get(None)
         if budget is None:
             raise OverBounds("is not rendered yet")  # so that the compiler leaves it for then
         before, value, rest = args[:place], args[place], args[place + 1 :]
         budget.spend(1)
         if name in _AS_TEXT:
-            _text(value)
+            paid(value)
             value = value if isinstance(value, str) or name in ("e", "escape", "safe") else str(value)
         elif name in _COMPARE or name in _GO_THROUGH:
-            value = _taken(value)
+            value = taken(value)
             if name in _COMPARE:
-                _checked(value)
+                checked(value)
         _pay_filter(name, value, rest, kwargs)
         made = function(*before, value, *rest, **kwargs)
         if isinstance(made, Iterator):
-            made = _taken(made)
-        budget.spend(_size(made))
+            made = taken(made)
+        budget.spend(size_of(made))
         return made
 
     return run
@@ -331,25 +220,25 @@ def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 def _format_filter(_: Any, value: Any, *args: Any, **kwargs: Any) -> str:
     if args and kwargs:
         raise jinja2.TemplateError("format takes places or names, not both")
-    return _percent(str(_text(value)), kwargs or args)
+    return _percent(str(paid(value)), kwargs or args)
 
 
 def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(str(_text(message)))
+    raise jinja2.TemplateError(str(paid(message)))
 
 
 def _range(*args: int) -> range:
     made = range(*args)
-    _BUDGET.get().make(ITEM * len(made))
+    BUDGET.get().make(ITEM * len(made))
     return made
 
 
 def _comparing(test: Any) -> Any:
     @functools.wraps(test)
     def run(*args: Any) -> bool:
-        if _BUDGET.get(None) is None:
+        if BUDGET.get(None) is None:
             raise OverBounds("is not rendered yet")
-        return test(*map(_checked, args))
+        return test(*map(checked, args))
 
     return run
 
@@ -392,46 +281,46 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     @staticmethod
     def _finalize(value: Any) -> Any:
-        return value if isinstance(value, str) or _BUDGET.get(None) is None else _text(value)
+        return value if isinstance(value, str) or BUDGET.get(None) is None else paid(value)
 
     # ------------------------------------------------------------------------------ what a compiled template calls
 
     def charge(self, amount: int) -> bool:
-        _BUDGET.get().spend(amount)
+        BUDGET.get().spend(amount)
         return True
 
     def mark(self, which: int) -> str:
-        return _BUDGET.get().marks[which]
+        return BUDGET.get().marks[which]
 
     def concatenated(self, *values: Any) -> str:
-        return "".join([value if isinstance(value, str) else str(value) for value in map(_text, values)])
+        return "".join([value if isinstance(value, str) else str(value) for value in map(paid, values)])
 
     def cut(self, value: Any, start: Any, stop: Any, step: Any) -> Any:
         if isinstance(value, jinja2.Undefined):
             return value[start:stop]
-        _BUDGET.get().make(_size(value))
+        BUDGET.get().make(size_of(value))
         return value[start:stop:step]
 
     def checked(self, value: Any) -> Any:
-        return _checked(value)
+        return checked(value)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "%" and isinstance(left, str):
             return _percent(left, right)
-        sizes = _size(left), _size(right)
-        budget = _BUDGET.get()
+        sizes = size_of(left), size_of(right)
+        budget = BUDGET.get()
         if operator == "*" and isinstance(left, (str, list, tuple)) and isinstance(right, int):
             budget.make(sizes[0] * max(right, 0))
         elif operator == "*" and isinstance(right, (str, list, tuple)) and isinstance(left, int):
             budget.make(sizes[1] * max(left, 0))
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-            _number(right, _BITS, "for a power of")
-            if left.bit_length() * abs(right) > _BITS:
-                raise OverBounds(f"makes a number of more than {_BITS} bits")
+            bounded_number(right, BITS, "for a power of")
+            if left.bit_length() * abs(right) > BITS:
+                raise OverBounds(f"makes a number of more than {BITS} bits")
         else:
             budget.make(sum(sizes))
         made = super().call_binop(context, operator, left, right)
-        return _checked(made) if isinstance(made, tuple) else made
+        return checked(made) if isinstance(made, tuple) else made
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         name, text = getattr(value, "__name__", ""), getattr(value, "__self__", None)
@@ -440,12 +329,12 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return _Format(lambda *args, **kwargs: _Formatter(self).vformat(str(text), args, kwargs))
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        return super().getitem(obj, argument if isinstance(argument, (str, int)) else _checked(argument))
+        return super().getitem(obj, argument if isinstance(argument, (str, int)) else checked(argument))
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(__obj, types.MethodType) and __obj.__self__ is __self:  # of the compiled template's own
             return __obj(*args)
-        budget = _BUDGET.get()
+        budget = BUDGET.get()
         budget.spend(ITEM)
         if isinstance(__obj, (types.BuiltinMethodType, types.MethodType)):
             kwargs = {name: value for name, value in kwargs.items() if name not in ("_loop_vars", "_block_vars")}
@@ -453,22 +342,22 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if not isinstance(__obj, _CALLABLE) and not any(__obj is known for known in _FUNCTIONS):
             raise jinja2.sandbox.SecurityError(f"a chat template may not call a {type(__obj).__name__!r}")
         if __obj is dict:
-            args = tuple(map(_taken, args))
+            args = tuple(map(taken, args))
         return super().call(__context, __obj, *args, **kwargs)
 
     def _method(self, owner: Any, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a method of a text, a list, …, when it is known what it takes."""
         if isinstance(owner, (Cycler, Joiner, LoopContext)):
-            return method(*map(_checked, args))
+            return method(*map(checked, args))
         kind = next((kind for kind in _PAY if isinstance(owner, kind)), None)
         pay = None if kind is None else _PAY[kind].get(method.__name__)
         if pay is None:
             raise jinja2.sandbox.SecurityError(f"'{method.__name__}' is not what a chat template may call")
         if method.__name__ == "join":
-            args = tuple(map(_taken, args))
+            args = tuple(map(taken, args))
         for value in (*args, *kwargs.values()):
-            _checked(value)
-        _BUDGET.get().make(pay(owner, *args, *kwargs.values()))
+            checked(value)
+        BUDGET.get().make(pay(owner, *args, *kwargs.values()))
         return method(*args, **kwargs)
 
     def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
