@@ -71,7 +71,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a folder, not a file"):
         read_json(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="pipe: is not an ordinary file"):  # and does not wait for somebody to write
+    with pytest.raises(UserError, match="pipe: is a pipe, not a file"):  # and does not wait for somebody to write
         read_json(tmp_path / "pipe")
     with pytest.raises(UserError, match=r"is not a path|no such file"):
         read_json(str(tmp_path / "a\0b"))
@@ -115,5 +115,5 @@ def test_what_a_file_is_instead_is_said_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "long.json").write_text("12345")
     with pytest.raises(UserError, match=r"^[^ ]*long\.json: has more than 4 bytes"):
         read_bytes(tmp_path / "long.json", limit=4)
-    with pytest.raises(UserError, match=r"^/dev/null: is not an ordinary file$"):
+    with pytest.raises(UserError, match=r"^/dev/null: is a device, not a file$"):
         read_bytes("/dev/null")

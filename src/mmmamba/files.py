@@ -52,41 +52,52 @@ def open_file(path: str | Path, what: str = "file", prefix: str = "") -> BinaryI
         raise
 
 
-def read_bytes(path: str | Path, limit: int, what: str = "file", prefix: str = "") -> bytes:
+def read_bytes(
+    path: str | Path, limit: int, what: str = "file", prefix: str = "", *, where: str | Path | None = None
+) -> bytes:
     """The content of a regular file of at most ``limit`` bytes.
 
     A file that says it is empty is not opened: among the system's own (``/proc``) are some that never end.
 
+    Args:
+        where: what a message names in place of the path.
+
     Raises:
         UserError: as :func:`open_file`; the file is larger than ``limit``, or cannot be read.
     """
-    size = check_file(path, what, prefix)
-    if size > limit:
-        raise _error(path, prefix, f"has {size:,} bytes; a {what} may have {limit:,}")
-    if size == 0:
-        return b""
-    with open_file(path, what, prefix) as file:
-        try:
+    named = path if where is None else where
+    too_large = _error(named, prefix, f"has more than {limit:,} bytes, which is too much for such a {what}")
+    try:
+        found = os.stat(path)
+        if _size(found, named, prefix) > limit:
+            raise too_large
+        if found.st_size == 0:
+            return b""
+        with open_file(path, what, prefix) as file:
             content = file.read(limit + 1)
-        except OSError as error:
-            raise _error(path, prefix, _reason(what, error)) from error
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise _error(named, prefix, _reason(what, error)) from error
     if len(content) > limit:
-        raise _error(path, prefix, f"has more than the {limit:,} bytes that a {what} may have")
+        raise too_large
     return content
 
 
-def read_text(path: str | Path, limit: int, what: str = "file", prefix: str = "") -> str:
+def read_text(
+    path: str | Path, limit: int, what: str = "file", prefix: str = "", *, where: str | Path | None = None
+) -> str:
     """The same as UTF-8 text, without a byte order mark.
 
     Raises:
         UserError: as :func:`read_bytes`; it is not UTF-8 (the byte is named).
     """
-    content = read_bytes(path, limit, what, prefix)
+    content = read_bytes(path, limit, what, prefix, where=where)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         hint = " (UTF-16?)" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-        raise _error(path, prefix, f"not UTF-8 text (byte {error.start}){hint}") from error
+        raise _error(path if where is None else where, prefix, f"not UTF-8 text (byte {error.start}){hint}") from error
 
 
 def stamp_of(found: os.stat_result) -> tuple[int, ...]:

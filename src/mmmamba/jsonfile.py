@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import stat
 from pathlib import Path
 from typing import Any
 
+from mmmamba import files
 from mmmamba.errors import UserError
 
 MAX_BYTES = 16 << 20  # of a file that describes something; read, that may become twenty times as much
@@ -93,51 +92,13 @@ def read_lines(path: str | Path, *, limit: int = MAX_DATA_BYTES) -> list[dict[st
 
 
 def read_text(path: str | Path, where: str | Path | None = None, *, limit: int = MAX_BYTES) -> str:
-    """The UTF-8 text of an ordinary file of at most ``limit`` bytes; line breaks stay as they are.
-
-    Raises:
-        UserError: naming the file and what it is instead.
-    """
-    path, where = Path(path), where or path
-    try:
-        return read_bytes(path, where, limit=limit).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 text (byte {error.start})") from error
+    """The UTF-8 text of a regular file: :func:`mmmamba.files.read_text`."""
+    return files.read_text(path, limit, where=where)
 
 
 def read_bytes(path: str | Path, where: str | Path | None = None, *, limit: int = MAX_BYTES) -> bytes:
-    """All bytes of an ordinary file of at most ``limit`` bytes. A pipe or a device is not waited for.
-
-    Raises:
-        UserError: naming the file and what it is instead.
-    """
-    path, where = Path(path), where or path
-    try:
-        # A pipe must not be opened for reading: that waits for a writer.
-        with open(path, "rb", buffering=0, opener=_open_at_once) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise UserError(f"{where}: is not an ordinary file")
-            blocks, size = [], 0
-            while block := file.read(1 << 20):
-                blocks.append(block)
-                size += len(block)
-                if size > limit:
-                    raise UserError(f"{where}: has more than {limit:,} bytes, which is too much for such a file")
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise UserError(f"{where}: no such file") from error
-    except IsADirectoryError as error:
-        raise UserError(f"{where}: is a folder, not a file") from error
-    except OSError as error:
-        raise UserError(f"{where}: {error.strerror or error}") from error
-    except ValueError as error:  # a NUL in the path
-        raise UserError(f"{where}: is not a path ({error})") from error
-    return b"".join(blocks)
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    """The bytes of a regular file: :func:`mmmamba.files.read_bytes`."""
+    return files.read_bytes(path, limit, where=where)
 
 
 # ---------------------------------------------------------------------------------------------- the text
