@@ -37,7 +37,7 @@ class NoSource(Exception):
     """The source distribution can't be had here; says why."""
 
 
-def tests_of_transformers(cache: Path) -> Path:
+def unpacked(cache: Path) -> Path:
     """A folder to import ``tests.test_modeling_common`` and the like from; made once, in ``cache``.
 
     Raises:

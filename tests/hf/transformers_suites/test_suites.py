@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from known_failures import SUITES, Suite
-from source import NoSource, tests_of_transformers
+from source import NoSource, unpacked
 
 HERE = Path(__file__).parent
 
@@ -54,7 +54,7 @@ def test_what_transformers_asks(
     pytest.importorskip("parameterized", reason="transformers' tests need it: pip install 'mmmamba[test-all]'")
     assert request.config.cache is not None
     try:
-        source = tests_of_transformers(request.config.cache.mkdir("transformers-source"))
+        source = unpacked(request.config.cache.mkdir("transformers-source"))
     except NoSource as why:
         pytest.skip(str(why))
     found = run(suite, source, tmp_path / "outcomes.jsonl")
