@@ -332,6 +332,25 @@ def test_links_that_leave_the_folder_are_not_copied(folders, tiny_processor, tmp
     convert(str(folder), tmp_path / "out")
 
 
+def test_the_folders_own_code_is_neither_run_nor_asked_for_again(
+    folders, tiny_processor, tmp_path, monkeypatch
+) -> None:
+    folder = save_hovle(load(folders["hovle"]), tiny_processor, tmp_path / "model")
+    (folder / "evil.py").write_text('import pathlib\npathlib.Path("CODE_RAN").touch()\n')
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json", "preprocessor_config.json"):
+        data = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+        auto = {f"Auto{kind}": "evil.Evil" for kind in ("Model", "Config", "Tokenizer", "Processor")}
+        write_json(folder / name, {**data, "auto_map": auto})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    out = convert(str(folder), tmp_path / "out")
+    (folder / "tokenizer.json").unlink()
+    bare = convert(str(folder), tmp_path / "bare")  # without a tokenizer the rest is copied as it is
+    assert not list(tmp_path.rglob("CODE_RAN"))
+    for file in (*out.glob("*.json"), *bare.glob("*.json")):
+        assert "auto_map" not in json.loads(file.read_text())
+
+
 def test_the_links_of_a_hubs_cache_and_a_folder_of_links_are_read(folders, tiny_processor, tmp_path: Path) -> None:
     source = save_hovle(load(folders["hovle"]), tiny_processor, tmp_path / "model", dtype=torch.float32)
     blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "0123"

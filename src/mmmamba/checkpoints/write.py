@@ -218,9 +218,11 @@ class CopiedFiles:
             file = self.source / name
             if file.is_symlink() or file.exists():
                 content = read_bytes(refuse_foreign_link(file), limit=MAX_TOKENIZER_BYTES)
-                if file.suffix == ".json":
-                    parse_json(content, file)
                 (folder / name).write_bytes(content)
+                if file.suffix == ".json":
+                    data = parse_json(content, file)
+                    if isinstance(data, dict) and data.pop("auto_map", None) is not None:  # asks for the folder's code
+                        write_json(folder / name, data)
 
 
 def _name(dtype: torch.dtype) -> str:

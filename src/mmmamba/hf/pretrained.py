@@ -79,7 +79,7 @@ class MMMambaPreTrainedModel(PreTrainedModel):
             if config.delta:
                 folder = Path(where) / (kwargs.pop("subfolder", None) or "")
                 if kwargs.get("generation_config") is None and (folder / GENERATION_CONFIG_NAME).is_file():
-                    kwargs["generation_config"] = GenerationConfig.from_pretrained(folder)
+                    kwargs["generation_config"] = GenerationConfig.from_pretrained(folder, local_files_only=True)
                 kwargs["state_dict"], kwargs["config"], where = cls._completed(folder), whole(config), None
         base: Any = super()
         model, found = base.from_pretrained(where, *model_args, output_loading_info=True, **kwargs)
