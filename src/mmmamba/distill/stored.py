@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmmamba.checkpoints.hashes import digest
 from mmmamba.checkpoints.io import read_metadata, read_safetensors, write_safetensors
 from mmmamba.errors import UserError
-from mmmamba.inference.fingerprint import digest
 from mmmamba.jsonfile import parse_json, shown
 
 TENSORS = "tensors.safetensors"

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor
-
+from mmmamba.checkpoints.hashes import digest_lines, lines_of
 from mmmamba.config import to_dict
 from mmmamba.data.processor import Processor
 from mmmamba.data.template import JinjaTemplate
-from mmmamba.device import cores
-from mmmamba.errors import UserError
 from mmmamba.model.model import Model
 
 
@@ -34,16 +27,7 @@ def fingerprint(model: Model, processor: Processor) -> str:
         processor.tokenizer.identity,
         template.definition if isinstance(template, JinjaTemplate) else template.name,
     )
-    return _digest(texts, _parameters(model))
-
-
-def digest(texts: Sequence[str], tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over texts in order, and over tensors (name, type, shape, bytes) whatever their order."""
-    return _digest(texts, _lines(tensors))
-
-
-def _digest(texts: Sequence[str], lines: Sequence[str]) -> str:
-    return hashlib.sha256(json.dumps([list(texts), list(lines)]).encode()).hexdigest()
+    return digest_lines(texts, _parameters(model))
 
 
 def _parameters(model: Model) -> list[str]:
@@ -52,24 +36,12 @@ def _parameters(model: Model) -> list[str]:
     now = [(name, p.data_ptr(), p._version, p.dtype, p.shape) for name, p in parameters.items()]
     before, lines = _KNOWN.get(model, (None, []))
     if before != now:
-        lines = _lines(parameters)
+        lines = lines_of(parameters)
         _KNOWN[model] = now, lines
     return lines
 
 
 _KNOWN: WeakKeyDictionary[Model, tuple[list[Any], list[str]]] = WeakKeyDictionary()
-
-
-def _lines(tensors: Mapping[str, Tensor]) -> list[str]:
-    with ThreadPoolExecutor(cores()) as pool:  # hashing lets go of the interpreter's lock
-        return list(pool.map(_line, sorted(tensors), [tensors[name] for name in sorted(tensors)]))
-
-
-def _line(name: str, tensor: Tensor) -> str:
-    if tensor.is_meta:
-        raise UserError(f"'{name}' is offloaded: a session belongs to its weights, which must all be in memory")
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return f"{name} {tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(data).hexdigest()}"
 
 
 def _told(config: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmmamba.checkpoints import write_atomically
+from mmmamba.checkpoints.hashes import digest
 from mmmamba.checkpoints.io import not_finite, read_with_metadata, write_safetensors
 from mmmamba.config import from_dict, to_dict
 from mmmamba.data.pictures import PictureFile, Unread
@@ -29,7 +30,7 @@ from mmmamba.data.samples import Turn
 from mmmamba.data.video import Frame
 from mmmamba.errors import UserError
 from mmmamba.inference.conversation import Chat, Past
-from mmmamba.inference.fingerprint import digest, fingerprint
+from mmmamba.inference.fingerprint import fingerprint
 from mmmamba.inference.sampling import Sampling
 from mmmamba.jsonfile import parse_json
 from mmmamba.model.config import ATTENTION, MAX_POSITIONS
