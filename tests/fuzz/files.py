@@ -115,7 +115,7 @@ def pictures(rng: random.Random, seeds: dict[str, bytes], here: Path) -> None:
     ]
     found = [_read(way) for way in ways]
     pixels = [image.tobytes() if isinstance(image, Image.Image) else None for image in found]
-    assert pixels[0] == pixels[1] == pixels[2], "what is read depends on the way it comes"
+    assert pixels[0] == pixels[1] == pixels[2], f"what is read depends on the way it comes: {found}"
     if isinstance(found[0], UserError):
         raise found[0]
     assert found[0].mode == "RGB" and found[0].width * found[0].height <= 64_000_000

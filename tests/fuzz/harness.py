@@ -6,6 +6,7 @@ them alone, with its traceback.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -130,6 +131,7 @@ def _child(target: Target, seed: int, indices: Iterable[int], seeds: Any, writer
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGPROF, _hang)
     base = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    gc.freeze()  # so that what is collected below is what inputs left, and quickly
 
     def say(kind: str, value: object = None) -> None:
         os.write(writer, json.dumps([kind, value]).encode() + b"\n")
@@ -153,6 +155,7 @@ def _child(target: Target, seed: int, indices: Iterable[int], seeds: Any, writer
                 signal.setitimer(signal.ITIMER_PROF, 0)
                 say("failed", traceback.format_exc()[-6000:])
             shutil.rmtree(here, ignore_errors=True)
+            gc.collect()  # an error holds what its frames held: the next input must not pay for it
         code = 0
     finally:
         os.chdir("/")
