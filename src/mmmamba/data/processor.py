@@ -91,6 +91,8 @@ class Processor:
             raise UserError(
                 f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model's vocab_size is {config.vocab_size}"
             )
+        if self.template.adds_bos and config.bos_token_id < 0:
+            raise UserError(f"{self.tokenizer.where}: texts begin with a bos token, but the model has no bos_token_id")
         largest = max(self.tokenizer.largest_id, config.bos_token_id if self.template.adds_bos else -1)
         if largest >= config.vocab_size:
             raise UserError(
