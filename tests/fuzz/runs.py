@@ -54,7 +54,7 @@ def sessions(rng: random.Random, seeds: list[tuple[Path, Any, Any]], here: Path)
         if not isinstance(content, dict):
             content = {}
         content["sha256"] = digest([_json(content)], tensors)
-        write_safetensors(path, tensors, {HEADER: _json(content)})
+        write_safetensors(path, tensors, {HEADER: json.dumps(content)})  # ASCII: half a surrogate pair can be written
     else:
         write(path, mutate.safetensors(rng, source.read_bytes()))
     session = read_session(path)
