@@ -268,7 +268,7 @@ def _check_header(path: Path, header: Header, tensors: Mapping[str, Tensor], mod
     vocabulary = model.config.vocab_size
     if wrong := [token for token in header.unfed if not 0 <= token < vocabulary]:
         raise UserError(f"{path}: 'unfed' holds the id {wrong[0]}, but the model has {vocabulary} tokens")
-    if header.answers < 0 or not 0 <= header.max_length <= MAX_POSITIONS:
+    if not 0 <= header.answers <= MAX_POSITIONS or not 0 <= header.max_length <= MAX_POSITIONS:
         raise UserError(f"{path}: 'answers' ({header.answers}) or 'max_length' ({header.max_length}) is out of range")
     if header.max_embedded is not None and not 0 <= header.max_embedded <= MAX_POSITIONS:
         raise UserError(f"{path}: 'max_embedded' ({header.max_embedded}) is out of range")
