@@ -171,8 +171,9 @@ def test_bad_samples_can_be_skipped_counted_and_listed(setup, option):
 
 def test_a_set_without_one_good_sample_trains_nothing_and_says_so(setup):
     setup.data.write_text("a\nb\n")
-    code, lines = setup.distill("--on-bad-sample", "skip")
-    assert code == 0 and lines[0] == "skipped 2 bad samples:"
+    line = setup.refused("--on-bad-sample", "skip")
+    why = "stage1: none of its 3 steps had a good sample, so nothing was trained; one of the bad: "
+    assert line.startswith(f"{why}{setup.data}:") and "not JSON" in line
 
 
 def test_teach_stops_and_skips_too(setup):

@@ -22,11 +22,11 @@ from pathlib import Path
 from mmmamba.locks import alone_in, alone_with
 take = alone_in(Path(sys.argv[2])) if sys.argv[1] == "folder" else alone_with(Path(sys.argv[2]), "wait")
 with take:
-    print("held", flush=True)
     if len(sys.argv) > 3:
         import os
         if os.fork() == 0:  # as a process that loads data, which may outlive the run for a moment
             time.sleep(60)
+    print("held", flush=True)
     time.sleep(60)
 """
 

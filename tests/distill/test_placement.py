@@ -83,7 +83,7 @@ def test_a_batch_of_bad_samples_is_not_measured_on(teacher_folder, small_data, t
         lines = [json.loads(line) for line in (tmp_path / str(run_seed) / "metrics.jsonl").read_text().splitlines()]
         assert all((line["grad_norm"] is None) == (line["tokens"] == 0) for line in lines if "loss" not in line)
     data.write_text("broken\nbroken\n")
-    with pytest.raises(UserError, match="stage1: none of its 4 steps had a good sample, so that nothing was trained"):
+    with pytest.raises(UserError, match="stage1: none of its 4 steps had a good sample, so nothing was trained"):
         distill(str(recipe), **go, out=tmp_path / "none")
 
 

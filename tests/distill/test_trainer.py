@@ -148,7 +148,7 @@ def test_a_step_whose_samples_are_all_bad_changes_nothing_and_is_listed(tmp_path
     assert losses(tmp_path / "b")[0] == (3, None)
     assert run_folder(tmp_path / "a").skipped() == run_folder(tmp_path / "b").skipped() != {}
     still = Distance()
-    with pytest.raises(UserError, match=r"^s: none of its 10 steps had a good sample, so that nothing was trained"):
+    with pytest.raises(UserError, match=r"^s: none of its 10 steps had a good sample, so nothing was trained"):
         go(tmp_path / "c", still, rows=Rows(10, empty=range(10)))
     assert all(torch.equal(a, b) for a, b in zip(still.trained.values(), Distance().trained.values(), strict=True))
     lines = run_folder(tmp_path / "c").metrics()

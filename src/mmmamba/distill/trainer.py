@@ -88,9 +88,11 @@ def train(
             if saves:  # all go on from here: the others wait for the main process at their next sum
                 run.skip(stage, processes.gather(rows.bad_samples))
                 run.save_step(stage, done, _snapshot(objective.trained, take.optimizers))
-    run.skip(stage, processes.gather(rows.bad_samples))
+    bad = processes.gather(rows.bad_samples)
+    run.skip(stage, bad)
     if config.steps and not taken and start == 0:
-        raise UserError(f"{stage}: none of its {config.steps:,} steps had a good sample, so that nothing was trained")
+        one = f"; one of the bad: {bad[0].where}: {bad[0].reason}" if bad else ""
+        raise UserError(f"{stage}: none of its {config.steps:,} steps had a good sample, so nothing was trained{one}")
 
 
 def _means(recent: Sequence[dict[str, Tensor]], norm: Tensor, stage: str, step: int) -> dict[str, float]:

@@ -10,7 +10,6 @@ from mmmamba.model.attention import Attention
 from mmmamba.model.model import Model
 from mmmamba.model.rope import Rotation
 from mmmamba.model.state import KVState, State
-from mmmamba.ops import rotate
 
 
 class AttentionWeights:
@@ -47,10 +46,7 @@ class AttentionWeights:
         """Take in layer ``index``: the mixer's input u (b, l, d), or (1, n, d) where padding is left out."""
         mixer = self.network.mixer(index)
         assert isinstance(mixer, Attention)
-        q, k = (
-            rotate(project(u).unflatten(-1, (-1, mixer.head_dim)), rotation.cos, rotation.sin)
-            for project in (mixer.q_proj, mixer.k_proj)
-        )
+        q, k = (rotation(project(u).unflatten(-1, (-1, mixer.head_dim))) for project in (mixer.q_proj, mixer.k_proj))
         if self.mask is not None:
             q, k = self._repad(q), self._repad(k)
         if self.state is not None:
