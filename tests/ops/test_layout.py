@@ -37,3 +37,17 @@ def test_chunks_of_a_device_are_those_of_the_host_and_empty_ones(lengths, size):
     assert not length.any()
     assert bool((row >= len(lengths)).all())  # rows that no state has
     assert torch.equal(first, torch.arange(len(host), len(device), dtype=torch.int32))  # each its sequence's first
+
+
+@pytest.mark.parametrize("segment", [0, 1, 2, 3])
+def test_segments_begin_with_every_sequence_and_every_so_many_of_its_chunks(segment):
+    lengths, size = [0, 5, 40, 1, 0, 33], 8
+    expected, chunk = [], 0
+    for length in lengths:
+        chunks = max(-(-length // size), 1)
+        expected += range(chunk, chunk + chunks, segment or chunks)
+        chunk += chunks
+    for known in both(lengths):
+        found = known.begins(size, segment).tolist()
+        assert [one for one in found if 0 <= one < chunk] == expected
+        assert found[: len(expected)] == expected

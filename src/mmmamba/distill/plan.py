@@ -22,7 +22,7 @@ from mmmamba.ops.kl import CHUNK as KL_CHUNK  # of the cross-entropy too
 from mmmamba.ops.layout import chunk_size
 
 WIDE = 4  # bytes of a trained weight, its gradient, a moment of AdamW
-SSD_CHUNK, DELTA_CHUNK = 64, 32  # tokens a chunk of the recurrences' kernels (mmmamba.ops.triton)
+SSD_CHUNK, DELTA_CHUNK = 64, 64  # tokens a chunk of the recurrences' kernels (mmmamba.ops.triton)
 LOGITS = 800_000_000  # bytes of logits that the KL's kernel has alive at once (mmmamba.ops.triton.kl.MEMORY)
 BLOCK = 2048  # and the multiple that it rounds the vocabulary up to
 MATRICES = ("q_proj", "k_proj", "v_proj", "gate_proj")  # which autocast casts, once a row while they are trained
@@ -155,12 +155,14 @@ def mixer_saved(d: int, stack: StackConfig, mixer: MixerConfig, stage: StageConf
     w, (h, g, p) = passes.width, (stack.num_heads, stack.num_kv_heads, stack.head_dim)
     heads, channels = h * p, (h + 2 * g) * p
     values = {"u": w * d, "step size": 2 * WIDE * h}  # what the projections read; softplus's input, and its result
-    if w != WIDE:
+    if w != WIDE and not passes.kernels:
         values["u, float32"] = WIDE * d * len({"dt_proj", "beta_proj"} & {*stage.train})
     if mixer.qk_norm:
-        values["unit keys and queries"] = (w * p + 2 * WIDE) * (h + g)
+        values["unit keys and queries"] = (w * p + (0 if passes.kernels else 2 * WIDE)) * (h + g)
     if mixer.rule == "gated_delta":
         values["strength"] = WIDE * h
+        if passes.kernels:
+            values["decays and inverses"] = h * (WIDE + w * DELTA_CHUNK)
     if passes.kernels:
         values["convolution and recurrence"] = 2 * w * channels  # the inputs of each
         values["norm and gate"] = 2 * w * heads
@@ -186,7 +188,7 @@ def _chunked_saved(stack: StackConfig, mixer: MixerConfig, tokens: int) -> int:
 def attention_saved(stack: StackConfig, passes: Passes, tokens: int) -> int:
     """What softmax attention keeps of ``tokens`` tokens when its input has a gradient and its weights have none."""
     h, g, p = stack.num_heads, stack.num_kv_heads, stack.head_dim
-    rows = 4 * h * p if passes.kernels else 3 * h * p + 4 * g * p  # q, k, v expanded, y; or q, k, v padded too, y
+    rows = 2 * h * p + 2 * g * p if passes.kernels else 3 * h * p + 4 * g * p  # q, k, v, y; or q, k, v padded too, y
     return tokens * (passes.width * rows + WIDE * h)
 
 
@@ -206,8 +208,10 @@ def finish_saved(d: int, stack: StackConfig, stage: StageConfig, passes: Passes,
 
 
 def _norm(d: int, stage: StageConfig, passes: Passes) -> int:
-    """What an RMSNorm keeps of a token: its input, the inverse root; in PyTorch a trained one also their product."""
-    return passes.frozen * d * (1 + ("norms" in stage.train and not passes.kernels)) + WIDE
+    """What an RMSNorm keeps of a token: its input; in PyTorch the inverse root too, and a trained one the product."""
+    if passes.kernels:
+        return passes.frozen * d
+    return passes.frozen * d * (1 + ("norms" in stage.train)) + WIDE
 
 
 def _trains_out(kind: str, stage: StageConfig) -> bool:
@@ -358,8 +362,8 @@ def _recurrence(stack: StackConfig, mixer: MixerConfig, passes: Passes, tokens: 
     """Workspace of the recurrence's backward pass: gradients of its inputs, and of states at chunk borders."""
     h, g, p = stack.num_heads, stack.num_kv_heads, stack.head_dim
     inputs = tokens * passes.width * (2 * h + 2 * g) * p
-    if passes.kernels and mixer.rule == "gated_delta":  # dv and dk head by head, the inverses
-        inputs += tokens * passes.width * h * (2 * p + DELTA_CHUNK)
+    if passes.kernels and mixer.rule == "gated_delta":  # what is written, its gradient; dv and dk head by head
+        inputs += tokens * passes.width * h * (2 * p + (2 * p if p > 64 else 0))
         return inputs + 2 * passes.width * -(-tokens // DELTA_CHUNK) * h * p * p
     if passes.kernels:
         return inputs + 2 * passes.width * -(-tokens // SSD_CHUNK) * h * p * p

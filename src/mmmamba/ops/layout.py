@@ -49,6 +49,7 @@ class Layout:
         self.longest = max(lengths, default=0)
         self._chunks: dict[int, ChunkTable] = {}
         self._cuts: dict[int, Tensor] = {}
+        self._begins: dict[tuple[int, int], Tensor] = {}
 
     @property
     def sequences(self) -> int:
@@ -114,6 +115,23 @@ class Layout:
             self._cuts[size] = table.repeat_interleave(chunks, 0).int().to(self.device, non_blocking=True)
         return self._cuts[size]
 
+    def begins(self, size: int, segment: int) -> Tensor:
+        """(w,) int32, the chunks at which segments begin: every ``segment``-th of each sequence's (0: its first alone).
+
+        As many as such a row may have at most; -1 where there are fewer.
+        """
+        if (size, segment) not in self._begins:
+            cuts = self.cuts(size)
+            chunk = torch.arange(len(cuts), device=self.device)
+            index = chunk - cuts[:, 1]
+            begins = (index == 0) if segment == 0 else (index % segment == 0)
+            most = self.sequences + (len(cuts) // segment if segment else 0)
+            # Each goes to its place among those that begin; all others to a place that is cut off.
+            place = torch.where(begins, begins.cumsum(0) - 1, most).clamp(max=most)
+            found = torch.full((most + 1,), -1, dtype=torch.int32, device=self.device)
+            self._begins[size, segment] = found.scatter(0, place, chunk.int())[:most]
+        return self._begins[size, segment]
+
     def _cut(self, size: int) -> ChunkTable:
         lengths = torch.tensor(self.lengths, dtype=torch.long)
         starts = lengths.cumsum(0) - lengths
@@ -155,6 +173,7 @@ class DeviceLayout(Layout):
         self.device = cu_seqlens.device
         self._chunks: dict[int, ChunkTable] = {}
         self._cuts: dict[int, Tensor] = {}
+        self._begins: dict[tuple[int, int], Tensor] = {}
 
     @property
     def lengths(self) -> list[int]:  # type: ignore[override]

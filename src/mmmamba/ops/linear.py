@@ -168,12 +168,14 @@ def joined_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor 
 
     Without gradients each product is written where it belongs, and nothing is copied.
     """
-    if torch.is_grad_enabled() or _casts(x, *weights):
+    if _casts(x, *weights):  # which copies the weights anyway: together, they are one product
         bias = None
         if any(one is not None for one in biases):
             pairs = zip(weights, biases, strict=True)
             bias = torch.cat([weight.new_zeros(len(weight)) if one is None else one for weight, one in pairs])
         return F.linear(x, torch.cat(tuple(weights)), bias)
+    if torch.is_grad_enabled():
+        return torch.cat([F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)], dim=-1)
     rows = x.reshape(-1, x.shape[-1])
     out = rows.new_empty(len(rows), sum(len(weight) for weight in weights))
     parts = out.split([len(weight) for weight in weights], dim=1)
@@ -207,7 +209,7 @@ def linear_wide(x: Tensor, weight: Tensor) -> Tensor:
     format might not hold.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    if x.is_cuda and x.dtype == torch.bfloat16 and torch.is_grad_enabled():
+    if splits(x) and torch.is_grad_enabled():
         rows = x.reshape(-1, x.shape[-1])
         return _WideProduct.apply(rows, weight).view(*x.shape[:-1], len(weight))
     half = x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
@@ -215,6 +217,11 @@ def linear_wide(x: Tensor, weight: Tensor) -> Tensor:
         product = torch.mm(x.reshape(-1, x.shape[-1]), weight.t(), out_dtype=torch.float32)
         return product.view(*x.shape[:-1], len(weight))
     return F.linear(x.to(wide), weight.to(wide))
+
+
+def splits(x: Tensor) -> bool:
+    """Whether float32 weights are split for products with x: where the matrix units multiply bfloat16 into float32."""
+    return x.is_cuda and x.dtype == torch.bfloat16
 
 
 class _WideProduct(torch.autograd.Function):

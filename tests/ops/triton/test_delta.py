@@ -84,18 +84,19 @@ def test_segments_walked_at_once_equal_the_recurrence(device, segment, lengths):
 
 
 def test_heads_whose_columns_are_cut_equal_the_recurrence(device, monkeypatch):
-    monkeypatch.setattr(triton_delta, "COLUMNS", 32)  # as where p is 128, in less time
+    # As where p is 128, in less time.
+    monkeypatch.setitem(triton_delta.TUNED, (64, 4), triton_delta.TUNED[64, 4]._replace(columns=32))
     args, state, cu = inputs([50, 20], r=2, p=64)
     check(args, state, cu, device)
 
 
 def test_only_long_sequences_are_cut_into_segments(monkeypatch):
     monkeypatch.setattr(triton_delta, "PROGRAMS", 1024)
-    tokens = triton_delta.CHUNK * triton_delta.LEAST
-    assert triton_delta._segment_chunks(50 * tokens, tokens, walks=64) == 0
-    assert triton_delta._segment_chunks(2 * tokens, 2 * tokens, walks=64) == triton_delta.LEAST
-    assert triton_delta._segment_chunks(50 * tokens, 50 * tokens, walks=64) == 100  # 16 segments
-    assert triton_delta._segment_chunks(50 * tokens, 50 * tokens, walks=4096) == 0  # as many walks without
+    least = triton_delta.LEAST
+    assert triton_delta._segment_chunks(50 * least, least, walks=64, chunk=32) == 0
+    assert triton_delta._segment_chunks(2 * least, 2 * least, walks=64, chunk=32) == least // 32
+    assert triton_delta._segment_chunks(50 * least, 50 * least, walks=64, chunk=32) == 50 * least // 32 // 16
+    assert triton_delta._segment_chunks(50 * least, 50 * least, walks=4096, chunk=32) == 0  # as many walks without
 
 
 @pytest.mark.parametrize("begun", [True, False])
@@ -163,8 +164,9 @@ def test_two_runs_give_the_same_bits(device):
 def test_the_operator_keeps_to_its_registration(device):
     args, state, cu = inputs([5], r=1)
     leaves = [t.detach().to(device, torch.float32).requires_grad_() for t in (*args, state)]
-    table = layout_of(cu.to(device)).cuts(triton_delta.CHUNK)
-    torch.library.opcheck(torch.ops.mmmamba.gated_delta.default, (*leaves, table, 1, 0))
+    layout, chunk = layout_of(cu.to(device)), triton_delta.TUNED[32, 4].chunk
+    table, begins = layout.cuts(chunk), layout.begins(chunk, 0)
+    torch.library.opcheck(torch.ops.mmmamba.gated_delta.default, (*leaves, table, begins, 1, 0))
 
 
 def test_what_the_kernels_cannot_serve_is_named(device):

@@ -43,7 +43,7 @@ recurrence.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -55,31 +55,38 @@ from mmmamba.ops.layout import layout_for
 from mmmamba.ops.triton import on_device, operator, why_not
 from mmmamba.ops.triton.ssd import LOG2_E, _dot, _locate, _parts, _rows, _rows_of
 
-CHUNK = 32
-BLOCK = 32  # rows of a state that a program holds
+ACCURATE = "tf32x3"  # how T's blocks are multiplied
+JOINED = 32  # rows of a state that a program joins
 PROGRAMS = 256  # walks that fill the machine
-LEAST = 32  # chunks of a segment
+LEAST = 1024  # tokens of a segment
 JOINING = 8  # warps of a program that joins segments
-COLUMNS = 64  # of a state that the launch of the gradients holds at once, at most
 
 
 class Tuning(NamedTuple):
-    """Warps of each launch's programs, and stages of the loads' pipeline of those that walk."""
+    """Tokens of a chunk, rows of a state that a walk holds, and how each launch runs.
 
+    Warps of each launch's programs, stages of the loads' pipeline of those that walk, and how many rows of a state the
+    launch of the gradients holds at once.
+    """
+
+    chunk: int
+    rows: int
     prepare: int
     walk: int
     stages: int
     gradients: int
+    columns: int
 
 
-# By the larger of p and n, for 2-byte and for 4-byte products.
+# By the larger of p and n, for 2-byte and for 4-byte products. The latter stay too small for Hopper's asynchronous
+# products, which have given wrong digits in three-part TF32.
 TUNED = {
-    (32, 2): Tuning(1, 2, 2, 4),
-    (64, 2): Tuning(1, 2, 3, 4),
-    (128, 2): Tuning(1, 4, 3, 4),
-    (32, 4): Tuning(1, 4, 1, 4),
-    (64, 4): Tuning(1, 4, 1, 4),
-    (128, 4): Tuning(2, 8, 1, 8),
+    (32, 2): Tuning(32, 32, 1, 2, 2, 4, 32),
+    (64, 2): Tuning(64, 64, 1, 4, 3, 4, 32),
+    (128, 2): Tuning(64, 64, 1, 4, 2, 8, 64),
+    (32, 4): Tuning(32, 32, 1, 2, 1, 4, 32),
+    (64, 4): Tuning(32, 32, 1, 2, 1, 4, 64),
+    (128, 4): Tuning(32, 32, 2, 2, 1, 8, 64),
 }
 
 
@@ -98,78 +105,152 @@ def _substitute(gram, strength, decay, SIZE: tl.constexpr):
     return inverse
 
 
+@triton.jit
+def _times(a, b, ACCURATE: tl.constexpr):
+    return tl.dot(a, b, input_precision=ACCURATE)
+
+
+@triton.jit
+def _inverse(gram, strength, decay, SIZE: tl.constexpr, NARROW: tl.constexpr, ACCURATE: tl.constexpr):
+    """(I + L)^-1 of a diagonal block of 16 rows from its k_i.k_j.
+
+    NARROW: as products, inside blocks of 8 rows, where no factor grows beyond a few dozen even of keys that are all
+    alike: exact enough for what is stored in 2 bytes, in a third of the time.
+    """
+    if NARROW:
+        at = tl.arange(0, SIZE)
+        rows, columns = at[:, None], at[None, :]
+        lower = gram * tl.exp2(tl.where(rows > columns, decay[:, None] - decay[None, :], float("-inf")))
+        lower *= strength[:, None]
+        inner = tl.where(rows // 8 == columns // 8, lower, 0.0)
+        squared = _times(inner, inner, ACCURATE)
+        inverse = tl.where(rows == columns, 1.0, 0.0) - inner
+        inverse += _times(inverse, squared, ACCURATE)
+        inverse += _times(inverse, _times(squared, squared, ACCURATE), ACCURATE)
+        inverse -= _times(inverse, _times(lower - inner, inverse, ACCURATE), ACCURATE)
+    else:
+        inverse = _substitute(gram, strength, decay, SIZE)
+    return inverse
+
+
+@triton.jit
+def _block(k, k_token, dt, dt_token, beta, beta_token, token, left, rate, before, at_n, FROM: tl.constexpr,
+           SIZE: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """Rows FROM … of a chunk: their keys, strengths and inclusive log2 decays, ``before`` being the decay so far."""
+    at = FROM + tl.arange(0, SIZE)
+    inside = at < left
+    change = tl.load(dt + at * dt_token, mask=inside, other=0.0) * rate
+    strength = tl.load(beta + at * beta_token, mask=inside, other=0.0)
+    ks = _rows_of(k, token, k_token, at, at_n, inside).to(DOT)
+    return ks, strength, tl.cumsum(change, 0) + before, before + tl.sum(change, 0)
+
+
+@triton.jit
+def _below(ks, strength, decay, earlier, earlier_decay, PRECISION: tl.constexpr):
+    """The block of L between rows and columns of two blocks."""
+    gram = tl.dot(ks, tl.trans(earlier), input_precision=PRECISION)
+    return gram * tl.exp2(decay[:, None] - earlier_decay[None, :]) * strength[:, None]
+
+
 @triton.jit(do_not_specialize=["length"])
 def _prepare_kernel(
     k, k_token, k_head, dt, dt_token, dt_head, beta, beta_token, beta_head, A, decays, inverses, table, length, heads,
     ratio,
-    N: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    N: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ACCURATE: tl.constexpr,
+    NARROW: tl.constexpr,
 ):  # fmt: skip
-    """Programs (chunk × head): inclusive log2 decays (c, h, q), flat behind the end, and T (c, h, q, q)."""
+    """Programs (chunk × head): inclusive log2 decays (c, h, q), flat after the end, and T (c, h, q, q)."""
     head, chunk = tl.program_id(0) % heads, tl.program_id(0) // heads
     _row, first, _last, start, stop = _locate(table, chunk, length, CHUNK)
     if stop == start:
         return
-    HALF: tl.constexpr = CHUNK // 2
-    at, at_n = tl.arange(0, HALF), tl.arange(0, N)
+    SIZE: tl.constexpr = 16
+    at, at_n = tl.arange(0, SIZE), tl.arange(0, N)
     token = start + (chunk - first) * CHUNK
     left = tl.minimum(stop - token, CHUNK).to(tl.int32)
-    upper, lower = at < left, at + HALF < left
     rate = tl.load(A + head) * LOG2_E
     dt += token * dt_token + head * dt_head
     beta += token * beta_token + head * beta_head
     k += (head // ratio) * k_head
     here = chunk.to(tl.int64) * heads + head
-
-    first_change = tl.load(dt + at * dt_token, mask=upper, other=0.0) * rate
-    first_decay = tl.cumsum(first_change, 0)
-    second_decay = tl.cumsum(tl.load(dt + (at + HALF) * dt_token, mask=lower, other=0.0) * rate, 0)
-    second_decay += tl.sum(first_change, 0)
-    tl.store(decays + here * CHUNK + at, first_decay)
-    tl.store(decays + here * CHUNK + HALF + at, second_decay)
-
-    first_strength = tl.load(beta + at * beta_token, mask=upper, other=0.0)
-    second_strength = tl.load(beta + (at + HALF) * beta_token, mask=lower, other=0.0)
-    ks = _rows_of(k, token, k_token, at, at_n, upper).to(DOT)
-    more = _rows_of(k, token, k_token, at + HALF, at_n, lower).to(DOT)
-    inverse = _substitute(tl.dot(ks, tl.trans(ks), input_precision=PRECISION), first_strength, first_decay, HALF)
-    below = _substitute(tl.dot(more, tl.trans(more), input_precision=PRECISION), second_strength, second_decay, HALF)
-    across = tl.dot(more, tl.trans(ks), input_precision=PRECISION)
-    across *= tl.exp2(second_decay[:, None] - first_decay[None, :]) * second_strength[:, None]
-    across = tl.dot(across, inverse, input_precision="ieee")
-    across = -tl.dot(below, across, input_precision="ieee")
-
+    decays += here * CHUNK
     inverses += here * CHUNK * CHUNK
     corner = at[:, None] * CHUNK + at[None, :]
-    tl.store(inverses + corner, inverse)
-    tl.store(inverses + corner + HALF, tl.zeros([HALF, HALF], tl.float32))
-    tl.store(inverses + corner + HALF * CHUNK, across)
-    tl.store(inverses + corner + HALF * CHUNK + HALF, below)
+    nothing = tl.zeros([SIZE, SIZE], tl.float32)
+
+    k0, b0, a0, so_far = _block(k, k_token, dt, dt_token, beta, beta_token, token, left, rate, 0.0, at_n, 0, SIZE, DOT)
+    k1, b1, a1, so_far = _block(
+        k, k_token, dt, dt_token, beta, beta_token, token, left, rate, so_far, at_n, 16, SIZE, DOT
+    )  # fmt: skip
+    tl.store(decays + at, a0)
+    tl.store(decays + 16 + at, a1)
+    t00 = _inverse(tl.dot(k0, tl.trans(k0), input_precision=PRECISION), b0, a0, SIZE, NARROW, ACCURATE)
+    t11 = _inverse(tl.dot(k1, tl.trans(k1), input_precision=PRECISION), b1, a1, SIZE, NARROW, ACCURATE)
+    t10 = -_times(t11, _times(_below(k1, b1, a1, k0, a0, PRECISION), t00, ACCURATE), ACCURATE)
+    tl.store(inverses + corner, t00)
+    tl.store(inverses + corner + 16, nothing)
+    tl.store(inverses + corner + 16 * CHUNK, t10)
+    tl.store(inverses + corner + 16 * CHUNK + 16, t11)
+    if CHUNK == 64:
+        k2, b2, a2, so_far = _block(
+            k, k_token, dt, dt_token, beta, beta_token, token, left, rate, so_far, at_n, 32, SIZE, DOT
+        )  # fmt: skip
+        k3, b3, a3, so_far = _block(
+            k, k_token, dt, dt_token, beta, beta_token, token, left, rate, so_far, at_n, 48, SIZE, DOT
+        )  # fmt: skip
+        tl.store(decays + 32 + at, a2)
+        tl.store(decays + 48 + at, a3)
+        t22 = _inverse(tl.dot(k2, tl.trans(k2), input_precision=PRECISION), b2, a2, SIZE, NARROW, ACCURATE)
+        t33 = _inverse(tl.dot(k3, tl.trans(k3), input_precision=PRECISION), b3, a3, SIZE, NARROW, ACCURATE)
+        t32 = -_times(t33, _times(_below(k3, b3, a3, k2, a2, PRECISION), t22, ACCURATE), ACCURATE)
+        # Both halves are done: what lies below is -T_lower L T_upper, in blocks.
+        l20, l21 = _below(k2, b2, a2, k0, a0, PRECISION), _below(k2, b2, a2, k1, a1, PRECISION)
+        l30, l31 = _below(k3, b3, a3, k0, a0, PRECISION), _below(k3, b3, a3, k1, a1, PRECISION)
+        y20 = _times(l20, t00, ACCURATE) + _times(l21, t10, ACCURATE)
+        y30 = _times(l30, t00, ACCURATE) + _times(l31, t10, ACCURATE)
+        y21, y31 = _times(l21, t11, ACCURATE), _times(l31, t11, ACCURATE)
+        inverses += corner
+        tl.store(inverses + 32, nothing)
+        tl.store(inverses + 48, nothing)
+        tl.store(inverses + 16 * CHUNK + 32, nothing)
+        tl.store(inverses + 16 * CHUNK + 48, nothing)
+        tl.store(inverses + 32 * CHUNK + 48, nothing)
+        tl.store(inverses + 32 * CHUNK, -_times(t22, y20, ACCURATE))
+        tl.store(inverses + 32 * CHUNK + 16, -_times(t22, y21, ACCURATE))
+        tl.store(inverses + 32 * CHUNK + 32, t22)
+        tl.store(inverses + 48 * CHUNK, -_times(t32, y20, ACCURATE) - _times(t33, y30, ACCURATE))
+        tl.store(inverses + 48 * CHUNK + 16, -_times(t32, y21, ACCURATE) - _times(t33, y31, ACCURATE))
+        tl.store(inverses + 48 * CHUNK + 32, t32)
+        tl.store(inverses + 48 * CHUNK + 48, t33)
 
 
 @triton.jit
-def _segment(table, chunk, length, per, CHUNK: tl.constexpr):
-    """Of a chunk: its sequence, which chunk of that it is, and whether a segment begins there.
+def _segment(table, begins, program, length, per, CHUNK: tl.constexpr):
+    """Of the program's segment: its first chunk, or -1 if it has none, and which chunk of the sequence that is.
 
-    The sequence as its row, its first chunk, its first token, the token after it, and (last) how many chunks it has.
+    And of the sequence: its row, its first token, the token after it, and how many chunks it has.
     """
-    row, first, _last, start, stop = _locate(table, chunk, length, CHUNK)
-    index = chunk - first
-    whole = tl.cdiv(stop - start, CHUNK).to(tl.int32)
-    begins = (index % per == 0) & ((index == 0) | (index < whole))
-    return row, first, start, stop, index, begins, whole
+    if table is None:
+        several = tl.maximum(tl.cdiv(tl.maximum(tl.cdiv(length, CHUNK), 1), per), 1)  # segments of a row
+        chunk = program // several * tl.maximum(tl.cdiv(length, CHUNK), 1) + program % several * per
+    else:
+        chunk = tl.load(begins + program)
+    row, first, _last, start, stop = _locate(table, tl.maximum(chunk, 0), length, CHUNK)
+    return chunk, chunk - first, row, start, stop, tl.cdiv(stop - start, CHUNK).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["length", "per"])
 def _states_kernel(
     v, v_token, v_head, k, k_token, k_head, q, q_token, q_head, beta, beta_token, beta_head, decays, inverses,
-    y, initial, final, kept, added, moves, table, length, heads, ratio, per,
+    y, initial, final, kept, writes, added, moves, table, begins, length, heads, ratio, per,
     P: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, LOCAL: tl.constexpr,
 ):  # fmt: skip
-    """Programs (chunk × head × rows of the state); those of a segment's first chunk walk through the segment.
+    """Programs (segment × head × rows of the state): walk through a segment's chunks.
 
-    What the state was before each chunk goes to ``kept``, what is read to ``y``, what it is at the end to ``final``,
-    each unless None. Sequences begin with ``initial`` (zeros if None).
+    What the state was before each chunk goes to ``kept``, transposed, and what is written (u) to ``writes``; what is
+    read to ``y``, what the state is at the end to ``final``; each unless None. Sequences begin with ``initial`` (zeros
+    if None).
 
     LOCAL: for the segments that others of their sequence follow, what the state becomes of nothing goes to ``added``,
     and what it becomes of each unit row to ``moves``, which more programs work out. Without LOCAL ``added`` holds the
@@ -178,9 +259,10 @@ def _states_kernel(
     tiles: tl.constexpr = (P + N if LOCAL else P) // BLOCK
     tile = tl.program_id(0) % tiles
     head = tl.program_id(0) // tiles % heads
-    chunk = tl.program_id(0) // tiles // heads
-    row, _first, start, stop, index, begins, whole_count = _segment(table, chunk, length, per, CHUNK)
-    if not begins:
+    chunk, index, row, start, stop, whole_count = _segment(
+        table, begins, tl.program_id(0) // tiles // heads, length, per, CHUNK
+    )  # fmt: skip
+    if chunk < 0:
         return
     unit = tile >= P // BLOCK
     if LOCAL:
@@ -189,18 +271,18 @@ def _states_kernel(
     inside, at_n = tl.arange(0, CHUNK), tl.arange(0, N)
     at_p = tl.where(unit, tile - P // BLOCK, tile) * BLOCK + tl.arange(0, BLOCK)
     rows, columns = inside[:, None], inside[None, :]
-    at = at_p[:, None] * N + at_n[None, :]
+    at = at_p[None, :] * N + at_n[:, None]  # the state lies transposed, (n, p): no product needs it otherwise
     edge = (row.to(tl.int64) * heads + head) * P * N + at
     v += (head // ratio) * v_head
     k += (head // ratio) * k_head
     q += head * q_head
     beta += head * beta_head
-    state = tl.zeros([BLOCK, N], tl.float32)
+    state = tl.zeros([N, BLOCK], tl.float32)
     if index == 0:
         if initial is not None:
             state = tl.load(initial + edge)
     elif LOCAL:
-        state = tl.where(unit & (at_p[:, None] == at_n[None, :]), 1.0, 0.0)
+        state = tl.where(unit & (at_p[None, :] == at_n[:, None]), 1.0, 0.0)
     else:
         here = ((chunk - per) // per).to(tl.int64) * heads + head
         state = tl.load(added + here * P * N + at)
@@ -215,21 +297,23 @@ def _states_kernel(
         whole = tl.load(decays + here * CHUNK + CHUNK - 1)
         inverse = tl.load(inverses + here * CHUNK * CHUNK + rows * CHUNK + columns).to(DOT)
         if kept is not None:
-            tl.store(kept + here * P * N + at, state)
-        entered = tl.trans(state.to(DOT))  # (n, rows)
+            tl.store(kept + here * P * N + (at_n[:, None] * P + at_p[None, :]), state)
+        entered = state.to(DOT)
         held = tl.dot(ks, entered, input_precision=PRECISION) * tl.exp2(decay)[:, None]
         wanted = (vs - held) * strength[:, None]
         written = tl.dot(inverse, wanted.to(DOT), input_precision=PRECISION)
+        place = token * heads * P + head * P + (rows * (heads * P) + at_p[None, :])
+        if writes is not None:
+            tl.store(writes + place, written, mask=valid[:, None])
         if y is not None:
             qs = _rows_of(q, token, q_token, inside, at_n, valid).to(DOT)
             scores = tl.dot(qs, tl.trans(ks), input_precision=PRECISION)
             scores *= tl.exp2(tl.where(rows >= columns, decay[:, None] - decay[None, :], float("-inf")))
             out = tl.dot(qs, entered, input_precision=PRECISION) * tl.exp2(decay)[:, None]
             out = tl.dot(scores.to(DOT), written.to(DOT), out, input_precision=PRECISION)
-            place = token * heads * P + head * P + (rows * (heads * P) + at_p[None, :])
             tl.store(y + place, out, mask=valid[:, None])
-        leaving = tl.trans((written * tl.exp2(whole - decay)[:, None]).to(DOT))
-        state = tl.dot(leaving, ks, state * tl.exp2(whole), input_precision=PRECISION)
+        leaving = (written * tl.exp2(whole - decay)[:, None]).to(DOT)
+        state = tl.dot(tl.trans(ks), leaving, state * tl.exp2(whole), input_precision=PRECISION)
     if LOCAL:
         here = (chunk // per).to(tl.int64) * heads + head
         if unit:
@@ -244,20 +328,21 @@ def _states_kernel(
 @triton.jit(do_not_specialize=["length", "per"])
 def _leaving_kernel(
     k, k_token, k_head, q, q_token, q_head, beta, beta_token, beta_head, decays, inverses, dy, dy_token, dy_head,
-    d_final, d_initial, kept, added, table, length, heads, ratio, per,
+    d_final, d_initial, kept, d_wants, added, table, begins, length, heads, ratio, per,
     P: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, LOCAL: tl.constexpr,
 ):  # fmt: skip
-    """As :func:`_states_kernel`, from the end: the gradient of the state after each chunk to ``kept``.
+    """As :func:`_states_kernel`, from the end: the gradient of the state after each chunk to ``kept``, and dW.
 
     LOCAL: for the segments that follow others of their sequence, what the gradient becomes of nothing to ``added``.
     """
     tiles: tl.constexpr = P // BLOCK
     tile = tl.program_id(0) % tiles
     head = tl.program_id(0) // tiles % heads
-    chunk = tl.program_id(0) // tiles // heads
-    row, _first, start, stop, index, begins, whole_count = _segment(table, chunk, length, per, CHUNK)
-    if not begins:
+    chunk, index, row, start, stop, whole_count = _segment(
+        table, begins, tl.program_id(0) // tiles // heads, length, per, CHUNK
+    )  # fmt: skip
+    if chunk < 0:
         return
     if LOCAL:
         if index == 0:
@@ -265,13 +350,13 @@ def _leaving_kernel(
     inside, at_n = tl.arange(0, CHUNK), tl.arange(0, N)
     at_p = tile * BLOCK + tl.arange(0, BLOCK)
     rows, columns = inside[:, None], inside[None, :]
-    at = at_p[:, None] * N + at_n[None, :]
+    at = at_p[None, :] * N + at_n[:, None]
     edge = (row.to(tl.int64) * heads + head) * P * N + at
     k += (head // ratio) * k_head
     q += head * q_head
     beta += head * beta_head
     dy += head * dy_head
-    gradient = tl.zeros([BLOCK, N], tl.float32)
+    gradient = tl.zeros([N, BLOCK], tl.float32)
     if index + per >= whole_count:  # no segment of the sequence follows
         if d_final is not None:
             gradient = tl.load(d_final + edge)
@@ -292,18 +377,20 @@ def _leaving_kernel(
         whole = tl.load(decays + here * CHUNK + CHUNK - 1)
         transposed = tl.load(inverses + here * CHUNK * CHUNK + columns * CHUNK + rows).to(DOT)
         if not LOCAL:
-            tl.store(kept + here * P * N + at, gradient)
+            tl.store(kept + here * P * N + (at_n[:, None] * P + at_p[None, :]), gradient)
         scores = tl.dot(ks, tl.trans(qs), input_precision=PRECISION)  # (j, i)
         scores *= tl.exp2(tl.where(rows <= columns, decay[None, :] - decay[:, None], float("-inf")))
-        d_written = tl.dot(ks, tl.trans(gradient.to(DOT)), input_precision=PRECISION)
-        d_written *= tl.exp2(whole - decay)[:, None]
+        d_written = tl.dot(ks, gradient.to(DOT), input_precision=PRECISION) * tl.exp2(whole - decay)[:, None]
         d_written = tl.dot(scores.to(DOT), dys.to(DOT), d_written, input_precision=PRECISION)
         d_wanted = tl.dot(transposed, d_written.to(DOT), input_precision=PRECISION)
+        if not LOCAL:
+            place = token * heads * P + head * P + (rows * (heads * P) + at_p[None, :])
+            tl.store(d_wants + place, d_wanted, mask=valid[:, None])
         fade = tl.exp2(decay)[:, None]
-        read = tl.trans((dys.to(tl.float32) * fade).to(DOT))
-        taken = tl.trans((d_wanted * -(fade * strength[:, None])).to(DOT))
-        gradient = tl.dot(read, qs, gradient * tl.exp2(whole), input_precision=PRECISION)
-        gradient = tl.dot(taken, ks, gradient, input_precision=PRECISION)
+        read = (dys.to(tl.float32) * fade).to(DOT)
+        taken = (d_wanted * -(fade * strength[:, None])).to(DOT)
+        gradient = tl.dot(tl.trans(qs), read, gradient * tl.exp2(whole), input_precision=PRECISION)
+        gradient = tl.dot(tl.trans(ks), taken, gradient, input_precision=PRECISION)
     if LOCAL:
         here = (chunk // per).to(tl.int64) * heads + head
         tl.store(added + here * P * N + at, gradient)
@@ -314,7 +401,7 @@ def _leaving_kernel(
 
 @triton.jit(do_not_specialize=["length", "per"])
 def _join_kernel(
-    added, moves, table, length, heads, per,
+    added, moves, table, begins, length, heads, per,
     ROWS: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
     """Programs as those of the walks: turn what segments make of nothing into what leaves them, one after another.
@@ -325,10 +412,11 @@ def _join_kernel(
     tiles: tl.constexpr = ROWS // BLOCK
     tile = tl.program_id(0) % tiles
     head = tl.program_id(0) // tiles % heads
-    chunk = tl.program_id(0) // tiles // heads
-    _row, _first, _start, _stop, index, _begins, whole_count = _segment(table, chunk, length, per, CHUNK)
+    chunk, index, _row, _start, _stop, whole_count = _segment(
+        table, begins, tl.program_id(0) // tiles // heads, length, per, CHUNK
+    )  # fmt: skip
     segments = tl.cdiv(whole_count, per)
-    if (index != 0) | (segments < 3):
+    if (chunk < 0) | (index != 0) | (segments < 3):
         return
     at_n = tl.arange(0, N)
     at = (tile * BLOCK + tl.arange(0, BLOCK))[:, None] * N + at_n[None, :]
@@ -348,11 +436,12 @@ def _join_kernel(
 @triton.jit(do_not_specialize=["length", "chunks"])
 def _gradients_kernel(
     v, v_token, v_head, k, k_token, k_head, q, q_token, q_head, dt, dt_token, dt_head, beta, beta_token, beta_head, A,
-    decays, inverses, dy, dy_token, dy_head, kept, dv, dk, dq, ddt, d_beta, dA, table, length, chunks, heads, ratio,
+    decays, dy, dy_token, dy_head, kept, writes, d_wants, dv, dk, dq, ddt, d_beta, dA, table, length, chunks, heads,
+    ratio,
     P: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """Programs (chunk × heads): all gradients of a chunk's tokens, from the state before and the gradient after it.
+    """Programs (chunk × heads): all gradients of a chunk's tokens, from what the walks have kept.
 
     Where a program holds whole columns of the state (BLOCK is P), it takes the heads of a group one after another
     (TOGETHER), so that what they share is read and written once; else a head, whose dv and dk are its own.
@@ -370,7 +459,6 @@ def _gradients_kernel(
     valid = inside < tl.minimum(stop - token, CHUNK).to(tl.int32)
     group = owner * TOGETHER // ratio
     ks = _rows_of(k + group * k_head, token, k_token, inside, at_n, valid).to(DOT)
-    gram = tl.dot(ks, tl.trans(ks), input_precision=PRECISION)
     v += group * v_head
     dv += token * owners * P + owner * P
     dks = tl.zeros([CHUNK, N], tl.float32)
@@ -378,69 +466,73 @@ def _gradients_kernel(
     for i in range(TOGETHER):
         head = owner * TOGETHER + i
         here = chunk.to(tl.int64) * heads + head
-        qs = _rows_of(q + head * q_head, token, q_token, inside, at_n, valid).to(DOT)
         strength = tl.load(beta + head * beta_head + token * beta_token + inside * beta_token, mask=valid, other=0.0)
         decay = tl.load(decays + here * CHUNK + inside)
         whole = tl.load(decays + here * CHUNK + CHUNK - 1)
-        inverse = tl.load(inverses + here * CHUNK * CHUNK + rows * CHUNK + columns).to(DOT)
-        transposed = tl.load(inverses + here * CHUNK * CHUNK + columns * CHUNK + rows).to(DOT)
-        between = tl.exp2(tl.where(rows >= columns, decay[:, None] - decay[None, :], float("-inf")))
         fade, to_end = tl.exp2(decay), tl.exp2(whole - decay)
-        scores = tl.dot(qs, tl.trans(ks), input_precision=PRECISION)
-        reach = tl.trans((scores * between).to(DOT))  # (j, i)
 
         d_scores = tl.zeros([CHUNK, CHUNK], tl.float32)
         d_gram = tl.zeros([CHUNK, CHUNK], tl.float32)
         dqs = tl.zeros([CHUNK, N], tl.float32)
+        taken = tl.zeros([CHUNK, N], tl.float32)
+        added = tl.zeros([CHUNK, N], tl.float32)
         d_strength = tl.zeros([CHUNK], tl.float32)
-        reads = tl.zeros([CHUNK], tl.float32)  # what passes from the entering state to a token
-        writes = tl.zeros([CHUNK], tl.float32)  # and from a token to the leaving one
         through = tl.zeros([BLOCK], tl.float32)
         for part in range(0, P, BLOCK):
             at_p = part + tl.arange(0, BLOCK)
-            at = at_p[:, None] * N + at_n[None, :]
-            state = tl.load(kept + here * P * N + at).to(DOT)
-            leaving = tl.load(kept + (chunks.to(tl.int64) * heads + here) * P * N + at).to(DOT)
-            vs = _rows_of(v, token, v_token, inside, at_p, valid).to(tl.float32)
+            at = at_n[:, None] * P + at_p[None, :]  # (n, p)
+            place = token * heads * P + head * P + (rows * (heads * P) + at_p[None, :])
+            written = tl.load(writes + place, mask=valid[:, None], other=0.0).to(DOT)
+            d_wanted = tl.load(d_wants + place, mask=valid[:, None], other=0.0).to(DOT)
             dys = _rows_of(dy + head * dy_head, token, dy_token, inside, at_p, valid)
-            held = tl.dot(ks, tl.trans(state), input_precision=PRECISION) * fade[:, None]
-            rest = vs - held
-            written = tl.dot(inverse, (rest * strength[:, None]).to(DOT), input_precision=PRECISION)
-            d_written = tl.dot(ks, tl.trans(leaving), input_precision=PRECISION) * to_end[:, None]
-            writes += tl.sum(d_written * written, 1)
-            d_written = tl.dot(reach, dys.to(DOT), d_written, input_precision=PRECISION)
-            d_wanted = tl.dot(transposed, d_written.to(DOT), input_precision=PRECISION)
-            d_strength += tl.sum(d_wanted * rest, 1)
-            reads -= strength * tl.sum(d_wanted * held, 1)
-            backward = tl.trans(written.to(DOT))
-            d_scores = tl.dot(dys.to(DOT), backward, d_scores, input_precision=PRECISION)
-            d_gram = tl.dot((-d_wanted).to(DOT), backward, d_gram, input_precision=PRECISION)
-            d_wanted *= strength[:, None]
+            vs = _rows_of(v, token, v_token, inside, at_p, valid)
+            d_scores = tl.dot(dys.to(DOT), tl.trans(written), d_scores, input_precision=PRECISION)
+            d_gram = tl.dot(d_wanted, tl.trans(written), d_gram, input_precision=PRECISION)
+            wide = d_wanted.to(tl.float32)
+            d_strength += tl.sum(wide * vs.to(tl.float32), 1)
             if BLOCK == P:
-                dvs += d_wanted
+                dvs += wide * strength[:, None]
             else:
-                tl.store(dv + (rows * (owners * P) + at_p[None, :]), d_wanted, mask=valid[:, None])
-            dqs = tl.dot((dys.to(tl.float32) * fade[:, None]).to(DOT), state, dqs, input_precision=PRECISION)
-            dks = tl.dot((d_wanted * -fade[:, None]).to(DOT), state, dks, input_precision=PRECISION)
-            dks = tl.dot((written * to_end[:, None]).to(DOT), leaving, dks, input_precision=PRECISION)
-            through += tl.sum(state.to(tl.float32) * leaving.to(tl.float32), 1)
-        reads += tl.sum(dqs * qs.to(tl.float32), 1)
+                d_value = wide * strength[:, None]
+                tl.store(dv + (rows * (owners * P) + at_p[None, :]), d_value, mask=valid[:, None])
+            leaving = tl.load(kept + (chunks.to(tl.int64) * heads + here) * P * N + at).to(DOT)
+            added = tl.dot(written, tl.trans(leaving), added, input_precision=PRECISION)
+            state = tl.load(kept + here * P * N + at).to(DOT)
+            dqs = tl.dot(dys.to(DOT), tl.trans(state), dqs, input_precision=PRECISION)
+            taken = tl.dot(d_wanted, tl.trans(state), taken, input_precision=PRECISION)
+            through += tl.sum(state.to(tl.float32) * leaving.to(tl.float32), 0)
+        # What passes from a token to the leaving state, and from the entering one to a token.
+        wide = ks.to(tl.float32)
+        added *= to_end[:, None]
+        taken *= fade[:, None]
+        writing = tl.sum(added * wide, 1)
+        held = tl.sum(taken * wide, 1)
+        d_strength -= held
+        dks += added - taken * strength[:, None]
+        dqs *= fade[:, None]
+        qs = _rows_of(q + head * q_head, token, q_token, inside, at_n, valid).to(DOT)
+        reading = tl.sum(dqs * qs.to(tl.float32), 1) - strength * held
 
-        d_scores *= between
-        d_gram = tl.where(rows > columns, d_gram * between, 0.0)
+        between = tl.exp2(tl.where(rows >= columns, decay[:, None] - decay[None, :], float("-inf")))
+        gram = tl.dot(ks, tl.trans(ks), input_precision=PRECISION)
+        d_gram = tl.where(rows > columns, -d_gram * between, 0.0)
         d_strength += tl.sum(d_gram * gram, 1)
         d_gram *= strength[:, None]
-        dqs = tl.dot(d_scores.to(DOT), ks, dqs, input_precision=PRECISION)
-        dks = tl.dot(tl.trans(d_scores.to(DOT)), qs, dks, input_precision=PRECISION)
+        share = d_gram * gram
         dks = tl.dot((d_gram + tl.trans(d_gram)).to(DOT), ks, dks, input_precision=PRECISION)
+        scores = tl.dot(qs, tl.trans(ks), input_precision=PRECISION)
+        d_scores *= between
+        share += d_scores * scores
+        narrow = d_scores.to(DOT)
+        dqs = tl.dot(narrow, ks, dqs, input_precision=PRECISION)
+        dks = tl.dot(tl.trans(narrow), qs, dks, input_precision=PRECISION)
         place = token * heads * N + head * N + (rows * (heads * N) + at_n[None, :])
         tl.store(dq + place, dqs, mask=valid[:, None])
 
         # A step's log decay touches the pairs around it, the reads after it, the writes before it, and what passes
         # through the whole chunk. Column t of ``before`` sums what each token takes from those before t.
-        share = d_scores * scores + d_gram * gram
         before = tl.cumsum(share, 1) - share
-        crossing = tl.where(rows >= columns, before + reads[:, None], writes[:, None])
+        crossing = tl.where(rows >= columns, before + reading[:, None], writing[:, None])
         d_decay = tl.sum(crossing, 0) + tl.exp2(whole) * tl.sum(through, 0)
         step = tl.load(dt + head * dt_head + token * dt_token + inside * dt_token, mask=valid, other=0.0)
         at_token = token * heads + head + inside * heads
@@ -454,32 +546,27 @@ def _gradients_kernel(
 
 
 class _Call:
-    """What the launches of one call share: sizes, tuning, the inputs with their strides, decays and T.
+    """What the launches of one call share: sizes, tuning, the inputs with their strides.
 
     ``segment``: chunks of a segment; 0 where every sequence is walked through as a whole.
     """
 
     def __init__(
-        self, v: Tensor, dt: Tensor, A: Tensor, k: Tensor, q: Tensor, beta: Tensor, table: Tensor | None, segment: int
-    ) -> None:
+        self, v: Tensor, dt: Tensor, A: Tensor, k: Tensor, q: Tensor, beta: Tensor, table: Tensor | None,
+        begins: Tensor | None, segment: int,
+    ) -> None:  # fmt: skip
         self.v, self.dt, self.k, self.q, self.beta, self.A = *map(_rows, (v, dt, k, q, beta)), A.contiguous()
         b, self.length, self.g, self.p = v.shape
         self.h, self.n = q.shape[2:]
-        self.table = table
-        self.chunks = b * max(_parts(self.length, CHUNK), 1) if table is None else table.shape[0]
         dot, precision, self.stored = _dot(v, k, q)
-        self.tuning = TUNED[max(self.p, self.n), self.stored.itemsize]
-        self.options = {"P": self.p, "N": self.n, "CHUNK": CHUNK, "DOT": dot, "PRECISION": precision}
-        self.walking = {"BLOCK": BLOCK, "num_warps": self.tuning.walk, "num_stages": self.tuning.stages}
-        self.decays = v.new_empty(self.chunks, self.h, CHUNK, dtype=torch.float32)
-        self.inverses = v.new_empty(self.chunks, self.h, CHUNK, CHUNK, dtype=self.stored)
-        with on_device(v):
-            _prepare_kernel[(self.chunks * self.h,)](
-                *_strided(self.k), *_strided(self.dt), *_strided(self.beta), self.A, self.decays, self.inverses,
-                *self.place, N=self.n, CHUNK=CHUNK, DOT=dot, PRECISION=precision, num_warps=self.tuning.prepare,
-            )  # fmt: skip
+        self.tuning = tuning = tuning_of(v, k, q)
+        self.table, self.begins = table, begins
+        self.chunks = b * max(_parts(self.length, tuning.chunk), 1) if table is None else table.shape[0]
+        self.options = {"N": self.n, "CHUNK": tuning.chunk, "DOT": dot, "PRECISION": precision}
+        self.rows = held_rows(tuning, self.p, self.n)
         self.segment = segment or 2**30
-        self.segmented = segment > 0
+        of_row = max(_parts(self.chunks // max(b, 1), self.segment), 1)
+        self.segments = b * of_row if begins is None else len(begins)
         slots = self.chunks // segment + 1 if segment else 0
         self.added = v.new_empty(slots, self.h, self.p, self.n, dtype=torch.float32)
         self.moves = v.new_empty(slots, self.h, self.n, self.n, dtype=torch.float32)
@@ -489,47 +576,83 @@ class _Call:
         """Where chunks lie, and the heads: arguments of every launch."""
         return self.table, self.length, self.h, self.h // self.g
 
+    def prepare(self) -> tuple[Tensor, Tensor]:
+        """Decays (c, h, q) float32 and T (c, h, q, q) of every chunk, which the walks take."""
+        size = self.tuning.chunk
+        decays = self.v.new_empty(self.chunks, self.h, size, dtype=torch.float32)
+        inverses = self.v.new_empty(self.chunks, self.h, size, size, dtype=self.stored)
+        with on_device(self.v):
+            _prepare_kernel[(self.chunks * self.h,)](
+                *_strided(self.k), *_strided(self.dt), *_strided(self.beta), self.A, decays, inverses, *self.place,
+                ACCURATE=ACCURATE, NARROW=self.stored.itemsize == 2, num_warps=self.tuning.prepare, **self.options,
+            )  # fmt: skip
+        return decays, inverses
+
     def states(
-        self, *, initial: Tensor | None, y: Tensor | None = None, final: Tensor | None = None,
-        kept: Tensor | None = None,
+        self, decays: Tensor, inverses: Tensor, *, initial: Tensor | None, y: Tensor | None = None,
+        final: Tensor | None = None, kept: Tensor | None = None, writes: Tensor | None = None,
     ) -> None:  # fmt: skip
         """The walks from the start, through all segments at once where sequences are cut into some."""
         initial = None if initial is None else initial.contiguous()
-        if self.segmented:
-            self._states(self.p + self.n, None, initial, None, None, local=True)
-            self._join(back=False)
-        self._states(self.p, y, initial, final, kept, local=False)
+        shared = (
+            *_strided(self.v), *_strided(self.k), *_strided(self.q), *_strided(self.beta), decays, inverses,
+        )  # fmt: skip
+        for local in self._turns():
+            outputs = (None, initial, None, None, None) if local else (y, initial, final, kept, writes)
+            with on_device(self.v):
+                _states_kernel[self._walks(self.p + self.n * local)](
+                    *shared, *outputs, self.added, self.moves, self.table, self.begins, *self.place[1:], self.segment,
+                    LOCAL=local,
+                    **self._walking(),
+                )  # fmt: skip
+            if local:
+                self._join(back=False)
 
-    def _states(
-        self, rows: int, y: Tensor | None, initial: Tensor | None, final: Tensor | None, kept: Tensor | None, *,
-        local: bool,
+    def leaving(
+        self, decays: Tensor, inverses: Tensor, dy: Tensor, *, d_final: Tensor | None, d_initial: Tensor | None,
+        kept: Tensor, d_wants: Tensor,
     ) -> None:  # fmt: skip
-        with on_device(self.v):
-            _states_kernel[(self.chunks * self.h * (rows // BLOCK),)](
-                *_strided(self.v), *_strided(self.k), *_strided(self.q), *_strided(self.beta), self.decays,
-                self.inverses, y, initial, final, kept, self.added, self.moves, *self.place, self.segment,
-                LOCAL=local, **self.walking, **self.options,
-            )  # fmt: skip
-
-    def leaving(self, dy: Tensor, *, d_final: Tensor | None, d_initial: Tensor | None, kept: Tensor) -> None:
         """The walks from the end; after :meth:`states`, whose moves they take."""
         d_final = None if d_final is None else d_final.contiguous()
-        for local in (True, False) if self.segmented else (False,):
+        for local in self._turns():
             with on_device(self.v):
-                _leaving_kernel[(self.chunks * self.h * (self.p // BLOCK),)](
-                    *_strided(self.k), *_strided(self.q), *_strided(self.beta), self.decays, self.inverses,
-                    *_strided(dy), d_final, d_initial, kept, self.added, *self.place, self.segment,
-                    LOCAL=local, **self.walking, **self.options,
+                _leaving_kernel[self._walks(self.p)](
+                    *_strided(self.k), *_strided(self.q), *_strided(self.beta), decays, inverses, *_strided(dy),
+                    d_final, d_initial, kept, d_wants, self.added, self.table, self.begins, *self.place[1:],
+                    self.segment, LOCAL=local,
+                    **self._walking(),
                 )  # fmt: skip
             if local:
                 self._join(back=True)
 
+    def _turns(self) -> tuple[bool, ...]:
+        return (True, False) if len(self.added) else (False,)
+
+    def _walks(self, rows: int) -> tuple[int]:
+        return (self.segments * self.h * (rows // self.rows),)
+
+    def _walking(self) -> dict[str, Any]:
+        tuning = self.tuning
+        return {
+            "P": self.p, "BLOCK": self.rows, "num_warps": tuning.walk, "num_stages": tuning.stages, **self.options
+        }  # fmt: skip
+
     def _join(self, *, back: bool) -> None:
         with on_device(self.v):
-            _join_kernel[(self.chunks * self.h * (self.p // BLOCK),)](
-                self.added, self.moves, self.table, self.length, self.h, self.segment,
-                ROWS=self.p, N=self.n, CHUNK=CHUNK, BLOCK=BLOCK, BACK=back, num_warps=JOINING,
+            _join_kernel[(self.segments * self.h * (self.p // JOINED),)](
+                self.added, self.moves, self.table, self.begins, self.length, self.h, self.segment, ROWS=self.p,
+                N=self.n, CHUNK=self.tuning.chunk, BLOCK=JOINED, BACK=back, num_warps=JOINING,
             )  # fmt: skip
+
+
+def tuning_of(v: Tensor, k: Tensor, q: Tensor) -> Tuning:
+    """How a call with these inputs runs."""
+    return TUNED[int(max(v.shape[3], q.shape[3])), _dot(v, k, q)[2].itemsize]
+
+
+def held_rows(tuning: Tuning, p: int, n: int) -> int:
+    """Rows of a state that a program walks with."""
+    return min(tuning.rows, p, n)
 
 
 def _strided(t: Tensor) -> tuple[Tensor, int, int]:
@@ -547,21 +670,32 @@ def _delta(
     beta: Tensor,
     initial_state: Tensor | None,
     table: Tensor | None,
+    begins: Tensor | None,
     final_rows: int,
     segment: int,
-) -> tuple[Tensor, Tensor]:
-    """y (b, l, h, p) and the final states (final_rows, h, p, n); ``final_rows`` 0 when nobody wants them."""
-    y, final = _delta_fake(v, dt, A, k, q, beta, initial_state, table, final_rows, segment)
-    call = _Call(v, dt, A, k, q, beta, table, segment)
-    call.states(initial=initial_state, y=y, final=final if final_rows else None)
-    return y, final
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y (b, l, h, p), the final states (final_rows, h, p, n), decays and T, which the backward pass takes.
+
+    ``final_rows``: 0 when nobody wants the states.
+    """
+    y, final, _, _ = _delta_fake(v, dt, A, k, q, beta, initial_state, table, begins, final_rows, segment)
+    call = _Call(v, dt, A, k, q, beta, table, begins, segment)
+    decays, inverses = call.prepare()
+    call.states(decays, inverses, initial=initial_state, y=y, final=final if final_rows else None)
+    return y, final, decays, inverses
 
 
 @_delta.register_fake
-def _delta_fake(v, dt, A, k, q, beta, initial_state, table, final_rows, segment):
-    h, n = q.shape[2:]
-    y = v.new_empty(v.shape[0], v.shape[1], h, v.shape[3])
-    return y, v.new_empty(final_rows, h, v.shape[3], n, dtype=torch.float32)
+def _delta_fake(v, dt, A, k, q, beta, initial_state, table, begins, final_rows, segment):
+    b, length, h, n = q.shape
+    size = tuning_of(v, k, q).chunk
+    chunks = b * max(_parts(length, size), 1) if table is None else table.shape[0]
+    return (
+        v.new_empty(b, length, h, v.shape[3]),
+        v.new_empty(final_rows, h, v.shape[3], n, dtype=torch.float32),
+        v.new_empty(chunks, h, size, dtype=torch.float32),
+        v.new_empty(chunks, h, size, size, dtype=_dot(v, k, q)[2]),
+    )
 
 
 @operator("gated_delta_backward")
@@ -574,30 +708,37 @@ def _delta_backward(
     beta: Tensor,
     initial_state: Tensor | None,
     table: Tensor | None,
+    begins: Tensor | None,
+    decays: Tensor,
+    inverses: Tensor,
     dy: Tensor,
     d_final: Tensor | None,
     segment: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of v, dt, A, k, q, beta and the initial state (0 rows when there is none)."""
     dv, ddt, _, dk, dq, d_beta, d_initial = _delta_backward_fake(
-        v, dt, A, k, q, beta, initial_state, table, dy, d_final, segment
+        v, dt, A, k, q, beta, initial_state, table, begins, decays, inverses, dy, d_final, segment
     )
-    call = _Call(v, dt, A, k, q, beta, table, segment)
+    call = _Call(v, dt, A, k, q, beta, table, begins, segment)
     dy = _rows(dy)
-    kept = v.new_empty(2, call.chunks, call.h, call.p, call.n, dtype=call.stored)
+    kept = v.new_empty(2, call.chunks, call.h, call.n, call.p, dtype=call.stored)
+    writes, d_wants = v.new_empty(2, *dy.shape, dtype=call.stored)
     dA = v.new_empty(call.chunks, call.h, dtype=torch.float32)
-    call.states(initial=initial_state, kept=kept[0])
-    call.leaving(dy, d_final=d_final, d_initial=None if initial_state is None else d_initial, kept=kept[1])
-    block, ratio = min(COLUMNS, call.p), call.h // call.g
+    call.states(decays, inverses, initial=initial_state, kept=kept[0], writes=writes)
+    call.leaving(
+        decays, inverses, dy, d_final=d_final, d_initial=None if initial_state is None else d_initial, kept=kept[1],
+        d_wants=d_wants,
+    )  # fmt: skip
+    block, ratio = min(call.tuning.columns, call.p), call.h // call.g
     together = ratio if block == call.p else 1
     shared = together == ratio
     own_dv, own_dk = (t if shared else t.new_empty(*q.shape[:3], t.shape[3]) for t in (dv, dk))
     with on_device(v):
         _gradients_kernel[(call.chunks * (call.h // together),)](
             *_strided(call.v), *_strided(call.k), *_strided(call.q), *_strided(call.dt), *_strided(call.beta), call.A,
-            call.decays, call.inverses, *_strided(dy), kept, own_dv, own_dk, dq, ddt, d_beta, dA,
+            decays, *_strided(dy), kept, writes, d_wants, own_dv, own_dk, dq, ddt, d_beta, dA,
             call.table, call.length, call.chunks, call.h, ratio,
-            BLOCK=block, TOGETHER=together, num_warps=call.tuning.gradients, num_stages=1, **call.options,
+            P=call.p, BLOCK=block, TOGETHER=together, num_warps=call.tuning.gradients, num_stages=1, **call.options,
         )  # fmt: skip
     if not shared:
         dv, dk = (t.unflatten(2, (call.g, ratio)).sum(3) for t in (own_dv, own_dk))
@@ -605,7 +746,9 @@ def _delta_backward(
 
 
 @_delta_backward.register_fake
-def _delta_backward_fake(v, dt, A, k, q, beta, initial_state, table, dy, d_final, segment):
+def _delta_backward_fake(
+    v, dt, A, k, q, beta, initial_state, table, begins, decays, inverses, dy, d_final, segment
+):  # fmt: skip
     inputs = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (v, dt, A, k, q, beta)]
     if initial_state is None:
         return *inputs, v.new_empty(0, dtype=torch.float32)
@@ -614,18 +757,20 @@ def _delta_backward_fake(v, dt, A, k, q, beta, initial_state, table, dy, d_final
 
 def _save(ctx, inputs, output) -> None:
     *tensors, ctx.final_rows, ctx.segment = inputs
-    ctx.save_for_backward(*tensors)
+    _, _, decays, inverses = output
+    ctx.mark_non_differentiable(decays, inverses)
+    ctx.save_for_backward(*tensors, decays, inverses)
 
 
-def _differentiate(ctx, dy, d_final):
-    *inputs, initial_state, table = ctx.saved_tensors
+def _differentiate(ctx, dy, d_final, _decays, _inverses):
+    *inputs, initial_state, table, begins, decays, inverses = ctx.saved_tensors
     if dy is None:
         v, q = inputs[0], inputs[4]
         dy = v.new_zeros(*q.shape[:3], v.shape[3])
     *gradients, d_initial = _delta_backward(
-        *inputs, initial_state, table, dy, d_final if ctx.final_rows else None, ctx.segment
-    )  # fmt: skip
-    return *gradients, None if initial_state is None else d_initial, None, None, None
+        *inputs, initial_state, table, begins, decays, inverses, dy, d_final if ctx.final_rows else None, ctx.segment
+    )
+    return *gradients, None if initial_state is None else d_initial, None, None, None, None
 
 
 _delta.register_autograd(_differentiate, setup_context=_save)
@@ -659,21 +804,24 @@ def gated_delta(
     reason = why_not(v, dt, A, k, q, beta, initial_state, head_dim=v.shape[3], state_dim=q.shape[3])
     if reason is not None:
         raise ValueError(f"gated_delta: {reason}")
-    table = None if layout is None else layout.cuts(CHUNK)
+    tuning = tuning_of(v, k, q)
+    table = None if layout is None else layout.cuts(tuning.chunk)
     state = None if initial_state is None else initial_state.float()
     if segment is None:
         longest = v.shape[1] if layout is None else layout.longest
-        segment = _segment_chunks(v.shape[0] * v.shape[1], longest, q.shape[2] * (v.shape[3] // BLOCK))
-    y, final = _delta(
-        v, dt.float(), A.float(), k, q, beta.float(), state, table, rows if return_final_state else 0, segment
-    )  # fmt: skip
+        walks = q.shape[2] * (v.shape[3] // held_rows(tuning, v.shape[3], q.shape[3]))
+        segment = _segment_chunks(v.shape[0] * v.shape[1], longest, walks, tuning.chunk)
+    begins = None if layout is None else layout.begins(tuning.chunk, segment)
+    y, final, _, _ = _delta(
+        v, dt.float(), A.float(), k, q, beta.float(), state, table, begins, rows if return_final_state else 0, segment
+    )
     return y, final if return_final_state else None
 
 
-def _segment_chunks(tokens: int, longest: int, walks: int) -> int:
+def _segment_chunks(tokens: int, longest: int, walks: int, chunk: int) -> int:
     """Chunks of a segment, such that about PROGRAMS walks run at once; 0 where no sequence is longer than one.
 
     Walking in segments costs nearly three times the products, so that short sequences are never cut.
     """
-    chunks = max(_parts(_parts(tokens, CHUNK), max(PROGRAMS // walks, 1)), LEAST)
-    return chunks if _parts(longest, CHUNK) > chunks else 0
+    chunks = max(_parts(_parts(tokens, chunk), max(PROGRAMS // walks, 1)), _parts(LEAST, chunk))
+    return chunks if _parts(longest, chunk) > chunks else 0
