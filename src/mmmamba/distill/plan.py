@@ -363,7 +363,7 @@ def _recurrence(stack: StackConfig, mixer: MixerConfig, passes: Passes, tokens: 
     h, g, p = stack.num_heads, stack.num_kv_heads, stack.head_dim
     inputs = tokens * passes.width * (2 * h + 2 * g) * p
     if passes.kernels and mixer.rule == "gated_delta":  # what is written, its gradient; dv and dk head by head
-        inputs += tokens * passes.width * h * (2 * p + (2 * p if p > 64 else 0))
+        inputs += tokens * passes.width * 4 * h * p
         return inputs + 2 * passes.width * -(-tokens // DELTA_CHUNK) * h * p * p
     if passes.kernels:
         return inputs + 2 * passes.width * -(-tokens // SSD_CHUNK) * h * p * p

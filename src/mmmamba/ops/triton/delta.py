@@ -1,7 +1,7 @@
 """The gated delta rule in Triton, forward and backward; the contract is :func:`mmmamba.ops.delta.gated_delta`'s.
 
-Tokens of all rows lie behind one another; each sequence is cut into chunks of q = 32 tokens (an empty one has one chunk
-without tokens). In a chunk with inclusive log decays a_i, strengths b_i, entering state S and leaving gradient D::
+Tokens of all rows lie in one line; each sequence is cut into chunks of q tokens (an empty one has one chunk without
+tokens). In a chunk with inclusive log decays a_i, strengths b_i, entering state S and leaving gradient D::
 
     X_i = v_i - exp(a_i) S k_i                                   what is to be written, less what is held
     U   = T (b X),  T = (I + L)^-1,  L_ij = b_i exp(a_i - a_j) (k_i.k_j) for j < i
@@ -12,33 +12,30 @@ without tokens). In a chunk with inclusive log decays a_i, strengths b_i, enteri
     D   = exp(a_q) D' + sum_i exp(a_i) (dy_i q_i^T - b_i dW_i k_i^T)
 
 T is the only thing that is solved for, and it is the same for all rows of the state, which are independent given k, q
-and T: a program walks through a sequence's chunks with some rows of one head's state in registers. Whatever needs no
-order is worked out by all chunks at once.
+and T: a program walks through a sequence's chunks with some rows of one head's state in registers, transposed, so that
+no product needs an operand turned round. Whatever needs no order is worked out by all chunks at once.
 
 A long sequence is cut into segments, so that enough programs walk at once. A segment turns the state S that enters it
-into S M + R: R is what it makes of nothing, and M (n, n) what it makes of the rows of the identity without values. Both
-are found first, by all segments at once; then each segment puts the M and R of those before it together, and walks.
-Backward the gradient that leaves it, D, becomes D M^T + R', with the same M::
+into S M + R: R is what it makes of nothing, and M (n, n) what it makes of the rows of the identity without values. All
+segments find theirs at once; one launch puts them together, segment after segment; then all walk at once. Backward the
+gradient D that leaves a segment becomes D M^T + R', with the same M::
 
     forward (t tokens, c chunks, e bytes an input, f a stored one)   bytes
     0 prepare   decays and T, by chunk and head                      t (g n e + h (12 + q f))
     1 states    y chunk by chunk, the final states                   t (g (p+n) + h (p+n)) e + t h (8 + q f)
     backward
-    0 prepare   as above
-    1 states    the state that enters every chunk                    t g (p+n) e + t h (8 + q f) + c h p n f
-    2 leaving   the gradient that leaves it, from the end            t (g n + h (p+n)) e + t h (8 + q f) + c h p n f
-    3 gradients everything else                                      2 c h p n f + t (g+h) (p+2n) e + t h (20 + q f)
+    1 states    the state that enters every chunk, and U             t g (p+n) e + t h (8 + q f + p f) + c h p n f
+    2 leaving   the gradient that leaves it, and dW                t (g n + h (p+n)) e + t h (8 + q f + p f) + c h p n f
+    3 gradients everything else                                      2 c h p n f + t (g+h) (p+2n) e + t h (20 + 2 p f)
 
-The last launch takes a group's heads one after another; where p is 128 it takes them apart, and a group's dv and dk are
-summed afterwards, as dA's parts are. Nothing is added atomically: two runs give the same bits.
+Segments add a second walk with p + n rows to 1, and one to 2. The last launch takes a group's heads one after another
+where it holds whole columns of the state; else it takes them apart, and a group's dv and dk are summed afterwards, as
+dA's parts are. Nothing is added atomically: two runs give the same bits.
 
-T is found by substitution, row after row of both 16-row blocks on its diagonal, which then give the block below. (The
+T is found by substitution, row after row of the 16-row blocks on its diagonal, which then give the blocks below. (The
 product of (I - L)(I + L^2)(I + L^4)… has the same value, but where keys are alike its factors grow to 1e8 and more, and
 nothing is left of it in float32.) The gradient of a step's log decay sums over just the pairs that the step lies
 between, as in :mod:`mmmamba.ops.triton.ssd`.
-
-Products have 32 rows at most: too few for Hopper's asynchronous ones, with which Triton has miscompiled this
-recurrence.
 """
 
 from __future__ import annotations
@@ -111,29 +108,6 @@ def _times(a, b, ACCURATE: tl.constexpr):
 
 
 @triton.jit
-def _inverse(gram, strength, decay, SIZE: tl.constexpr, NARROW: tl.constexpr, ACCURATE: tl.constexpr):
-    """(I + L)^-1 of a diagonal block of 16 rows from its k_i.k_j.
-
-    NARROW: as products, inside blocks of 8 rows, where no factor grows beyond a few dozen even of keys that are all
-    alike: exact enough for what is stored in 2 bytes, in a third of the time.
-    """
-    if NARROW:
-        at = tl.arange(0, SIZE)
-        rows, columns = at[:, None], at[None, :]
-        lower = gram * tl.exp2(tl.where(rows > columns, decay[:, None] - decay[None, :], float("-inf")))
-        lower *= strength[:, None]
-        inner = tl.where(rows // 8 == columns // 8, lower, 0.0)
-        squared = _times(inner, inner, ACCURATE)
-        inverse = tl.where(rows == columns, 1.0, 0.0) - inner
-        inverse += _times(inverse, squared, ACCURATE)
-        inverse += _times(inverse, _times(squared, squared, ACCURATE), ACCURATE)
-        inverse -= _times(inverse, _times(lower - inner, inverse, ACCURATE), ACCURATE)
-    else:
-        inverse = _substitute(gram, strength, decay, SIZE)
-    return inverse
-
-
-@triton.jit
 def _block(k, k_token, dt, dt_token, beta, beta_token, token, left, rate, before, at_n, FROM: tl.constexpr,
            SIZE: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
     """Rows FROM … of a chunk: their keys, strengths and inclusive log2 decays, ``before`` being the decay so far."""
@@ -157,7 +131,6 @@ def _prepare_kernel(
     k, k_token, k_head, dt, dt_token, dt_head, beta, beta_token, beta_head, A, decays, inverses, table, length, heads,
     ratio,
     N: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ACCURATE: tl.constexpr,
-    NARROW: tl.constexpr,
 ):  # fmt: skip
     """Programs (chunk × head): inclusive log2 decays (c, h, q), flat after the end, and T (c, h, q, q)."""
     head, chunk = tl.program_id(0) % heads, tl.program_id(0) // heads
@@ -184,8 +157,8 @@ def _prepare_kernel(
     )  # fmt: skip
     tl.store(decays + at, a0)
     tl.store(decays + 16 + at, a1)
-    t00 = _inverse(tl.dot(k0, tl.trans(k0), input_precision=PRECISION), b0, a0, SIZE, NARROW, ACCURATE)
-    t11 = _inverse(tl.dot(k1, tl.trans(k1), input_precision=PRECISION), b1, a1, SIZE, NARROW, ACCURATE)
+    t00 = _substitute(tl.dot(k0, tl.trans(k0), input_precision=PRECISION), b0, a0, SIZE)
+    t11 = _substitute(tl.dot(k1, tl.trans(k1), input_precision=PRECISION), b1, a1, SIZE)
     t10 = -_times(t11, _times(_below(k1, b1, a1, k0, a0, PRECISION), t00, ACCURATE), ACCURATE)
     tl.store(inverses + corner, t00)
     tl.store(inverses + corner + 16, nothing)
@@ -200,8 +173,8 @@ def _prepare_kernel(
         )  # fmt: skip
         tl.store(decays + 32 + at, a2)
         tl.store(decays + 48 + at, a3)
-        t22 = _inverse(tl.dot(k2, tl.trans(k2), input_precision=PRECISION), b2, a2, SIZE, NARROW, ACCURATE)
-        t33 = _inverse(tl.dot(k3, tl.trans(k3), input_precision=PRECISION), b3, a3, SIZE, NARROW, ACCURATE)
+        t22 = _substitute(tl.dot(k2, tl.trans(k2), input_precision=PRECISION), b2, a2, SIZE)
+        t33 = _substitute(tl.dot(k3, tl.trans(k3), input_precision=PRECISION), b3, a3, SIZE)
         t32 = -_times(t33, _times(_below(k3, b3, a3, k2, a2, PRECISION), t22, ACCURATE), ACCURATE)
         # Both halves are done: what lies below is -T_lower L T_upper, in blocks.
         l20, l21 = _below(k2, b2, a2, k0, a0, PRECISION), _below(k2, b2, a2, k1, a1, PRECISION)
@@ -584,7 +557,7 @@ class _Call:
         with on_device(self.v):
             _prepare_kernel[(self.chunks * self.h,)](
                 *_strided(self.k), *_strided(self.dt), *_strided(self.beta), self.A, decays, inverses, *self.place,
-                ACCURATE=ACCURATE, NARROW=self.stored.itemsize == 2, num_warps=self.tuning.prepare, **self.options,
+                ACCURATE=ACCURATE, num_warps=self.tuning.prepare, **self.options,
             )  # fmt: skip
         return decays, inverses
 
