@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import torch
 
 if not torch.cuda.is_available():  # Triton reads it once, when the first module that uses it is imported
     os.environ["TRITON_INTERPRET"] = "1"
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell in the background starts its commands so
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import goldens
 from mmmamba.model import MixerConfig, Model, initialise
