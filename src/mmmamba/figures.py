@@ -20,6 +20,11 @@ THEMES: tuple[Theme, Theme] = ("light", "dark")
 INK = {"light": "#1f2933", "dark": "#e4e9ee"}
 GRID = {"light": "#d9dee4", "dark": "#3a444f"}
 
+# Letters as text: as outlines they take more room than all else, and can be neither searched nor read aloud. The figure
+# is laid out with the first font, which comes with matplotlib; the second is as wide, for readers without the first.
+_ABOUT = ("Creator", "Date", "Format", "Type")  # what matplotlib says of a file, left out
+_SVG = {"svg.hashsalt": "mmmamba", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans", "Verdana"]}
+
 
 def new_figure(width: float, height: float, theme: Theme = "light") -> Figure:
     """An empty figure of ``width`` × ``height`` inches: white, or see-through for a dark page."""
@@ -57,8 +62,8 @@ def render(figure: Figure, format: Literal["png", "svg"]) -> bytes:
     buffer = io.BytesIO()
     from matplotlib import rc_context
 
-    with rc_context({"svg.hashsalt": "mmmamba"}), warnings.catch_warnings():
+    with rc_context(_SVG), warnings.catch_warnings():
         # A letter that no font has is drawn as a box, names that leave a plot no room overlap: tables have them.
         warnings.filterwarnings("ignore", "Glyph .* missing from font|constrained_layout not applied")
-        figure.savefig(buffer, format=format, dpi=160, metadata={"Date": None} if format == "svg" else None)
+        figure.savefig(buffer, format=format, dpi=160, metadata=dict.fromkeys(_ABOUT) if format == "svg" else None)
     return buffer.getvalue()
