@@ -345,6 +345,85 @@ def run_ssd(bench: Bench) -> None:
     )  # fmt: skip
 
 
+# ---------------------------------------------------------------------------------------------- the gated delta rule
+
+
+def delta_inputs(lengths: Sequence[int], h: int = HEADS, g: int = GROUPS, p: int = DIM) -> dict[str, Tensor]:
+    """v, dt, A, k, q, beta of a packed row in bfloat16; keys and queries of unit length."""
+    made = ssd_inputs(sum(lengths), h, g, p, p)
+    k, q = (F.normalize(made[name].float(), dim=-1).to(BF16) for name in "BC")
+    beta = torch.rand(1, sum(lengths), h, device=DEVICE)
+    return {"v": made["x"], "dt": made["dt"], "A": made["A"], "k": k, "q": q, "beta": beta}
+
+
+def run_delta(bench: Bench) -> None:
+    delta, ssd = ours("delta", "gated_delta"), ours("ssd", "ssd")
+    if delta is None or ssd is None:
+        return
+    fla = bench.peer("fla.ops.gated_delta_rule", "chunk_gated_delta_rule")
+
+    def borders(lengths: Sequence[int]) -> Tensor | None:
+        return torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int() if len(lengths) > 1 else None
+
+    def check(case: str, lengths: Sequence[int], h: int, g: int, p: int) -> None:
+        inputs, options = delta_inputs(lengths, h, g, p), {"cu_seqlens": borders(lengths)}
+        seeds = [torch.randn(*inputs["q"].shape[:3], p, device=DEVICE)]
+        wide = {name: tensor.double() for name, tensor in inputs.items()}
+        truth = with_gradients(lambda **t: ops.gated_delta_chunked(**t, **options)[0], wide, seeds)
+        with poisoned():
+            values = with_gradients(lambda **t: delta(**t, **options)[0], inputs, seeds)
+            again = with_gradients(lambda **t: delta(**t, **options)[0], inputs, seeds)
+        bench.check("gated_delta", case, values, truth)
+        if not all(torch.equal(values[name], again[name]) for name in values):
+            bench.failures.append(f"gated_delta, {case}: two runs differ")
+
+    def time_lengths(case: str, lengths: Sequence[int], h: int, g: int, p: int, *, both: bool) -> None:
+        inputs, cu = delta_inputs(lengths, h, g, p), borders(lengths)
+        state_space = {name: inputs[key] for name, key in zip("x dt A B C".split(), "v dt A k q".split(), strict=True)}
+        repeated = {**inputs, **{name: inputs[name].repeat_interleave(h // g, 2) for name in "vk"}}
+
+        def theirs(v: Tensor, dt: Tensor, A: Tensor, k: Tensor, q: Tensor, beta: Tensor) -> Tensor:
+            assert fla is not None
+            longs = None if cu is None else cu.long()
+            return fla(q, k, v, g=dt * A, beta=beta.to(q.dtype), scale=1.0, cu_seqlens=longs)[0]
+
+        calls: dict[str, tuple[Function, dict[str, Tensor]]] = {
+            "ours": (lambda **t: delta(**t, cu_seqlens=cu)[0], inputs),
+            "our ssd": (lambda **t: ssd(**t, cu_seqlens=cu)[0], state_space),
+        }
+        if fla is not None:
+            calls["fla"] = theirs, repeated
+
+        def clock(name: str) -> float:
+            function, given = calls[name]
+            if both:
+                return bench.replayed(both_passes(function, given))
+            with torch.no_grad():
+                return bench.replayed(lambda: function(**given))
+
+        moved = sum(t.nbytes for t in inputs.values())
+        times = 3 if both else 1
+        bench.time(
+            "gated_delta", case, lambda: clock("ours"),
+            {name: functools.partial(clock, name) for name in calls if name != "ours"},
+            floor=(times * moved + (times + 1) // 2 * inputs["q"].nbytes) / bench.copy * 1e3,
+        )  # fmt: skip
+
+    smol = [650] * bench.size(34, 2)
+    cases = [("one row of 2,048, 16 heads of 128", [bench.size(2_048, 70)], 16, 8, 128),
+             ("packed, 9 heads of 64", [650, 0, 31, bench.size(1_300, 40)], 9, 3, 64)]  # fmt: skip
+    for case, lengths, h, g, p in cases if not bench.tiny else [("tiny", [70, 0, 9], 2, 1, 32)]:
+        bench.attempt(f"gated_delta, {case}", lambda case=case, of=(lengths, h, g, p): check(case, *of))
+    if bench.tiny:
+        time_lengths("tiny", [40], 2, 1, 32, both=True)
+        return
+    time_lengths("forward, L 103,424", [103_424], HEADS, GROUPS, DIM, both=False)
+    time_lengths("forward, L 8,192", [8_192], HEADS, GROUPS, DIM, both=False)
+    time_lengths("forward + backward, L 8,192", [8_192], HEADS, GROUPS, DIM, both=True)
+    time_lengths("forward, 34 texts of 650, 9 heads of 64", smol, 9, 3, 64, both=False)
+    time_lengths("forward + backward, 34 texts of 650, 9 heads of 64", smol, 9, 3, 64, both=True)
+
+
 # ---------------------------------------------------------------------------------------------- one decoding step
 
 
@@ -715,6 +794,7 @@ def run_kl(bench: Bench) -> None:
 
 SECTIONS = {
     "ssd": run_ssd,
+    "delta": run_delta,
     "kl": run_kl,
     "conv": run_conv,
     "norm": run_norm,
