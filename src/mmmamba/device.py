@@ -15,7 +15,7 @@ from mmmamba.errors import UserError
 #: How an allocation that failed says so, where it is no OutOfMemoryError: cuBLAS's workspace, the CPU's allocator.
 FULL = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory", "not enough memory")
 
-
+MOST_WORKERS = 128  # processes that can be asked for: each takes memory of its own, and a thousand end a machine
 TOGETHER = 64 * 2**20  # bytes that travel at once: so much is gathered on the device, and pinned on the host
 
 

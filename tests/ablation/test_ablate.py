@@ -75,6 +75,11 @@ def test_a_whole_table(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = next((place / "out" / "logs").glob("seed0-layers-two-*.log")).read_text()
     assert "stages 1 and 2 are those of" in log
 
+    # Results beside a page are not replaced by fewer.
+    with pytest.raises(UserError, match=r"tiny\.jsonl holds results of 6 runs that .*none.* lacks; --merge "):
+        go(place, out=place / "none", report=True, into=(page,))
+    assert (place / "tiny.jsonl").read_bytes() == file.read_bytes()
+
     # Again: everything is known, nothing runs, and no byte changes.
     before = file.read_bytes()
     capsys.readouterr()
@@ -275,7 +280,8 @@ def test_what_cannot_be_is_refused_before_anything_runs(place: Path) -> None:
     page = place / "page.md"
     page.write_text("nothing to fill\n")
     for options, message in (
-        ({"jobs": 0}, "--jobs must be at least 1"),
+        ({"jobs": 0}, "--jobs must be from 1 to 128"),
+        ({"jobs": 10**6}, "--jobs must be from 1 to 128"),
         ({"steps_scale": 0.0}, "--steps-scale must be greater than 0"),
         ({"merge": (place / "x",), "list": True}, "--merge runs no cell"),
         ({"report": True, "seeds": (0,)}, "--report runs no cell"),

@@ -185,7 +185,8 @@ def test_the_terminal_shows_the_first_ones_only(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"workers": -1}, "--workers must be at least 0, got -1"),
+        ({"workers": -1}, "--workers must be from 0 to 128, got -1"),
+        ({"workers": 10**6}, "--workers must be from 0 to 128"),
         ({"max_length": 0}, "--max-length must be at least 1, got 0"),
         ({"max_tiles": 0}, "--max-tiles must be at least 1, got 0"),
         ({"teacher": "nobody"}, "nobody"),

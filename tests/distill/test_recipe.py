@@ -193,7 +193,7 @@ def test_something_must_be_left_to_distil(layers):
         ({"seed": -1}, "seed must be at least 0"),
         ({"seed": 2**64}, "seed must be at most"),
         ({"data__scale": 0}, "'data': scale must be greater than 0"),
-        ({"data__workers": 10**6}, "'data': workers must be at most 512"),
+        ({"data__workers": 10**6}, "'data': workers must be at most 128"),
         ({"data__max_tiles": 0}, "'data': max_tiles must be at least 1"),
         ({"data__sources": [{"path": "a", "weight": -1}]}, r"'data.sources\[0\]': weight must be at least 0"),
         ({"data__sources": [{"path": "a", "weight": 0}]}, "'data': sources: every weight is 0"),

@@ -18,7 +18,7 @@ from mmmamba.ablation.schedule import Unit, run, shard, units
 from mmmamba.ablation.tables import Measured, markdown
 from mmmamba.checkpoints import resolve
 from mmmamba.checkpoints.io import write_atomically
-from mmmamba.device import pick_device
+from mmmamba.device import MOST_WORKERS, pick_device
 from mmmamba.errors import UserError
 from mmmamba.figures import render
 from mmmamba.locks import alone_in
@@ -89,8 +89,8 @@ def ablate(
     """
     plan, where = load_plan(table)
     plan = overlaid(plan, set)
-    if jobs < 1:
-        raise UserError(f"--jobs must be at least 1, got {jobs}")
+    if not 1 <= jobs <= MOST_WORKERS:
+        raise UserError(f"--jobs must be from 1 to {MOST_WORKERS}, got {jobs}")
     runs_none = "--merge" if merge else "--report" if report else ""
     if runs_none and (list or only or seeds):
         raise UserError(f"{runs_none} runs no cell: it goes without --list, --only and --seeds")
@@ -233,6 +233,12 @@ def _fill(page: Path, results: Results, file: Path) -> None:
     assert results.plan is not None
     beside = page.parent / f"{results.plan.name}.jsonl"
     if beside.resolve() != file.resolve():
+        lost = {result.id for result in read(beside).cells} - {result.id for result in results.cells}
+        if lost:
+            raise UserError(
+                f"{page}: {beside} holds results of {len(lost)} runs that {file} lacks; "
+                f"--merge {beside} takes them over, or move it away"
+            )
         write_atomically(beside, functools.partial(_put, file.read_bytes()))
     for number, table, name in blocks(page):
         if name == beside.name:

@@ -25,7 +25,7 @@ from typing import Any
 import mmmamba
 from mmmamba.data.sources import easyvqa
 from mmmamba.data.sources.primer import write as primer
-from mmmamba.device import cores
+from mmmamba.device import MOST_WORKERS, cores
 from mmmamba.errors import UserError
 from mmmamba.jsonfile import read_json
 from mmmamba.locks import alone_in
@@ -195,8 +195,8 @@ def _check(sources: tuple[str, ...], scale: float, workers: int | None, mixture:
         raise UserError(f"source: name at least one of {', '.join(SOURCES)}")
     if not (math.isfinite(scale) and scale > 0):
         raise UserError(f"scale: must be above 0, got {scale}")
-    if workers is not None and workers < 1:
-        raise UserError(f"workers: must be at least 1, got {workers}")
+    if workers is not None and not 1 <= workers <= MOST_WORKERS:
+        raise UserError(f"workers: must be from 1 to {MOST_WORKERS}, got {workers}")
     for group, weight in (mixture or {}).items():
         _check_name("mixture", group, tuple(primer.MIXTURE))
         if not (math.isfinite(weight) and weight >= 0):

@@ -27,7 +27,7 @@ from mmmamba.data.processor import UNSCORED, Processor
 from mmmamba.data.samples import BadSample, NothingScored
 from mmmamba.data.tiling import check_tiles
 from mmmamba.data.workers import ordered
-from mmmamba.device import cores
+from mmmamba.device import MOST_WORKERS, cores
 from mmmamba.errors import UserError
 from mmmamba.figures import PALETTE, new_figure, render, style
 from mmmamba.locks import alone_in
@@ -79,9 +79,10 @@ def check(
     Raises:
         UserError: when a sample is bad, after all have been read; when the file or the teacher can't be read at all.
     """
-    for name, value, least in (("workers", workers, 0), ("max-length", max_length, 1)):
-        if value is not None and value < least:
-            raise UserError(f"--{name} must be at least {least}, got {value}")
+    if workers is not None and not 0 <= workers <= MOST_WORKERS:
+        raise UserError(f"--workers must be from 0 to {MOST_WORKERS}, got {workers}")
+    if max_length is not None and max_length < 1:
+        raise UserError(f"--max-length must be at least 1, got {max_length}")
     check_tiles(max_tiles, "--max-tiles")
     if out is not None:
         check_folder(out)

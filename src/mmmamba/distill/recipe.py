@@ -15,6 +15,7 @@ import torch
 
 from mmmamba.config import from_dict, load_yaml
 from mmmamba.data.tiling import MAX_TILES
+from mmmamba.device import MOST_WORKERS
 from mmmamba.errors import UserError
 from mmmamba.model.config import ATTENTION, MAMBA2, MixerConfig
 from mmmamba.names import check_name
@@ -30,7 +31,6 @@ ALIGNMENT = ("stage1", "stage2")  # the stages in which each layer learns by its
 SCALED = (*MIXER_PARAMETERS, "o_proj", "mlp")  # kinds that are parts of their parameters' names
 MOST_SEED = 2**32 - 1  # others are made of it, and must fit 64 bits
 MOST_SAMPLES = 10**7  # of a step
-MOST_WORKERS = 512  # loader processes
 MOST = 10**9  # of any number that has no narrower range: what is larger is a slip
 RECIPES = Path(__file__).parent.parent / "recipes"
 
