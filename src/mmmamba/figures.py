@@ -23,7 +23,11 @@ GRID = {"light": "#d9dee4", "dark": "#3a444f"}
 # Letters as text: as outlines they take more room than all else, and can be neither searched nor read aloud. The figure
 # is laid out with the first font, which comes with matplotlib; the second is as wide, for readers without the first.
 _ABOUT = ("Creator", "Date", "Format", "Type")  # what matplotlib says of a file, left out
-_SVG: dict[Any, Any] = {"svg.hashsalt": "mmmamba", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans", "Verdana"]}
+_SVG: dict[Any, Any] = {
+    "svg.hashsalt": "mmmamba",
+    "svg.fonttype": "none",
+    "font.sans-serif": ["DejaVu Sans", "Verdana"],
+}
 
 
 def new_figure(width: float, height: float, theme: Theme = "light") -> Figure:
