@@ -81,8 +81,8 @@ def bench(
 
     Args:
         models: Checkpoint folders or names of built-in models. A teacher of random weights joins them if none is one.
-        geometry: The size of the networks when no MODEL is given: nano, or hovle-2.6b, the paper's. Default: nano on a
-            CPU, hovle-2.6b on a GPU.
+        geometry: The size of the networks when no MODEL is given: nano, smollm2-135m, or hovle-2.6b, the
+            paper's. Default: nano on a CPU, hovle-2.6b on a GPU.
         contexts: Tokens behind which to measure, separated by commas; k is 1,024 and m is 1,048,576. Default:
             1k,4k,16k on a CPU; 1k,8k,32k,103424,262144,1m on a GPU.
         report: The folder for the report. Default: runs/bench-GEOMETRY, or runs/bench-MODEL of the first one.
