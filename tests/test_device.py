@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmmamba import device
-from mmmamba.device import to_host
+from mmmamba.device import pick_device, to_host
+from mmmamba.errors import UserError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool]
 
@@ -23,3 +24,17 @@ def test_tensors_that_travel_together_arrive_as_they_were(shapes):
         found = to_host(tensors)
     for there, here in zip(tensors, found, strict=True):
         assert torch.equal(there, here) and there.dtype == here.dtype
+
+
+@pytest.mark.parametrize(
+    "name", ["", "cpu:", "cuda:", "cuda:-1", "cuda:x", "cuda:99999999999999999999", "cuda:²", "meta"]
+)
+def test_a_device_that_is_none_is_refused_by_name(name: str) -> None:
+    with pytest.raises(UserError, match="must be auto, cpu, cuda, cuda:N or mps"):
+        pick_device(name)
+
+
+@pytest.mark.parametrize("name", ["cuda:9999", *([] if torch.backends.mps.is_available() else ["mps"])])
+def test_a_device_that_is_not_here_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="PyTorch sees"):
+        pick_device(name)

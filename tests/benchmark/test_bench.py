@@ -216,7 +216,7 @@ def test_checkpoints_of_one_geometry(ask, teacher_folder, tmp_path, unwritten):
 
 def test_contexts():
     assert parse_contexts("1k,103424, 1M,1024,8_192") == [1024, 8192, 103_424, 2**20]
-    for wrong in ("1k,many", "", "0", "-5", "1.5k", "k", "1k,,2k"):
+    for wrong in ("1k,many", "", "0", "-5", "1.5k", "k", "1k,,2k", "9" * 18, "9" * 5000):
         with pytest.raises(UserError, match="is no number of tokens"):
             parse_contexts(wrong)
 
@@ -229,7 +229,9 @@ def test_wrong_input_is_one_line(refused, tmp_path, teacher_folder):
     assert f"two models are called '{teacher_folder.name}'" in refused(teacher_folder, teacher_folder)
     wrong = refused(teacher_folder, "nano-linear")
     assert "different geometries (hidden_size 64 and 256)" in wrong and "nano-linear" in wrong
-    assert "--memory must be above 0" in refused("--geometry", "tiny", "--memory", "0")
+    for wrong in ("0", "nan", "inf"):
+        assert "--memory must be above 0" in refused("--geometry", "tiny", "--memory", wrong)
+        assert "--point-seconds must be above 0" in refused("--geometry", "tiny", "--point-seconds", wrong)
     assert "--device quantum" in refused("--geometry", "tiny", "--device", "quantum")
 
 

@@ -235,6 +235,7 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
         ({"source": "primer"}, "source: must be a list of names"),
         ({"scale": 0}, "scale: must be above 0"),
         ({"scale": float("nan")}, "scale: must be above 0"),
+        ({"scale": 1e308}, "scale: must be above 0 and at most 1000"),
         ({"workers": 0}, "workers: must be from 1 to 128, got 0"),
         ({"workers": 10**6}, "workers: must be from 1 to 128"),
         ({"mixture": {"red": 1}}, "mixture: no 'red' .did you mean 'read'?"),

@@ -309,3 +309,11 @@ def test_on_a_gpu_nothing_waits_inside_a_block(tiny_processor, many, sampling, m
     stops = Stopping(tiny_processor, one[0].token_ids[40], one[1].token_ids[70])
     answers = engine.generate(model, stops, many, **options)
     assert len(answers) == len(many) and calls > 60
+
+
+@pytest.mark.parametrize("block", [1, 16])
+def test_the_longest_answer_may_be_any_number(tiny_model, tiny_processor, many, block):
+    model = tiny_model(LINEAR)
+    ending = Stopping(tiny_processor, *range(model.config.vocab_size))
+    answers = engine.generate(model, ending, many[:2], max_new_tokens=10**23, block=block)
+    assert [answer.finish for answer in answers] == ["stop", "stop"]

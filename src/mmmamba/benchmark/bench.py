@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -42,6 +43,8 @@ POINT_SECONDS = {"cpu": 8.0, "cuda": 30.0}
 SAMPLE_SECONDS = {"cpu": 0.3, "cuda": 1.0}
 CPU_MEMORY = 1.0  # GB
 UNITS = {"k": 2**10, "m": 2**20}
+MOST_TOKENS = 2**40  # of a context
+MOST_GB_OR_SECONDS = 1e6
 
 
 def bench(
@@ -115,8 +118,8 @@ def bench(
         memory = CPU_MEMORY
     point_seconds = POINT_SECONDS[kind] if point_seconds is None else point_seconds
     for name, value in (("--memory", memory), ("--point-seconds", point_seconds)):
-        if value is not None and value <= 0:
-            raise UserError(f"{name} must be above 0, got {value}")
+        if value is not None and not 0 < value < MOST_GB_OR_SECONDS:
+            raise UserError(f"{name} must be above 0 and below {MOST_GB_OR_SECONDS:g}, got {value}")
     if models and geometry is not None:
         raise UserError("--geometry is for random weights: leave it out, or the models")
     geometry = geometry or ("hovle-2.6b" if kind == "cuda" else "nano")
@@ -183,9 +186,10 @@ def parse_contexts(text: str) -> list[int]:
     for piece in text.split(","):
         word = piece.strip().lower().replace("_", "")
         digits, unit = (word[:-1], UNITS[word[-1]]) if word[-1:] in UNITS else (word, 1)
-        if not (digits.isascii() and digits.isdecimal()) or int(digits) < 1:
+        count = int(digits) * unit if re.fullmatch("[0-9]{1,20}", digits) else 0
+        if not 1 <= count <= MOST_TOKENS:
             raise UserError(f"--contexts {text}: '{piece.strip()}' is no number of tokens, such as 4096, 4k or 1m")
-        found.add(int(digits) * unit)
+        found.add(count)
     return sorted(found)
 
 

@@ -35,6 +35,7 @@ from mmmamba.progress import Terminal
 SOURCES = ("easy-vqa", "primer")
 RECORD = "source.json"
 MANIFEST = "manifest.json"
+MOST_SCALE = 1000  # 20 million samples
 
 
 def build(
@@ -193,8 +194,8 @@ def _check(sources: tuple[str, ...], scale: float, workers: int | None, mixture:
         _check_name("source", name, SOURCES)
     if not sources:
         raise UserError(f"source: name at least one of {', '.join(SOURCES)}")
-    if not (math.isfinite(scale) and scale > 0):
-        raise UserError(f"scale: must be above 0, got {scale}")
+    if not 0 < scale <= MOST_SCALE:
+        raise UserError(f"scale: must be above 0 and at most {MOST_SCALE}, got {scale}")
     if workers is not None and not 1 <= workers <= MOST_WORKERS:
         raise UserError(f"workers: must be from 1 to {MOST_WORKERS}, got {workers}")
     for group, weight in (mixture or {}).items():

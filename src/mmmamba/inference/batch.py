@@ -90,7 +90,7 @@ class RunningBatch:
         """
         left = [self._ending.max_new_tokens - len(row.answer.token_ids) for row in self._rows]
         steps, slots = min(self._block, max(left)), self._slots
-        limits = torch.tensor(left, device=slots.device)
+        limits = torch.tensor([min(count, steps) for count in left], device=slots.device)
         self._sampler.foresee(steps, slots.device)
         self._decoder.clear(max(row.held for row in self._rows))
         tokens, picked = self._tokens, []

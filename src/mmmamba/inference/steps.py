@@ -28,7 +28,7 @@ BATCH_TOKENS = 8192
 
 def check_positive(**values: int) -> None:
     for name, value in values.items():
-        if value < 1:
+        if not value >= 1:  # NaN is not
             raise UserError(f"{name} must be at least 1, got {value}")
 
 
