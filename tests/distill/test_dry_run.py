@@ -69,7 +69,7 @@ def test_parameters_are_those_that_the_run_trains(
     assert cells(printed, "frozen") == [f"{all_ - moved:,}" for all_, moved in zip(everything, trained, strict=True)]
 
 
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != LARGE[1])) for name in LARGE])
 def test_recipes_of_hovles_size_need_no_folder(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -262,17 +262,25 @@ def test_allocations_are_counted_until_they_are_freed() -> None:
 EVERYTHING = [*STAGE2, "o_proj", "mlp", "norms", "embeddings", "head"]
 
 
-@pytest.mark.parametrize("layers", ["linear", "hybrid:4"])
+STEPS: list[tuple[str, list[str]]] = [
+    ("stage1", []),
+    ("stage2", []),
+    *(("stage3", [f"stage3.recompute={part}"]) for part in ("none", "mlp", "layer")),
+    *(("stage3", [f"stage3.train={EVERYTHING}", f"stage3.recompute={part}"]) for part in ("none", "layer")),
+    ("stage4", []),
+    ("stage4", [f"stage3.train={EVERYTHING}"]),
+    ("stage4", [f"stage3.train={EVERYTHING}", f"stage4.train={EVERYTHING}"]),
+]
+LAYERS = ("linear", "hybrid:4")
+
+
 @pytest.mark.parametrize(
-    ("name", "changes"),
+    ("name", "changes", "layers"),
+    # Each step with one kind of layers in make test, with both in make test-all.
     [
-        ("stage1", []),
-        ("stage2", []),
-        *(("stage3", [f"stage3.recompute={part}"]) for part in ("none", "mlp", "layer")),
-        *(("stage3", [f"stage3.train={EVERYTHING}", f"stage3.recompute={part}"]) for part in ("none", "layer")),
-        ("stage4", []),
-        ("stage4", [f"stage3.train={EVERYTHING}"]),
-        ("stage4", [f"stage3.train={EVERYTHING}", f"stage4.train={EVERYTHING}"]),
+        pytest.param(*step, layers, marks=[pytest.mark.slow] * (LAYERS[i % 2] != layers))
+        for i, step in enumerate(STEPS)
+        for layers in LAYERS
     ],
 )
 def test_a_real_step_takes_what_is_reckoned(name: str, changes: list[str], layers: str) -> None:

@@ -35,6 +35,14 @@ BACKENDS = [
     pytest.param("cuda", torch.float32, id="gpu-float32", marks=GPU),
     pytest.param("cuda", torch.bfloat16, id="gpu-bfloat16", marks=GPU),
 ]
+CASES = [
+    pytest.param(
+        kind, *backend.values, id=f"{backend.id}-{kind}",
+        # On the CPU float64 tells more than float32, whose cases without rotation run in make test-all.
+        marks=[*backend.marks, *([pytest.mark.slow] * (backend.id == "cpu-float32" and "rotated" not in kind))],
+    )
+    for backend in BACKENDS for kind in KINDS
+]  # fmt: skip
 PROMPTS, NEW = (70, 33, 90, 5), 24  # tokens of each prompt, and those that come one by one
 
 Logits = list[Tensor]  # of each sequence: (NEW + 1, v), behind its prompt and behind every token after it
@@ -131,8 +139,7 @@ GRAPHS: dict[str, Callable[[Model], Logits]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("device", "dtype"), BACKENDS)
+@pytest.mark.parametrize(("kind", "device", "dtype"), CASES)
 @torch.no_grad()
 def test_every_path_says_the_same(kind, device, dtype):
     model = build(kind).to(device, dtype)
