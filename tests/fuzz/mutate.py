@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import struct
 import zlib
@@ -101,9 +102,11 @@ def near(rng: random.Random, old: Any) -> Any:
     if isinstance(old, bool):
         return not old
     if isinstance(old, int):
-        return rng.choice([old + 1, old - 1, -old, old * 2, old // 2, float(old), str(old), rng.choice(NUMBERS)])
+        as_float = float(old) if abs(old) < 2**1000 else 0.5
+        return rng.choice([old + 1, old - 1, -old, old * 2, old // 2, as_float, str(old), rng.choice(NUMBERS)])
     if isinstance(old, float):
-        return rng.choice([-old, old * 10, old / 10, int(old), 0.0, rng.choice(NUMBERS)])
+        whole = int(old) if math.isfinite(old) else 1
+        return rng.choice([-old, old * 10, old / 10, whole, 0.0, rng.choice(NUMBERS)])
     if isinstance(old, str):
         spot = rng.randint(0, len(old))
         inside = old[:spot] + rng.choice(STRINGS) + old[spot:]
