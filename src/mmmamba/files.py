@@ -74,13 +74,13 @@ def read_bytes(
         if found.st_size == 0:
             return b""
         with open_file(path, what, prefix) as file:
-            content = file.read(limit + 1)
+            content = file.read(found.st_size + 1)  # room is made for as much as is asked for
     except UserError:
         raise
     except (OSError, ValueError) as error:
         raise _error(named, prefix, _reason(what, error)) from error
-    if len(content) > limit:
-        raise too_large
+    if len(content) > found.st_size:
+        raise _error(named, prefix, "grew while it was read")
     return content
 
 
