@@ -20,6 +20,7 @@ from mmmamba.evaluation.plots import Curve, ability_bars, loss_curves
 from mmmamba.evaluation.suite import own_suite
 from mmmamba.evaluation.tables import print_report
 from mmmamba.figures import label, new_figure, render
+from mmmamba.inference import chat
 from mmmamba.progress import Progress, Terminal, table
 
 SOURCES = Path(__file__).parents[1] / "src" / "mmmamba"
@@ -119,6 +120,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="a shell's redirectio
     ("M --help 2>/dev/full", 0, ""),
     ("M nothing 2>/dev/full", 2, ""),
     (r"M chat pico-linear $'caf\xe9?'", 2, r"error: argument 3 is not UTF-8 text: 'caf\xe9?'"),
+    ("cd $(mktemp -d) && rmdir $PWD && M version", 2, "error: the folder that this runs in was removed"),
     (r"M inspect $'a\xff'", 2, r"error: argument 2 is not UTF-8 text: 'a\xff'"),
 ])  # fmt: skip
 def test_streams_of_a_shell(line, code, said):
@@ -154,6 +156,20 @@ def test_lines_of_a_conversation_that_are_no_text(teacher_folder, monkeypatch, c
     assert cli.main(["chat", str(teacher_folder), "--max-new-tokens", "2"]) == 0
     shown = capsys.readouterr()
     assert "error: this line is not UTF-8 text" in shown.out and shown.out.count("> ") == 3 and not shown.err
+
+
+def test_a_line_that_never_ends(teacher_folder, monkeypatch, capsys):
+    monkeypatch.setattr(chat, "LONGEST_LINE", 1000)
+    for text in ("x" * 5000, "red ?\n" + "x" * 5000 + "\n"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        assert cli.main(["chat", str(teacher_folder), "--max-new-tokens", "2"]) == 2
+        assert capsys.readouterr().err == "error: standard input: a line of more than 1,000 characters\n"
+
+
+def test_a_notebooks_backend_is_not_asked_for(small_data, teacher_folder, tmp_path):
+    asked = f"M eval {teacher_folder} --data {small_data} --max-new-tokens 1 --no-blind --out {tmp_path / 'e'}"
+    done = command(asked, MPLBACKEND="module://of_a_notebook.backend")
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
 
 
 def test_a_folder_whose_name_is_no_text(tmp_path, small_data, teacher_folder, monkeypatch, capsys):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import os
 import re
 import shutil
 import sys
@@ -117,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb: Verb | None = None
     try:
         streams.prepare(args)
+        _check_place()
         if args[:1] == ["--version"]:
             args = ["version"]
         verb, name, rest = _find(VERBS, "mmmamba", args)
@@ -140,6 +142,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that may not be read: the system's reason is the user's business
         streams.complain(f"error: {printable(streams.why_not_written(error))}")
         return USAGE
+
+
+def _check_place() -> None:
+    """Refuse a working folder that was removed: PyTorch's libraries end the process there, with a riddle.
+
+    Figures go to files. The notebook that a command was started from may name a backend that is not installed here.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("the folder that this runs in was removed; go to another") from error
+    os.environ["MPLBACKEND"] = "agg"
 
 
 def parse(argv: Sequence[str]) -> partial[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,7 @@ Ctrl-C stops an answer; the conversation goes on from what was said."""
 CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\t"), ord("\n")})
 
 # The commands that take a path, and of what.
+LONGEST_LINE = 2**24  # characters of a question that comes from no terminal
 _PATHS = {"/image": "a picture", "/video": "a video", "/text": "a text file", "/save": "a session file"}
 
 
@@ -243,11 +245,24 @@ def _print_answer(console: Terminal, pieces: Iterator[str], stopped: str | None 
 
 
 def _read_line(console: Terminal) -> str | None:
-    """A line from the terminal, or None at the end of the input or at Ctrl-C."""
+    """A line from the terminal, or None at the end of the input or at Ctrl-C.
+
+    Raises:
+        UserError: for a line without an end: what is no terminal may send anything.
+    """
     if importlib.util.find_spec("readline"):
         importlib.import_module("readline")  # gives input() line editing and history, where the system has it
+    prompt = Text("> ", "bold cyan")
     try:
-        return console.input(Text("> ", "bold cyan"))
+        if sys.stdin.isatty():
+            return console.input(prompt)
+        console.print(prompt, end="")
+        line = sys.stdin.readline(LONGEST_LINE + 1)
+        if len(line) > LONGEST_LINE:
+            raise UserError(f"standard input: a line of more than {LONGEST_LINE:,} characters")
+        if not line:
+            raise EOFError
+        return line.removesuffix("\n")
     except (EOFError, KeyboardInterrupt):
         console.print()
         return None
