@@ -31,6 +31,8 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
         (b"", r"config.json:1: not JSON"),
         (b"[1]", r"config.json: must hold a JSON object, got list"),
         (b"\xff\xfe{}", r"config.json: not UTF-8 text \(byte 0\)"),
+        (b'{"model_type": ["gpt2"]}', r"config.json: 'model_type' must be a text, got \['gpt2'\]"),
+        (b'{"model_type": {}}', r"config.json: 'model_type' must be a text, got {}"),
         (b'{"model_type": "gpt2"}', r"config.json: model_type 'gpt2' is not known"),
     ],
 )

@@ -174,3 +174,15 @@ def test_a_word_without_end_is_refused_before_it_takes_the_memory():
             TOKENIZER.encode(text, allow_special=False)
         with pytest.raises(UserError, match="characters without the end of a word"):
             TOKENIZER.encode(text)
+
+
+@pytest.mark.parametrize("changes", [
+    {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "aaaa"}},  # the library panics
+    {"model": {"type": "WordLevel", "vocab": {"<s>": 0}, "unk_token": "gone"}},
+])  # fmt: skip
+@pytest.mark.parametrize("special", [False, True])
+def test_a_definition_that_fails_at_a_text_is_named(changes, special):
+    definition = json.loads(TOKENIZER.definition) | {"added_tokens": [], "post_processor": None} | changes
+    tokenizer = Tokenizer(json.dumps(definition), where="here")
+    with pytest.raises(UserError, match="here: the tokenizer fails at this text"):
+        tokenizer.encode("What colour is it?", allow_special=special)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mmmamba.checkpoints import hovle, llama, release, solo, student
 from mmmamba.errors import UserError
+from mmmamba.jsonfile import shown
 from mmmamba.model.config import ModelConfig
 from mmmamba.model.model import Model
 
@@ -95,6 +96,8 @@ LAYOUTS = (STUDENT, RELEASE, HOVLE, SOLO, LLAMA)  # SOLO calls itself a Mistral
 
 def recognise(data: Mapping[str, Any], where: Path) -> Layout:
     """The layout of a parsed ``config.json``."""
+    if not isinstance(data.get("model_type", ""), (str, type(None))):
+        raise UserError(f"{where}: 'model_type' must be a text, got {shown(data['model_type'])}")
     for layout in LAYOUTS:
         if layout.fits(data):
             return layout

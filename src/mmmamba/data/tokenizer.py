@@ -211,7 +211,7 @@ class Tokenizer:
     def _ids(self, text: str, allow_special: bool, spaced: bool) -> list[int]:
         """The ids of ``text``; unless ``spaced`` no space is put before it (but before what follows an added token)."""
         whole, bare = self._libraries(allow_special)
-        encoding = (whole if spaced else bare).encode(text, add_special_tokens=False)
+        encoding = self._encoded(whole if spaced else bare, text)
         ids: list[int] = encoding.ids
         if not allow_special and not self._withheld_ids.isdisjoint(ids):
             return self._spelt_out(ids, encoding.offsets, text)
@@ -221,7 +221,16 @@ class Tokenizer:
         if found is None:
             return ids
         rest = text[encoding.offsets[found][1] :]
-        return ids[: found + 1] + (whole.encode(rest, add_special_tokens=False).ids if rest else [])
+        return ids[: found + 1] + (self._encoded(whole, rest).ids if rest else [])
+
+    def _encoded(self, library: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+        """What the library makes of ``text``; a definition that it takes may still fail at some texts."""
+        try:
+            return library.encode(text, add_special_tokens=False)
+        except BaseException as error:  # a panic of the library's is no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise UserError(f"{self._where}: the tokenizer fails at this text ({error})") from error
 
     def _spelt_out(self, ids: Sequence[int], offsets: Sequence[tuple[int, int]], text: str) -> list[int]:
         """``ids``, with the characters of a special token in its place: its name may be a word of the vocabulary."""
@@ -229,7 +238,7 @@ class Tokenizer:
         found: list[int] = []
         for token, (start, end) in zip(ids, offsets, strict=True):
             apart = text[start:end] if token in self._withheld_ids and end - start > 1 else ""
-            found += [i for one in apart for i in bare.encode(one, add_special_tokens=False).ids] if apart else [token]
+            found += [i for one in apart for i in self._encoded(bare, one).ids] if apart else [token]
         return found
 
     def strips(self, token: str) -> tuple[bool, bool]:
