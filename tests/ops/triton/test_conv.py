@@ -97,9 +97,14 @@ def test_packed_rows_with_states_and_gradients(lengths, k, stateful, biased, kep
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("activation", ["silu", "none"])
-@pytest.mark.parametrize("head", [None, 48])
-@pytest.mark.parametrize("k", [2, 4])
+BORDERS = [(k, head, activation) for k in (2, 4) for head in (None, 48) for activation in ("silu", "none")]
+QUICK = [(2, None, "none"), (4, 48, "silu")]  # each choice once in make test, all together in make test-all
+
+
+@pytest.mark.parametrize(
+    ("k", "head", "activation"),
+    [pytest.param(*case, marks=[pytest.mark.slow] * (case not in QUICK)) for case in BORDERS],
+)
 def test_borders_around_those_of_runs_and_tiles(k, head, activation, device):
     from mmmamba.ops.triton.conv import BACKWARD_CHANNELS, RUN, RUNS
 
@@ -113,7 +118,7 @@ def test_borders_around_those_of_runs_and_tiles(k, head, activation, device):
     compare((x, weight, None, None, rotation, dy, None), cu_seqlens=cu.long(), activation=activation)
 
 
-@pytest.mark.parametrize("length", [1, 2, 5, 127, 128, 129])
+@pytest.mark.parametrize("length", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 5)), 127, 128, 129])
 def test_rows_of_one_length_across_tiles(length, device):
     compare(draw(max(260 // length, 2), length, 8, 3, rows=None, device=device))
     compare((*draw(2, length, 8, 3, device=device)[:6], None), activation="none")
