@@ -25,7 +25,7 @@ from mmmamba.model.geometries import GEOMETRIES
 from tiny import make_config
 
 FILES = {f"{name}.{kind}" for name in ("latency", "memory", "throughput", "prefill") for kind in ("png", "svg")}
-FILES |= {"results.json", "report.md", "report.html"}
+FILES |= {"results.json", "report.md", "report.html", ".mmmamba.json"}
 
 
 @pytest.fixture(autouse=True)

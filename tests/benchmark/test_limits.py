@@ -35,7 +35,7 @@ def test_a_slot_has_the_bytes_that_are_counted(model, state_dtype):
     decoder = furnished(model, context=24, batch=3, state_dtype=state_dtype, graph=False)
     held = sum(
         getattr(layer, name)[0].nbytes
-        for layer in decoder.layers
+        for layer in decoder.pool
         for name in ("k", "v", "conv", "ssm")
         if hasattr(layer, name)
     )
