@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import socket
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mmmamba.checkpoints import gguf as gguf_module
 from mmmamba.checkpoints import load, open_source
 from mmmamba.checkpoints.gguf import GgufWeights, find_gguf, gguf_config, gguf_json, gguf_tokenizer
+from mmmamba.checkpoints.gguf_file import read_header
 from mmmamba.checkpoints.llama import read_llama
 from mmmamba.convert import convert
 from mmmamba.data.processor import Processor
@@ -307,3 +309,11 @@ def test_the_hub_is_not_asked(tmp_path, monkeypatch):
     gguf_module._read_tokenizer.cache_clear()
     gguf_tokenizer(file)
     load(file)
+
+
+def test_a_tensor_of_one_number_is_no_block_of_many(tmp_path):
+    name = b"token_embd.weight"
+    header = struct.pack("<4sIQQQ", b"GGUF", 3, 1, 0, len(name)) + name + struct.pack("<IIQ", 0, 2, 0)  # Q4_0
+    (tmp_path / "m.gguf").write_bytes(header + bytes(64))
+    with pytest.raises(UserError, match="rows of 1, which are no blocks of 32"):
+        read_header(tmp_path / "m.gguf", {2: (32, 18)})

@@ -129,8 +129,9 @@ class _Reader:
         if kind not in self.blocks:
             raise self.error(f"the tensor {shown(name)} is of kind {kind}, which is not known")
         numbers, size = self.blocks[kind]
-        if (shape[-1] if shape else 1) % numbers:
-            raise self.error(f"the tensor {shown(name)} has rows of {shape[-1]}, which are no blocks of {numbers}")
+        row = shape[-1] if shape else 1
+        if row % numbers:
+            raise self.error(f"the tensor {shown(name)} has rows of {row}, which are no blocks of {numbers}")
         return name, Entry(shape, kind, offset, prod(shape) // numbers * size)
 
     def value(self, name: str, kind: int) -> Any:
