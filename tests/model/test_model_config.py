@@ -66,3 +66,9 @@ def test_how_many_tiles_a_picture_may_have() -> None:
             grid(100, 100, 56, 1, most)
         with pytest.raises(UserError, match="--max-tiles must be at"):
             check_tiles(most, "--max-tiles")
+
+
+@pytest.mark.parametrize("token", ["7", None, 1.0, True, [7]])
+def test_an_id_that_is_no_number_is_named(token):
+    with pytest.raises(ValueError, match=r"special_token_maps.* must be the id of a token"):
+        replace(make_config(), special_token_maps={"<mark>": token})

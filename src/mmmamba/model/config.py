@@ -251,6 +251,8 @@ class ModelConfig:
         ids |= {f"stop_token_ids[{i}]": token for i, token in enumerate(self.stop_token_ids)}
         ids |= {f"special_token_maps[{name!r}]": token for name, token in self.special_token_maps.items()}
         for name, token in ids.items():
+            if type(token) is not int:
+                raise ValueError(f"{name} must be the id of a token, got {token!r}")
             if not -1 <= token < self.vocab_size:
                 raise ValueError(f"{name} is {token}, but vocab_size is {self.vocab_size}")
 
