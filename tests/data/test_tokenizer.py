@@ -186,3 +186,10 @@ def test_a_definition_that_fails_at_a_text_is_named(changes, special):
     tokenizer = Tokenizer(json.dumps(definition), where="here")
     with pytest.raises(UserError, match="here: the tokenizer fails at this text"):
         tokenizer.encode("What colour is it?", allow_special=special)
+
+
+@pytest.mark.parametrize("normalizer", [["NFC"], [[]], ["_"], [[{"type": "NFC"}]]])
+def test_a_part_of_a_definition_that_is_no_mapping_is_refused(normalizer):
+    definition = json.loads(TOKENIZER.definition) | {"normalizer": normalizer}
+    with pytest.raises(UserError, match="here: not a usable tokenizer definition"):
+        Tokenizer(json.dumps(definition), where="here")

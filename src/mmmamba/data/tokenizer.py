@@ -297,6 +297,9 @@ class Tokenizer:
             for token in content.get("added_tokens", []):
                 token["special"] = token["special"] or token["content"] in self._special_names
             tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+            # The library also takes a part as the list of its values, which nothing writes.
+            if not all(isinstance(part, dict) for part in _parts(content)):
+                raise TypeError("a normalizer or pre-tokenizer is no mapping")
         except Exception as error:  # the library raises bare Exception on a malformed definition
             raise UserError(f"{self._where}: not a usable tokenizer definition: {error}") from error
         tokenizer.encode_special_tokens = not allow_special
@@ -385,7 +388,8 @@ def _parts(definition: dict[str, Any]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for kind, members in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
         part = definition.get(kind) or {}
-        found += part[members] if part.get("type") == "Sequence" else [part]
+        sequence = isinstance(part, dict) and part.get("type") == "Sequence"
+        found += part[members] if sequence else [part]
     return found
 
 
