@@ -1,6 +1,6 @@
 """Check a GPU against the CPU: every layer kind, packed rows, states, the three stages' backward passes.
 
-    python scripts/gpu/check.py
+python scripts/gpu/check.py
 """
 
 from __future__ import annotations
