@@ -129,7 +129,14 @@ def runs(rng: random.Random, seeds: dict[str, Any], here: Path) -> None:
         shutil.rmtree(path.parent)
     elif how == 5:
         steps = sorted((run / "checkpoints").iterdir())
-        rng.choice(steps).rename(run / "checkpoints" / f"stage3-step000000{rng.randrange(10)}x"[: rng.choice([19, 18])])
+        other_name = run / "checkpoints" / f"stage3-step000000{rng.randrange(10)}x"[: rng.choice([19, 18])]
+        step = rng.choice(steps)
+        if other_name.exists() and other_name != step:  # a folder cannot replace another: the two swap names
+            other_name.rename(run / "checkpoints" / "aside")
+            step.rename(other_name)
+            (run / "checkpoints" / "aside").rename(step)
+        else:
+            step.rename(other_name)
     elif path.suffix == ".safetensors":
         path.write_bytes(mutate.safetensors(rng, path.read_bytes()))
     elif path.name == "manifest.json":
