@@ -49,8 +49,8 @@ from mmmamba.data.processor import Processor
 from mmmamba.data.template import IMAGE_CONTEXT
 from mmmamba.data.tokenizer import Tokenizer
 from mmmamba.device import pick_device, release
+from mmmamba.distill.checked_tensors import ABOUT, TENSORS
 from mmmamba.distill.recipe import DistillRecipe, load_recipe
-from mmmamba.distill.stored import ABOUT, TENSORS
 from mmmamba.errors import UserError
 from mmmamba.jsonfile import read_json
 from mmmamba.model import ModelConfig

@@ -40,15 +40,15 @@ from mmmamba.checkpoints import read_safetensors
 from mmmamba.data.batching import Batch, Skipped
 from mmmamba.data.processor import UNSCORED
 from mmmamba.device import pick_device, pick_precision, release
+from mmmamba.distill.checked_tensors import TENSORS
 from mmmamba.distill.dry_run import Allocated, passes_of, random_models
 from mmmamba.distill.objectives import AlignHeads, MatchLogits
 from mmmamba.distill.plan import GPUS, stage_memory, step_work, student_config
 from mmmamba.distill.recipe import DistillRecipe, StageConfig, load_recipe
-from mmmamba.distill.run import RunFolder
+from mmmamba.distill.run_folder import RunFolder
 from mmmamba.distill.seeding import seed
-from mmmamba.distill.step import Step, make_step
-from mmmamba.distill.stored import TENSORS
 from mmmamba.distill.trainer import train
+from mmmamba.distill.training_step import Step, make_step
 from mmmamba.model.config import MAMBA2, ModelConfig
 from mmmamba.model.geometries import GEOMETRIES, geometry
 

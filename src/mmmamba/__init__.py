@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mmmamba.data.build import build as build_data
     from mmmamba.data.processor import Processor
     from mmmamba.distill.seeding import seed
-    from mmmamba.distill.teach import teach
+    from mmmamba.distill.train_teacher import teach
     from mmmamba.evaluation.evaluate import evaluate
     from mmmamba.inference.chat import chat
     from mmmamba.inference.engine import generate
@@ -66,7 +66,7 @@ _HOME = {
     "load": "mmmamba.checkpoints:load",
     "load_processor": "mmmamba.data.processor:Processor.from_folder",
     "seed": "mmmamba.distill.seeding:seed",
-    "teach": "mmmamba.distill.teach:teach",
+    "teach": "mmmamba.distill.train_teacher:teach",
 }
 
 

@@ -37,7 +37,7 @@ class Verb:
 
 VERBS: Mapping[str, Verb | Mapping[str, Verb]] = {
     "teach": Verb(
-        function="mmmamba.distill.teach:teach",
+        function="mmmamba.distill.train_teacher:teach",
         summary="train a small softmax teacher from scratch, as a recipe says",
         example="mmmamba teach nano-teacher --out runs/nano-teacher",
         go_on="add --resume to the same command to go on from the last checkpoint",

@@ -17,7 +17,7 @@ from mmmamba.data.jsonl import JsonlDataset
 from mmmamba.data.marks import Marks
 from mmmamba.distill.distill import distill
 from mmmamba.distill.recipe import DistillRecipe
-from mmmamba.distill.run import RunFolder
+from mmmamba.distill.run_folder import RunFolder
 from mmmamba.errors import UserError
 
 PLAN = from_dict(DistillRecipe, small_run.recipe(), where="small")

@@ -23,7 +23,7 @@ from typing import Any
 
 from mmmamba import cli
 from mmmamba.distill import distill, teach
-from mmmamba.distill.run import RunFolder
+from mmmamba.distill.run_folder import RunFolder
 
 PRELOADED = (distill, teach)
 

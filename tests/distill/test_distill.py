@@ -14,14 +14,14 @@ import torch
 import small_run
 from mmmamba.checkpoints import load, read_safetensors
 from mmmamba.data.processor import Processor
+from mmmamba.distill.checked_tensors import TENSORS
 from mmmamba.distill.distill import distill, seeded
-from mmmamba.distill.feed import Feed
 from mmmamba.distill.objectives import AlignHeads, MatchLogits
 from mmmamba.distill.optimizers import Optimizers
 from mmmamba.distill.recipe import DataConfig, SourceConfig, StageConfig
-from mmmamba.distill.run import RunFolder
+from mmmamba.distill.run_folder import RunFolder
 from mmmamba.distill.seeding import seed
-from mmmamba.distill.stored import TENSORS
+from mmmamba.distill.training_data import TrainingData
 from mmmamba.errors import UserError
 from mmmamba.inference.decoder import Decoder
 from mmmamba.locks import alone_in
@@ -194,9 +194,9 @@ def test_the_teachers_tensors_are_the_same_after_every_step(kind, teacher_folder
     student = seed(teacher, layer_map)
     objective = (AlignHeads if kind == "align" else MatchLogits)(teacher, student, config)
     data = DataConfig(sources=(SourceConfig(path=str(small_data)),), workers=0)
-    feed = Feed(data, Processor.from_folder(teacher_folder), 0)
+    encoded = TrainingData(data, Processor.from_folder(teacher_folder), 0)
     optimizer = Optimizers(objective.trained, config, torch.device("cpu"))
-    for rows in feed.rows(config, 0)(0):
+    for rows in encoded.rows(config, 0)(0):
         start = {name: p.detach().clone() for name, p in objective.trained.items()}
         optimizer.zero_grad()
         objective.backward(rows, torch.float32)

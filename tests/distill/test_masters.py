@@ -13,13 +13,13 @@ import torch
 import small_run
 from mmmamba.checkpoints import load, read_safetensors
 from mmmamba.data.batching import pack
+from mmmamba.distill.checked_tensors import ABOUT, TENSORS
 from mmmamba.distill.distill import distill
 from mmmamba.distill.objectives import AlignHeads, MatchLogits
 from mmmamba.distill.recipe import TrainConfig
-from mmmamba.distill.run import RunFolder
+from mmmamba.distill.run_folder import RunFolder
 from mmmamba.distill.seeding import seed
-from mmmamba.distill.step import make_step
-from mmmamba.distill.stored import ABOUT, TENSORS
+from mmmamba.distill.training_step import make_step
 
 CPU = torch.device("cpu")
 

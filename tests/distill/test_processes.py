@@ -19,9 +19,9 @@ import small_run
 from mmmamba.checkpoints import read_safetensors
 from mmmamba.data.batching import pack
 from mmmamba.distill import objectives, processes
-from mmmamba.distill.feed import _Share
 from mmmamba.distill.recipe import TrainConfig
-from mmmamba.distill.step import Step
+from mmmamba.distill.training_data import ProcessOrder
+from mmmamba.distill.training_step import Step
 from mmmamba.errors import UserError
 from mmmamba.model import Model, initialise
 from tiny import make_config
@@ -101,7 +101,7 @@ def test_shares_are_the_step_of_one_process(monkeypatch):
     def indices(rank: int, count: int) -> list[list[int]]:
         monkeypatch.setattr(processes, "rank", lambda: rank)
         monkeypatch.setattr(processes, "count", lambda: count)
-        order = _Share([(50, None), (9, 2.0)], seed=3, batch_size=7)
+        order = ProcessOrder([(50, None), (9, 2.0)], seed=3, batch_size=7)
         return [order.indices(step) for step in range(20)]
 
     whole = indices(0, 1)

@@ -15,9 +15,9 @@ import small_run
 from mmmamba.checkpoints import io, load, resolve, save_hovle
 from mmmamba.config import from_dict
 from mmmamba.data.batching import Skipped
+from mmmamba.distill.checked_tensors import TENSORS, restore
 from mmmamba.distill.recipe import DistillRecipe
-from mmmamba.distill.run import SHOWN, RunFolder, digest
-from mmmamba.distill.stored import TENSORS, lay_over
+from mmmamba.distill.run_folder import SHOWN, RunFolder, digest
 from mmmamba.errors import UserError
 
 PLAN = from_dict(DistillRecipe, small_run.recipe(), where="small")
@@ -341,9 +341,9 @@ def test_a_checkpoint_of_an_earlier_version_is_taken(tmp_path):
     io.write_safetensors(folder / TENSORS, tensors(4), {"about": json.dumps({"holds": "x", "teacher": None})})
     assert torch.equal(run.last_step("stage1")[1]["a"], tensors(4)["a"])
     with pytest.raises(UserError, match=r"tensor 'weight/b' is missing"):
-        lay_over({"b": torch.zeros(3)}, run.last_step("stage1")[1], folder, "weight/")
+        restore({"b": torch.zeros(3)}, run.last_step("stage1")[1], folder, "weight/")
     with pytest.raises(UserError, match=r"tensor 'a' is \(3,\), expected \(2, 3\)"):  # which copying would spread
-        lay_over({"a": torch.zeros(2, 3)}, run.last_step("stage1")[1], folder)
+        restore({"a": torch.zeros(2, 3)}, run.last_step("stage1")[1], folder)
 
 
 @pytest.mark.parametrize("key, value, complaint", [

@@ -12,7 +12,7 @@ from torch import nn
 from mmmamba.data.batching import Batch, Skipped
 from mmmamba.device import pick_device, pick_precision
 from mmmamba.distill.recipe import TrainConfig
-from mmmamba.distill.run import RunFolder
+from mmmamba.distill.run_folder import RunFolder
 from mmmamba.distill.trainer import train
 from mmmamba.errors import UserError
 

@@ -19,7 +19,7 @@ from mmmamba.checkpoints.hashes import digest
 from mmmamba.checkpoints.io import read_with_metadata, write_safetensors
 from mmmamba.data.processor import Processor
 from mmmamba.distill.distill import distill
-from mmmamba.distill.run import RunFolder
+from mmmamba.distill.run_folder import RunFolder
 from mmmamba.inference.conversation import Chat
 from mmmamba.inference.session import HEADER, _json, read_session, save_session
 from mmmamba.model import MAMBA2

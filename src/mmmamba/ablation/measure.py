@@ -22,8 +22,8 @@ from mmmamba.checkpoints import fingerprint, resolve
 from mmmamba.checkpoints.io import write_atomically
 from mmmamba.device import pick_device, pick_precision, release
 from mmmamba.distill.distill import distill
-from mmmamba.distill.feed import prepare_root
-from mmmamba.distill.run import digest, versions
+from mmmamba.distill.run_folder import digest, versions
+from mmmamba.distill.training_data import prepare_root
 from mmmamba.errors import UserError
 from mmmamba.evaluation.predict import Answers, answer, load_model
 from mmmamba.evaluation.results import Row, assemble

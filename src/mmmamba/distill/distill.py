@@ -20,15 +20,15 @@ from mmmamba.data.processor import Processor
 from mmmamba.device import pick_device, pick_precision
 from mmmamba.distill import dry_run as rehearsal
 from mmmamba.distill import processes
-from mmmamba.distill.feed import Feed
+from mmmamba.distill.checked_tensors import TENSORS, read_checked, restore
 from mmmamba.distill.objectives import AlignHeads, MatchLogits, PredictAnswers
 from mmmamba.distill.parameters import check_stages, kind_of, own_parameters, unshare
 from mmmamba.distill.placement import place
 from mmmamba.distill.recipe import ALIGNMENT, DistillRecipe, SourceConfig, StageConfig, label, load_recipe
-from mmmamba.distill.run import RunFolder, alone, checked_manifest, digest, pictures_of
+from mmmamba.distill.run_folder import RunFolder, alone, checked_manifest, digest, pictures_of
 from mmmamba.distill.seeding import seed
-from mmmamba.distill.stored import TENSORS, lay_over, read_stored
 from mmmamba.distill.trainer import train
+from mmmamba.distill.training_data import TrainingData
 from mmmamba.errors import UserError
 from mmmamba.jsonfile import MAX_DATA_BYTES, read_json
 from mmmamba.model.config import ATTENTION, MAMBA2
@@ -123,17 +123,17 @@ def _distilled(plan: DistillRecipe, run_folder: Path, resume: bool, where: torch
     check_stages(plan, replace(model.config, layer_map=layer_map, mixer=plan.mixer))
     processor = Processor.from_folder(folder)
     with processes.main_first():
-        feed = Feed(plan.data, processor, plan.seed)
+        data = TrainingData(plan.data, processor, plan.seed)
     alignment = digest(
         {
             "teacher": source_hash,
             "mixer": plan.mixer,
             "init": plan.init,
             "seed": plan.seed,
-            "data": feed.identity,
+            "data": data.identity,
             "stage1": plan.stage1,
             "stage2": plan.stage2,
-            "places": [str(path.resolve()) for path in feed.paths],  # pictures are read from beside the files
+            "places": [str(path.resolve()) for path in data.paths],  # pictures are read from beside the files
             "max_length": plan.data.max_length,
             "max_tiles": plan.data.max_tiles,
             "on_bad_sample": plan.data.on_bad_sample,
@@ -142,28 +142,28 @@ def _distilled(plan: DistillRecipe, run_folder: Path, resume: bool, where: torch
             "frozen": plan.frozen,
         }
     )
-    identity = {"kind": "distill", "teacher": source_hash, "data": feed.identity}
+    identity = {"kind": "distill", "teacher": source_hash, "data": data.identity}
     with processes.main_first():
         run = RunFolder(run_folder, plan, identity, resume=resume)
-        pictures = run.check_pictures(feed.marks)
+        pictures = run.check_pictures(data.marks)
         run.note(
             pictures=pictures, alignment=alignment, teacher={"path": str(plan.teacher), "sha256": source_hash}
         )  # fmt: skip
         if processes.is_main():
-            _borrow_alignment(run, alignment, feed.marks)
+            _borrow_alignment(run, alignment, data.marks)
 
     aligned = seed(model, mixer=plan.mixer, seed=plan.seed, init=plan.init, dtype=torch.float32)
     for stage in ALIGNMENT:
         config = plan.stages[stage]
-        _run_stage(run, stage, AlignHeads(model, aligned, config), config, aligned, model, feed, where, dtype)
+        _run_stage(run, stage, AlignHeads(model, aligned, config), config, aligned, model, data, where, dtype)
     if plan.measured:
-        layer_map = _placed(run, plan, model, aligned, feed, dtype)
+        layer_map = _placed(run, plan, model, aligned, data, dtype)
     student = seed(model, layer_map, plan.mixer, aligned=aligned)
     for stage, config in plan.stages.items():
         if stage not in ALIGNMENT:
             unshare(student, model, config.train)
             objective = MatchLogits(model, student, config) if stage == "stage3" else PredictAnswers(student, config)
-            _run_stage(run, stage, objective, config, student, model, feed, where, dtype)
+            _run_stage(run, stage, objective, config, student, model, data, where, dtype)
 
     if processes.is_main():
         if fingerprint(folder) != source_hash:
@@ -187,7 +187,7 @@ def _run_stage(
     config: StageConfig,
     student: Model,
     teacher: Model,
-    feed: Feed,
+    data: TrainingData,
     device: torch.device,
     precision: torch.dtype,
 ) -> None:
@@ -196,21 +196,21 @@ def _run_stage(
     if done is None:
         if processes.is_main():
             describe(stage, student, objective.trained)
-        rows = feed.rows(config, ORDERS[stage])
+        rows = data.rows(config, ORDERS[stage])
         train(objective, config, rows, run, stage, device=device, precision=precision)
         run.finish(stage, own_parameters(student, teacher), steps=config.steps)
     else:
-        lay_over(own_parameters(student, teacher), done, run.checkpoints / stage)
+        restore(own_parameters(student, teacher), done, run.checkpoints / stage)
 
 
 def _placed(
-    run: RunFolder, plan: DistillRecipe, teacher: Model, aligned: Model, feed: Feed, precision: torch.dtype
+    run: RunFolder, plan: DistillRecipe, teacher: Model, aligned: Model, data: TrainingData, precision: torch.dtype
 ) -> tuple[str, ...]:
     """The layer map that a measurement picks, once a run: on one batch of stage 3's samples, none of its first."""
     layers = teacher.config.num_layers
     if "softmax_layers" not in run.manifest:
         count = plan.layer_map(layers).count(ATTENTION)
-        rows = [row.to(teacher.device) for row in _measurable(feed, plan.stage3, teacher.device)]
+        rows = [row.to(teacher.device) for row in _measurable(data, plan.stage3, teacher.device)]
         run.note(softmax_layers=place(teacher, aligned, plan.mixer, count, rows, plan.stage3, precision))
     kept = run.manifest["softmax_layers"]
     if len(set(kept)) != plan.layer_map(layers).count(ATTENTION) or not all(0 <= layer < layers for layer in kept):
@@ -218,13 +218,13 @@ def _placed(
     return tuple(ATTENTION if i in kept else MAMBA2 for i in range(layers))
 
 
-def _measurable(feed: Feed, stage: StageConfig, device: torch.device) -> Sequence[Batch]:
+def _measurable(data: TrainingData, stage: StageConfig, device: torch.device) -> Sequence[Batch]:
     """The rows of the first batch of the measurement's order in which any process has a good sample."""
-    all_samples = -(-sum(len(source) for source in feed.sources) // stage.batch_size)  # in so many batches, about
+    all_samples = -(-sum(len(source) for source in data.sources) // stage.batch_size)  # in so many batches, about
     batches = min(2 * all_samples, MOST_BATCHES)
     for step in range(batches):
         one = replace(stage, steps=step + 1)
-        rows = next(iter(feed.rows(one, ORDERS["placing"])(step)))
+        rows = next(iter(data.rows(one, ORDERS["placing"])(step)))
         if int(processes.total(torch.tensor(len(rows), device=device))):
             return rows
     raise UserError(f"layers: measured: none of {batches * stage.batch_size:,} samples is good; see mmmamba data check")
@@ -262,7 +262,7 @@ def _copy_result(source: Path, target: Path) -> None:
 def _lends(folder: Path, stage: str) -> bool:
     """Whether a neighbour's result is there and whole; a damaged one is no affair of this run."""
     try:
-        return bool(read_stored(folder, {"stage": stage}, remedy=""))
+        return bool(read_checked(folder, {"stage": stage}, remedy=""))
     except UserError:
         return False
 

@@ -21,7 +21,6 @@ from mmmamba.data.cache import EncodedSource
 from mmmamba.data.jsonl import JsonlDataset
 from mmmamba.data.processor import UNSCORED, Processor
 from mmmamba.data.samples import BadSample
-from mmmamba.distill.feed import check_sources, identity_of, source_paths
 from mmmamba.distill.objectives import AlignHeads, MatchLogits, PredictAnswers
 from mmmamba.distill.parameters import check_stages, unshare
 from mmmamba.distill.plan import (
@@ -44,9 +43,10 @@ from mmmamba.distill.plan import (
     student_config,
 )
 from mmmamba.distill.recipe import ALIGNMENT, KINDS, MIXER_PARAMETERS, DistillRecipe, StageConfig, label
-from mmmamba.distill.run import MANIFEST, check_run
+from mmmamba.distill.run_folder import MANIFEST, check_run
 from mmmamba.distill.seeding import seed
-from mmmamba.distill.step import make_step
+from mmmamba.distill.training_data import check_sources, identity_of, source_paths
+from mmmamba.distill.training_step import make_step
 from mmmamba.errors import UserError
 from mmmamba.model.config import MAMBA2, ModelConfig
 from mmmamba.model.geometries import geometry as named_geometry

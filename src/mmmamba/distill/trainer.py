@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from mmmamba.data.batching import Batch, Skipped
 from mmmamba.distill import processes
+from mmmamba.distill.checked_tensors import restore
 from mmmamba.distill.objectives import Objective
 from mmmamba.distill.optimizers import KEPT, Optimizers
 from mmmamba.distill.recipe import TrainConfig
-from mmmamba.distill.run import RunFolder
-from mmmamba.distill.step import make_step
-from mmmamba.distill.stored import lay_over
+from mmmamba.distill.run_folder import RunFolder
+from mmmamba.distill.training_step import make_step
 from mmmamba.errors import UserError
 from mmmamba.progress import Progress
 
@@ -123,7 +123,7 @@ def _restore(run: RunFolder, stage: str, trained: dict[str, nn.Parameter], optim
     if found is None:
         return 0
     step, tensors = found
-    lay_over(trained, tensors, run.step_folder(stage, step), "weight/")
+    restore(trained, tensors, run.step_folder(stage, step), "weight/")
     for name, parameter in trained.items():
         optimizers.restore(parameter, {key: tensors[f"{key}/{name}"] for key in KEPT if f"{key}/{name}" in tensors})
     return step

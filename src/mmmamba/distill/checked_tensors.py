@@ -24,14 +24,14 @@ ABOUT = "about"  # key of its header: JSON that says what the tensors are, and w
 _KNOWN = {"holds", "stage", "step", "teacher", "sha256"}  # what it says; an earlier version had no checksum
 
 
-def write_stored(folder: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+def write_checked(folder: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     """Write tensors into a folder that is there; ``about`` is plain data that says what they are."""
     # One text: safetensors writes several in any order, and a run's files are the same to the bit.
     text = json.dumps({**about, "sha256": digest([json.dumps(about)], tensors)})
     write_safetensors(folder / TENSORS, tensors, {ABOUT: text})
 
 
-def read_stored(folder: Path, expected: Mapping[str, Any], *, remedy: str) -> dict[str, Tensor]:
+def read_checked(folder: Path, expected: Mapping[str, Any], *, remedy: str) -> dict[str, Tensor]:
     """The tensors of a folder, as they were written.
 
     Args:
@@ -61,7 +61,7 @@ def read_stored(folder: Path, expected: Mapping[str, Any], *, remedy: str) -> di
 
 
 @torch.no_grad()
-def lay_over(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: Path, prefix: str = "") -> None:
+def restore(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: Path, prefix: str = "") -> None:
     """Copy stored tensors over parameters, which are as large.
 
     Raises:

@@ -29,7 +29,7 @@ from mmmamba.config import dump_yaml, load_yaml, to_dict
 from mmmamba.data.batching import Skipped
 from mmmamba.data.marks import Marks
 from mmmamba.distill import processes
-from mmmamba.distill.stored import read_stored, write_stored
+from mmmamba.distill.checked_tensors import read_checked, write_checked
 from mmmamba.errors import UserError
 from mmmamba.jsonfile import MAX_DATA_BYTES, read_json, read_lines
 from mmmamba.locks import LOCK, alone_in
@@ -171,7 +171,7 @@ class RunFolder:
     def _write_tensors(self, folder: Path, tensors: Mapping[str, Tensor], **about: Any) -> None:
         """Tensors in a folder of their own, with what they are and whose teacher the rest is of."""
         about |= {"teacher": self.manifest.get("teacher")}
-        self._write(folder, lambda p: write_stored(p, tensors, about), folder=True)
+        self._write(folder, lambda p: write_checked(p, tensors, about), folder=True)
 
     def _write_manifest(self) -> None:
         self._write(self._manifest, lambda p: write_json(p, self.manifest))
@@ -292,7 +292,7 @@ class RunFolder:
             return None
         step, path = steps[-1]
         remedy = f"remove {path} to begin {stage} again"
-        return step, read_stored(path, {"stage": stage, "step": step}, remedy=remedy)
+        return step, read_checked(path, {"stage": stage, "step": step}, remedy=remedy)
 
     def finish(self, stage: str, tensors: Mapping[str, Tensor], **facts: Any) -> None:
         """Write a stage's result and drop its checkpoints."""
@@ -317,7 +317,7 @@ class RunFolder:
         """
         if stage not in self.manifest["stages"]:
             return None
-        return read_stored(self.checkpoints / stage, {"stage": stage}, remedy="run it again into another --out")
+        return read_checked(self.checkpoints / stage, {"stage": stage}, remedy="run it again into another --out")
 
 
 def checked_manifest(manifest: dict[str, Any], where: Path) -> dict[str, Any]:

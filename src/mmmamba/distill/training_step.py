@@ -95,13 +95,13 @@ class ReplayedStep(Step):
 
     def __init__(self, objective: Objective, config: TrainConfig, device: torch.device, precision: torch.dtype) -> None:
         super().__init__(objective, config, device, precision)
-        self._aside = _Aside(device)
+        self._stream = _CaptureStream(device)
         self._pass: _PaddedPass | None = None
         self._update: _Replayed[Tensor] | None = None
         if config.optimizer == "adamw":  # Muon takes its rate from the host
             for group in self.optimizers.groups:  # a captured step reads it from memory
                 group["lr"] = torch.zeros((), device=device)
-            self._update = _Replayed(self._aside)
+            self._update = _Replayed(self._stream)
 
     def zero_grad(self) -> None:
         """Let the gradients of the last step go; they stay where the graphs know them."""
@@ -117,7 +117,7 @@ class ReplayedStep(Step):
             if self._pass is None or not self._pass.room.holds(room):
                 room = room if self._pass is None else self._pass.room.union(room)
                 self._pass = None  # first: its graph's memory is the next one's
-                self._pass = _PaddedPass(room, room.empty_row(row, self.device), self._aside)
+                self._pass = _PaddedPass(room, room.empty_row(row, self.device), self._stream)
             for name, part in self._pass(row, divisors, self.objective, self.precision).items():
                 losses[name] += part
         return losses
@@ -126,7 +126,7 @@ class ReplayedStep(Step):
         return super().update() if self._update is None else self._update(super().update).clone()
 
 
-class _Aside:
+class _CaptureStream:
     """Where what is captured runs: a stream of its own, and memory that the graphs share, for they take turns."""
 
     def __init__(self, device: torch.device) -> None:
@@ -155,8 +155,8 @@ class _Aside:
 class _Replayed(Generic[T]):
     """One call, made again and again: at first as it comes, then captured, and replayed from then on."""
 
-    def __init__(self, aside: _Aside) -> None:
-        self._aside, self._made = aside, 0
+    def __init__(self, stream: _CaptureStream) -> None:
+        self._stream, self._made = stream, 0
         self._captured: tuple[torch.cuda.CUDAGraph, T] | None = None
 
     def __call__(self, call: Callable[[], T]) -> T:
@@ -164,9 +164,9 @@ class _Replayed(Generic[T]):
         # The call is given, not kept: a graph's memory goes with its last user, not when garbage is collected.
         if self._made < WARM_UP:
             self._made += 1
-            return self._aside.run(call)
+            return self._stream.run(call)
         if self._captured is None:
-            self._captured = self._aside.capture(call)
+            self._captured = self._stream.capture(call)
         graph, results = self._captured
         graph.replay()
         return results
@@ -175,15 +175,15 @@ class _Replayed(Generic[T]):
 class _PaddedPass:
     """An objective's pass over a row that stays, into which every row is laid."""
 
-    def __init__(self, room: Room, row: Batch, aside: _Aside) -> None:
+    def __init__(self, room: Room, row: Batch, stream: _CaptureStream) -> None:
         self.room, self.row = room, row
         self._divisors: dict[str, Tensor] = {}
-        self._replayed: _Replayed[dict[str, Tensor]] = _Replayed(aside)
+        self._replayed: _Replayed[dict[str, Tensor]] = _Replayed(stream)
 
     def __call__(
         self, row: Batch, divisors: dict[str, Tensor], objective: Objective, precision: torch.dtype
     ) -> dict[str, Tensor]:
-        lay(row, self.row)
+        copy_row(row, self.row)
         for name, value in divisors.items():
             self._divisors.setdefault(name, torch.empty_like(value)).copy_(value)
 
@@ -210,11 +210,11 @@ class Room:
         """Room for each of ``rows``, and a little more; not more than ``most`` tokens where those suffice."""
         tokens = max(row.tokens + 2 * (_idle(row) is None) for row in rows)
         return cls(
-            tokens=max(tokens, min(_roomy(tokens), most or _roomy(tokens))),
-            sequences=_roomy(max(row.sequences for row in rows)),
-            longest=max(PIECE, _roomy(max(int(row.cu_seqlens.diff().max()) for row in rows))),
-            tiles=_roomy(max(row.tiles.shape[0] for row in rows)),
-            scored=_roomy(max(row.scored.shape[0] for row in rows)),
+            tokens=max(tokens, min(_rounded_up(tokens), most or _rounded_up(tokens))),
+            sequences=_rounded_up(max(row.sequences for row in rows)),
+            longest=max(PIECE, _rounded_up(max(int(row.cu_seqlens.diff().max()) for row in rows))),
+            tiles=_rounded_up(max(row.tiles.shape[0] for row in rows)),
+            scored=_rounded_up(max(row.scored.shape[0] for row in rows)),
         )
 
     def holds(self, other: Room) -> bool:
@@ -243,7 +243,7 @@ def _idle(row: Batch) -> int | None:
     return int(found[0]) if len(found) else None
 
 
-def lay(row: Batch, into: Batch) -> None:
+def copy_row(row: Batch, into: Batch) -> None:
     """Copy ``row`` (on the host) into a row that stays; padding behind it.
 
     Tiles behind the row's own keep what they had: no token asks for them.
@@ -274,7 +274,7 @@ def make_step(objective: Objective, config: TrainConfig, device: torch.device, p
     return kind(objective, config, device, precision)
 
 
-def _roomy(size: int) -> int:
+def _rounded_up(size: int) -> int:
     """``size`` rounded up to a multiple of a sixteenth of the power of two above it."""
     unit = max(1, (1 << max(size - 1, 0).bit_length()) // 16)
     return -(-size // unit) * unit

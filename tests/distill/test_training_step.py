@@ -12,7 +12,7 @@ from mmmamba.data.batching import pack
 from mmmamba.distill.objectives import MatchLogits, PredictAnswers
 from mmmamba.distill.recipe import TrainConfig
 from mmmamba.distill.seeding import seed
-from mmmamba.distill.step import PIECE, ReplayedStep, Room, Step, lay, make_step
+from mmmamba.distill.training_step import PIECE, ReplayedStep, Room, Step, copy_row, make_step
 from mmmamba.errors import UserError
 from mmmamba.model import Model, RopeScaling, StackConfig, initialise
 from mmmamba.ops.layout import remember_bounds, remember_lengths
@@ -38,8 +38,8 @@ def padded(groups, room: Room | None = None):
     kept = []
     for row in rows:
         into = room.empty_row(row, CPU)
-        lay(pack(SAMPLES[:2]), into)
-        lay(row, into)
+        copy_row(pack(SAMPLES[:2]), into)
+        copy_row(row, into)
         remember_lengths(into.cu_seqlens, into.cu_seqlens.diff().tolist())
         kept.append(into)
     return kept

@@ -15,12 +15,12 @@ from mmmamba.data.sources.primer.corpus import corpus_texts
 from mmmamba.data.tokenizer import SPECIALS, Tokenizer, train_bpe
 from mmmamba.device import pick_device, pick_precision
 from mmmamba.distill import processes
-from mmmamba.distill.feed import Feed
+from mmmamba.distill.checked_tensors import restore
 from mmmamba.distill.objectives import PredictAnswers
 from mmmamba.distill.recipe import TeachRecipe, load_recipe
-from mmmamba.distill.run import RunFolder, alone
-from mmmamba.distill.stored import lay_over
+from mmmamba.distill.run_folder import RunFolder, alone
 from mmmamba.distill.trainer import train
+from mmmamba.distill.training_data import TrainingData
 from mmmamba.model.config import ModelConfig
 from mmmamba.model.model import Model, compile_layers, initialise
 
@@ -64,9 +64,9 @@ def _taught(plan: TeachRecipe, run_folder: Path, resume: bool, where: torch.devi
     """The run, alone in its folder."""
     processor = make_processor(plan)
     with processes.main_first():
-        feed = Feed(plan.data, processor, plan.seed)
-        run = RunFolder(run_folder, plan, {"kind": "teach", "data": feed.identity}, resume=resume)
-        pictures = run.check_pictures(feed.marks)
+        data = TrainingData(plan.data, processor, plan.seed)
+        run = RunFolder(run_folder, plan, {"kind": "teach", "data": data.identity}, resume=resume)
+        pictures = run.check_pictures(data.marks)
         if run.manifest.get("pictures") != pictures:
             run.note(pictures=pictures)
     model = initialise(Model(processor.config), plan.seed).to(where)
@@ -76,7 +76,7 @@ def _taught(plan: TeachRecipe, run_folder: Path, resume: bool, where: torch.devi
         train(
             PredictAnswers(model),
             plan.train,
-            feed.rows(plan.train, 0),
+            data.rows(plan.train, 0),
             run,
             "teach",
             device=where,
@@ -84,7 +84,7 @@ def _taught(plan: TeachRecipe, run_folder: Path, resume: bool, where: torch.devi
         )
         run.finish("teach", dict(model.named_parameters()), steps=plan.train.steps)
     else:
-        lay_over(dict(model.named_parameters()), done, run.checkpoints / "teach")
+        restore(dict(model.named_parameters()), done, run.checkpoints / "teach")
     if processes.is_main():
         save_hovle(model, processor, run.model, overwrite=run.replaces_model)
         run.report_skipped()

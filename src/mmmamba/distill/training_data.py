@@ -22,7 +22,7 @@ from mmmamba.errors import UserError
 from mmmamba.files import open_file
 
 
-class Feed:
+class TrainingData:
     """The encoded samples of a run, mixed by weight in an order that depends on the seed and the step alone.
 
     Of several processes each takes its share of a step's samples; a step has the same ones whatever their number.
@@ -70,17 +70,17 @@ class Feed:
         """The number of a source → by which its pictures are known."""
         return {str(i): source.marks for i, source in enumerate(self.sources)}
 
-    def rows(self, config: TrainConfig, salt: int) -> _Rows:
+    def rows(self, config: TrainConfig, salt: int) -> StepRows:
         """The rows of each step of a stage; ``salt`` gives every stage its own order."""
-        order = _Share(
+        order = ProcessOrder(
             [(len(source), c.weight) for source, c in zip(self.sources, self.config.sources, strict=True)],
             seed=self.seed * 1009 + salt,
             batch_size=config.batch_size,
         )
-        return _Rows(self, order, config)
+        return StepRows(self, order, config)
 
 
-class _Share(Order):
+class ProcessOrder(Order):
     """What this process takes of each step's samples: every n-th of them, for n processes."""
 
     def __init__(self, sources: Sequence[tuple[int, float | None]], *, seed: int, batch_size: int) -> None:
@@ -91,24 +91,24 @@ class _Share(Order):
         return super().indices(step)[self._mine]
 
 
-class _Rows:
+class StepRows:
     """``rows(start)`` yields the packed rows of each step from ``start`` on; ``bad_samples`` lists what was skipped."""
 
-    def __init__(self, feed: Feed, order: Order, config: TrainConfig) -> None:
-        self.feed, self.order, self.config = feed, order, config
+    def __init__(self, data: TrainingData, order: Order, config: TrainConfig) -> None:
+        self.data, self.order, self.config = data, order, config
         self.bad_samples: list[Skipped] = []
 
     def __call__(self, start: int) -> Iterator[Sequence[Batch]]:
         loader = Loader(
-            Concatenated(self.feed.sources),
+            Concatenated(self.data.sources),
             self.order,
             start_step=start,
             end_step=self.config.steps,
             max_tokens=self.config.micro_tokens,
-            workers=self.feed.workers,
+            workers=self.data.workers,
             pin_memory=torch.cuda.is_available(),
             prefetch=4,
-            on_bad_sample=self.feed.config.on_bad_sample,
+            on_bad_sample=self.data.config.on_bad_sample,
         )
         for rows in loader:
             self.bad_samples = loader.bad_samples
