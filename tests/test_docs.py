@@ -45,7 +45,7 @@ from mmmamba.model import MixerConfig, ModelConfig, StackConfig
 from small_run import conversation, make_data, stage_file, write_jsonl
 from videos import write_video
 
-GUIDE, PLAN = ROOT / "docs" / "train_eval.md", ROOT / "docs" / "architecture.md"
+GUIDE, PLAN = ROOT / "docs" / "recipes.md", ROOT / "docs" / "architecture.md"
 COMMANDS = list({command.words: command for command in reversed(commands("mmmamba"))}.values())[::-1]  # each once
 MAKES = commands("make")
 LEAVES = {
@@ -360,8 +360,10 @@ def test_no_package_index_is_named_and_no_line_ends_in_a_space(page: Path) -> No
     assert not re.search(r"[ \t]$| [\"']$", text, re.MULTILINE)
 
 
-def test_every_guide_is_linked_from_the_readme() -> None:
+def test_every_guide_is_linked_from_the_readme_and_from_the_index() -> None:
+    index = ROOT / "docs" / "index.md"
     assert {f"docs/{page.name}" for page in PAGES[1:]} <= set(links(PAGES[0]))
+    assert {page.name for page in PAGES[1:] if page != index} <= set(links(index))
 
 
 # ---------------------------------------------------------------------------------------------- the house
