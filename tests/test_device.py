@@ -1,4 +1,4 @@
-"""What the device module does without a GPU: tensors that travel together arrive as they were."""
+"""The device module without a GPU: copies to the host, the choice of a device, and memory that runs out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmmamba import device
-from mmmamba.device import pick_device, to_host
+from mmmamba.device import pick_device, to_host, within_memory
 from mmmamba.errors import UserError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool]
@@ -38,3 +38,15 @@ def test_a_device_that_is_none_is_refused_by_name(name: str) -> None:
 def test_a_device_that_is_not_here_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="PyTorch sees"):
         pick_device(name)
+
+
+def test_full_memory_is_named_and_other_errors_pass():
+    def fail():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    assert within_memory(lambda: 3, torch.device("cpu"), "counting") == 3
+    with pytest.raises(UserError, match=r"^out of memory on cpu while counting$") as error:
+        within_memory(fail, torch.device("cpu"), "counting")
+    assert error.value.__context__ is None, "the frames that filled the memory are let go"
+    with pytest.raises(RuntimeError, match="another"):
+        within_memory(lambda: (_ for _ in ()).throw(RuntimeError("another")), torch.device("cpu"), "counting")

@@ -62,7 +62,7 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("read more than headers")
 
     monkeypatch.setattr(Weights, "__getitem__", refuse)
-    monkeypatch.setattr("mmmamba.checkpoints.read.fingerprint", refuse)
+    monkeypatch.setattr("mmmamba.checkpoints.model_source.fingerprint", refuse)
 
 
 def state_bytes(state: State) -> tuple[int, int]:
@@ -164,7 +164,7 @@ def test_pictures_take_the_tokens_of_their_prompt(
     width: int, height: int, dynamic: bool, tiny_processor: Any, tmp_path: Path
 ) -> None:
     from mmmamba.data.processor import Processor
-    from mmmamba.data.samples import Turn
+    from mmmamba.data.sample import Turn
 
     config = replace(tiny_processor.config, dynamic_image_size=dynamic)
     processor = Processor(tiny_processor.tokenizer, config)

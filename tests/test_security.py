@@ -19,10 +19,10 @@ BOUNDS = {
     "mmmamba.data.jsonl": {"MAX_LINE": "8 MiB"},
     "mmmamba.yaml12": {"MAX_CHARACTERS": "262,144 characters", "MAX_DEPTH": "50 levels",
                        "MAX_VALUES": "100,000 values"},
-    "mmmamba.data.images": {"MAX_SIDE": "20,000 pixels", "MAX_PIXELS": "64 megapixels", "MAX_BYTES": "512 MiB"},
+    "mmmamba.data.image_decoding": {"MAX_SIDE": "20,000 pixels", "MAX_PIXELS": "64 megapixels", "MAX_BYTES": "512 MiB"},
     "mmmamba.model.config": {"MAX_TILES": "1,024", "MAX_LAYERS": "1,024 layers", "MAX_WIDTH": "1,048,576 wide",
                              "MAX_HEADS": "8,192 heads", "MAX_VOCABULARY": "33,554,432 tokens"},
-    "mmmamba.data.sandbox": {"MAX_SOURCE": "131,072 characters"},
+    "mmmamba.data.jinja_sandbox": {"MAX_SOURCE": "131,072 characters"},
     "mmmamba.checkpoints.gguf_file": {"MAX_FIELDS": "10,000 fields", "MAX_TENSORS": "100,000 tensors",
                                       "MAX_ITEMS": "4,000,000 list items"},
     "mmmamba.inference.session": {"MAX_HEADER": "90,000,000 bytes"},
@@ -41,7 +41,7 @@ def test_the_page_s_bounds_are_the_code_s(module):
 
 
 def test_the_page_s_formats_are_the_code_s():
-    from mmmamba.data.images import FORMATS
+    from mmmamba.data.image_decoding import FORMATS
 
     (row,) = (line for line in PAGE.split("\n") if line.startswith("| pictures |"))
     assert re.findall(r"[A-Z]{3,4}", row) == [*FORMATS]

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmmamba.config import apply_overrides, load_yaml
+from mmmamba.config_files import apply_overrides, load_yaml
 from mmmamba.errors import UserError
 from mmmamba.yaml12 import MAX_DEPTH, BadYaml, dump, parse
 

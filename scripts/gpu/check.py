@@ -13,7 +13,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
-from mmmamba.data.batching import Batch
+from mmmamba.data.packed_batch import Batch
 from mmmamba.distill.objectives import AlignHeads, MatchLogits, PredictAnswers
 from mmmamba.distill.recipe import StageConfig
 from mmmamba.distill.seeding import seed

@@ -28,7 +28,7 @@ from mmmamba.benchmark.measure import decode, greatest_batch, read_prompt, weigh
 from mmmamba.benchmark.memory import attempt, release
 from mmmamba.benchmark.sessions import time_session
 from mmmamba.benchmark.subjects import KINDS, random_subjects
-from mmmamba.config import to_dict
+from mmmamba.config_files import to_dict
 from mmmamba.inference.decoder import Decoder
 from mmmamba.model import Model
 

@@ -45,8 +45,8 @@ from mmmamba.checkpoints import resolve
 from mmmamba.checkpoints.hovle import config_to_hovle
 from mmmamba.checkpoints.layouts import HOVLE, Part, Tensors, skeleton
 from mmmamba.checkpoints.write import write_model
+from mmmamba.data.chat_template import IMAGE_CONTEXT
 from mmmamba.data.processor import Processor
-from mmmamba.data.template import IMAGE_CONTEXT
 from mmmamba.data.tokenizer import Tokenizer
 from mmmamba.device import pick_device, release
 from mmmamba.distill.checked_tensors import ABOUT, TENSORS

@@ -37,7 +37,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
 from mmmamba.checkpoints import read_safetensors
-from mmmamba.data.batching import Batch, Skipped
+from mmmamba.data.loader import Skipped
+from mmmamba.data.packed_batch import Batch
 from mmmamba.data.processor import UNSCORED
 from mmmamba.device import pick_device, pick_precision, release
 from mmmamba.distill.checked_tensors import TENSORS

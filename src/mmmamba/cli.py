@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, get_origin, get_type_hints
 
-from mmmamba import streams
+from mmmamba import console
 from mmmamba.errors import UserError, printable
 
 OK, USAGE, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     verb: Verb | None = None
     try:
-        streams.prepare(args)
+        console.prepare(args)
         _check_place()
         if args[:1] == ["--version"]:
             args = ["version"]
@@ -131,16 +131,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, so that a closed pipe is met inside this `try`
         return OK
     except UserError as error:
-        streams.complain(f"error: {error}")
+        console.complain(f"error: {error}")
         return USAGE
     except KeyboardInterrupt:
-        streams.complain(f"\ninterrupted: {verb.go_on if verb else Verb.go_on}")
+        console.complain(f"\ninterrupted: {verb.go_on if verb else Verb.go_on}")
         return INTERRUPTED
     except BrokenPipeError:
-        streams.discard_stdout()  # the reader (head, less) has gone
+        console.discard_stdout()  # the reader (head, less) has gone
         return BROKEN_PIPE
     except OSError as error:  # a full disk, a folder that may not be read: the system's reason is the user's business
-        streams.complain(f"error: {printable(streams.why_not_written(error))}")
+        console.complain(f"error: {printable(console.why_not_written(error))}")
         return USAGE
 
 
@@ -187,7 +187,7 @@ def _find(
 ) -> tuple[Verb | None, str, list[str]]:
     """(verb, its full name, its arguments); the verb is None when the overview was asked for, and printed."""
     if not args:
-        streams.complain(_overview(verbs, prog))
+        console.complain(_overview(verbs, prog))
         raise UserError(f"{prog} needs a verb: {', '.join(verbs)}")
     word, *rest = args
     if word in ("-h", "--help"):

@@ -11,8 +11,8 @@ from mmmamba.checkpoints import student
 from mmmamba.checkpoints.hovle import config_to_hovle
 from mmmamba.checkpoints.io import cast
 from mmmamba.checkpoints.layouts import HOVLE, RELEASE, SEPARATE, STUDENT, Layout, Part, Tensors, parts, skeleton
+from mmmamba.checkpoints.model_source import Source, open_source
 from mmmamba.checkpoints.partial import open_partial
-from mmmamba.checkpoints.read import Source, open_source
 from mmmamba.checkpoints.release import config_to_release
 from mmmamba.checkpoints.write import CopiedFiles, write_model
 from mmmamba.data.processor import Processor

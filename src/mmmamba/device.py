@@ -5,13 +5,16 @@ from __future__ import annotations
 import gc
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from mmmamba.errors import UserError
+
+T = TypeVar("T")
 
 #: How an allocation that failed says so, where it is no OutOfMemoryError: cuBLAS's workspace, the CPU's allocator.
 FULL = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory", "not enough memory")
@@ -107,6 +110,22 @@ def release(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
+
+
+def within_memory(call: Callable[[], T], device: torch.device, doing: str) -> T:
+    """What ``call`` returns.
+
+    Raises:
+        UserError: when memory runs out; it names the device and ``doing``. The memory that was taken is released first.
+    """
+    try:
+        return call()
+    except (RuntimeError, MemoryError) as error:
+        if not is_full(error):
+            raise
+    # This happens after the handler: the error refers to the frames it passed, and those to the tensors to be freed.
+    release(device)
+    raise UserError(f"out of memory on {device} while {doing}")
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from typing import Any
 from mmmamba.checkpoints import Source, open_source, resolve, student
 from mmmamba.checkpoints.io import CONFIG, Weights, read_weights
 from mmmamba.checkpoints.layouts import STUDENT, recognise, skeleton
-from mmmamba.config import to_dict
-from mmmamba.data.images import load_image
+from mmmamba.config_files import to_dict
+from mmmamba.data.image_decoding import load_image
 from mmmamba.data.patches import fitted_size
 from mmmamba.data.tiling import grid
 from mmmamba.errors import UserError

@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mmmamba import files
+from mmmamba import input_files
 from mmmamba.errors import UserError
 
 MAX_BYTES = 16 << 20  # of a file that describes something; read, that may become twenty times as much
@@ -92,13 +92,13 @@ def read_lines(path: str | Path, *, limit: int = MAX_DATA_BYTES) -> list[dict[st
 
 
 def read_text(path: str | Path, where: str | Path | None = None, *, limit: int = MAX_BYTES) -> str:
-    """The UTF-8 text of a regular file: :func:`mmmamba.files.read_text`."""
-    return files.read_text(path, limit, where=where)
+    """The UTF-8 text of a regular file: :func:`mmmamba.input_files.read_text`."""
+    return input_files.read_text(path, limit, where=where)
 
 
 def read_bytes(path: str | Path, where: str | Path | None = None, *, limit: int = MAX_BYTES) -> bytes:
-    """The bytes of a regular file: :func:`mmmamba.files.read_bytes`."""
-    return files.read_bytes(path, limit, where=where)
+    """The bytes of a regular file: :func:`mmmamba.input_files.read_bytes`."""
+    return input_files.read_bytes(path, limit, where=where)
 
 
 # ---------------------------------------------------------------------------------------------- the text

@@ -8,7 +8,7 @@ from typing import Any
 import small_run
 from mmmamba.ablation.plan import Plan
 from mmmamba.ablation.results import Ability, Journal, Result
-from mmmamba.config import from_dict
+from mmmamba.config_files import from_dict
 
 ABILITIES = ["easy", "read", "recall-4x"]
 

@@ -11,7 +11,7 @@ import pytest
 
 from mmmamba.ablation.plan import Cell, Plan, cells_of
 from mmmamba.ablation.results import Journal, Result, merge, of_table, read
-from mmmamba.config import from_dict, to_dict
+from mmmamba.config_files import from_dict, to_dict
 from mmmamba.errors import UserError
 
 

@@ -18,7 +18,7 @@ from mmmamba.ablation.measure import Setting
 from mmmamba.ablation.plan import Cell, Plan, cells_of, load_plan
 from mmmamba.ablation.results import Result
 from mmmamba.ablation.schedule import Unit, run, shard, units
-from mmmamba.config import from_dict
+from mmmamba.config_files import from_dict
 from mmmamba.device import cores
 from mmmamba.errors import UserError
 

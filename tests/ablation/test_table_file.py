@@ -12,7 +12,7 @@ from made_up import plan_data
 
 from mmmamba import cli
 from mmmamba.ablation.plan import Cell, Plan, aligned, cells_of, flow, load_plan, overlaid, select
-from mmmamba.config import from_dict
+from mmmamba.config_files import from_dict
 from mmmamba.distill.recipe import DistillRecipe, load_recipe
 from mmmamba.errors import UserError
 

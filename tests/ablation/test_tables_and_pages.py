@@ -15,7 +15,7 @@ from mmmamba.ablation.plan import Cell
 from mmmamba.ablation.plots import dots
 from mmmamba.ablation.results import Result, Results, read
 from mmmamba.ablation.tables import Measured, markdown
-from mmmamba.config import to_dict
+from mmmamba.config_files import to_dict
 from mmmamba.distill.recipe import DistillRecipe, load_recipe
 from mmmamba.errors import UserError
 from mmmamba.figures import render

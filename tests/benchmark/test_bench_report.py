@@ -18,7 +18,7 @@ from mmmamba.benchmark.report import markdown, write_report
 from mmmamba.benchmark.results import Point, Results, Task
 from mmmamba.benchmark.subjects import random_subjects, series_of
 from mmmamba.benchmark.tables import tables
-from mmmamba.config import from_dict, to_dict
+from mmmamba.config_files import from_dict, to_dict
 from mmmamba.figures import render
 from mmmamba.model.geometries import GEOMETRIES
 

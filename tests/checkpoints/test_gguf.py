@@ -23,7 +23,7 @@ from mmmamba.checkpoints.gguf_file import read_header
 from mmmamba.checkpoints.llama import read_llama
 from mmmamba.convert import convert
 from mmmamba.data.processor import Processor
-from mmmamba.data.samples import Turn
+from mmmamba.data.sample import Turn
 from mmmamba.data.tokenizer import Tokenizer
 from mmmamba.errors import UserError
 from mmmamba.model import Model

@@ -17,7 +17,7 @@ from mmmamba.checkpoints.layouts import Layout, by_part, parts, stored_shapes, w
 from mmmamba.checkpoints.solo import PATCH_TOKEN_ID, config_from_solo, is_solo, read_solo, write_solo
 from mmmamba.data.patches import patch_rows
 from mmmamba.data.processor import Processor
-from mmmamba.data.samples import HUMAN, Turn
+from mmmamba.data.sample import HUMAN, Turn
 from mmmamba.data.tiling import normalise
 from mmmamba.data.tokenizer import Tokenizer
 from mmmamba.errors import UserError

@@ -11,8 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmmamba.checkpoints import builtin_names, fingerprint, load, read, read_config, resolve, save_hovle, save_student
-from mmmamba.checkpoints.rounded import read_rounded, round_tensor
+from mmmamba.checkpoints import (
+    builtin_names,
+    fingerprint,
+    load,
+    model_source,
+    read_config,
+    resolve,
+    save_hovle,
+    save_student,
+)
+from mmmamba.checkpoints.rounded_tensors import read_rounded, round_tensor
 from mmmamba.checkpoints.student import same_bits
 from mmmamba.convert import convert
 from mmmamba.errors import UserError
@@ -149,7 +158,7 @@ def test_the_students_that_ship_are_read_by_transformers_too() -> None:
 
     import mmmamba  # noqa: F401
 
-    theirs = AutoModelForImageTextToText.from_pretrained(read.ASSETS / "pico-hybrid", dtype=torch.float32)
+    theirs = AutoModelForImageTextToText.from_pretrained(model_source.ASSETS / "pico-hybrid", dtype=torch.float32)
     ours = load("pico-hybrid").state_dict()
     assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.state_dict().items())
 
@@ -252,7 +261,7 @@ def assets(teacher, tmp_path: Path, monkeypatch) -> Path:
     """An installation that comes with one model, nano-teacher."""
     folder = tmp_path / "assets"
     shutil.copytree(teacher, folder / "nano-teacher")
-    monkeypatch.setattr("mmmamba.checkpoints.read.ASSETS", folder)
+    monkeypatch.setattr("mmmamba.checkpoints.model_source.ASSETS", folder)
     monkeypatch.setattr("mmmamba.checkpoints.write.ASSETS", folder)
     return folder
 
@@ -295,4 +304,4 @@ def test_fingerprint_covers_config_and_weights(teacher, edit_config) -> None:
 
 
 def test_assets_are_looked_up_in_the_package() -> None:
-    assert read.ASSETS.name == "assets" and read.ASSETS.parent.name == "mmmamba"
+    assert model_source.ASSETS.name == "assets" and model_source.ASSETS.parent.name == "mmmamba"

@@ -18,7 +18,7 @@ from mmmamba.data import build as module
 from mmmamba.data.build import build
 from mmmamba.data.jsonl import JsonlDataset
 from mmmamba.data.processor import Processor
-from mmmamba.data.sources.primer import ABILITIES, GROUPS, write
+from mmmamba.data.sources.primer import ABILITIES, GROUPS, dataset
 from mmmamba.data.tokenizer import Tokenizer
 from mmmamba.errors import UserError
 from mmmamba.model import ModelConfig, StackConfig, VisionConfig
@@ -29,10 +29,10 @@ FILES = [*(f"train-{group}.jsonl" for group in GROUPS), "validation.jsonl", "tes
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A primer of a few records, in tasks of fewer."""
-    monkeypatch.setattr(write, "TRAIN_RECORDS", 100)
-    monkeypatch.setattr(write, "VALIDATION_RECORDS", 2)
-    monkeypatch.setattr(write, "TEST_RECORDS", 4)
-    monkeypatch.setattr(write, "CHUNK", 7)
+    monkeypatch.setattr(dataset, "TRAIN_RECORDS", 100)
+    monkeypatch.setattr(dataset, "VALIDATION_RECORDS", 2)
+    monkeypatch.setattr(dataset, "TEST_RECORDS", 4)
+    monkeypatch.setattr(dataset, "CHUNK", 7)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -41,13 +41,13 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def definition() -> str:
-    return write.train_tokenizer()
+    return dataset.train_tokenizer()
 
 
 @pytest.fixture
 def quick(definition: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One tokenizer for all tests that work in this process."""
-    monkeypatch.setattr(write, "train_tokenizer", lambda: definition)
+    monkeypatch.setattr(dataset, "train_tokenizer", lambda: definition)
 
 
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path):
@@ -121,21 +121,21 @@ def test_unseen_files_ask_one_question_of_each_ability(tmp_path, quick, name):
 
 
 def test_sizes_follow_the_scale_within_bounds(monkeypatch):
-    monkeypatch.setattr(write, "TRAIN_RECORDS", 20_000)
-    monkeypatch.setattr(write, "VALIDATION_RECORDS", 50)
-    monkeypatch.setattr(write, "TEST_RECORDS", 200)
+    monkeypatch.setattr(dataset, "TRAIN_RECORDS", 20_000)
+    monkeypatch.setattr(dataset, "VALIDATION_RECORDS", 50)
+    monkeypatch.setattr(dataset, "TEST_RECORDS", 200)
     for scale, train, validation, test in ((0.01, 200, 50, 200), (1, 20_000, 50, 200), (25, 500_000, 125, 500)):
-        parts = write.plan(scale)
+        parts = dataset.plan(scale)
         assert sum(part.count for part in parts if part.split == "train") == train
         sizes = {(part.split, part.group): part.count for part in parts if part.split != "train"}
         assert sizes["validation", "read"] == validation
         assert sizes["test", "read"] == test
         assert sizes["test", "recall-16x"] == 200
-    assert [part.group for part in write.plan(1, {"read": 1, "text": 3, "scene": 0})[:3]] == ["read", "text", "read"]
+    assert [part.group for part in dataset.plan(1, {"read": 1, "text": 3, "scene": 0})[:3]] == ["read", "text", "read"]
 
 
 def test_folders_of_pictures_stay_small(tmp_path, quick, monkeypatch):
-    monkeypatch.setattr(write, "IMAGES_PER_FOLDER", 40)
+    monkeypatch.setattr(dataset, "IMAGES_PER_FOLDER", 40)
     primer = build(out=tmp_path, source=("primer",), workers=1) / "primer"
     sizes = Counter(path.parent for path in primer.rglob("*.png"))
     assert 20 < max(sizes.values()) <= 40
@@ -150,7 +150,7 @@ def test_mixture_chooses_the_training_files(tmp_path, quick):
 def test_a_finished_source_is_kept(tmp_path, quick, monkeypatch):
     root = build(out=tmp_path, source=("primer",), workers=1)
     before = tree(root)
-    monkeypatch.setattr(write, "write", lambda *_, **__: pytest.fail("built again"))
+    monkeypatch.setattr(dataset, "write", lambda *_, **__: pytest.fail("built again"))
     build(out=tmp_path, source=("primer",), workers=1)
     (root / "manifest.json").unlink()  # killed between the source and the manifest
     build(out=tmp_path, source=("primer",), workers=1)
@@ -259,7 +259,7 @@ def test_lengths_can_be_measured_with_a_given_tokenizer(tmp_path, definition, mo
     folder = tmp_path / "tokenizer"
     folder.mkdir()
     (folder / "tokenizer.json").write_text(definition)
-    monkeypatch.setattr(write, "train_tokenizer", lambda: pytest.fail("trained although one was given"))
+    monkeypatch.setattr(dataset, "train_tokenizer", lambda: pytest.fail("trained although one was given"))
     root = build(out=tmp_path / "data", source=("primer",), workers=1, tokenizer=folder)
     assert json.loads((root / "manifest.json").read_text())["sources"]["primer"]["settings"]["tokenizer"]
 

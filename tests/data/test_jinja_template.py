@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from mmmamba.data.chat_template import JinjaTemplate, render
 from mmmamba.data.processor import UNSCORED, Processor
-from mmmamba.data.samples import BadSample, Sample, Turn
-from mmmamba.data.template import JinjaTemplate, render
+from mmmamba.data.sample import BadSample, Sample, Turn
 from mmmamba.data.tokenizer import Tokenizer, train_bpe
 from mmmamba.errors import UserError
 from mmmamba.model import ModelConfig, StackConfig

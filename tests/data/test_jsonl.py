@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mmmamba.data.jsonl import MAX_LINE, JsonlDataset
-from mmmamba.data.samples import BadSample, Turn
+from mmmamba.data.sample import BadSample, Turn
 from mmmamba.errors import UserError
 
 GOOD = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmmamba.data.patches import fitted_size, patch_marks, patch_rows
 from mmmamba.data.processor import Processor
-from mmmamba.data.samples import GPT, HUMAN, SYSTEM, BadSample, Sample, Turn
+from mmmamba.data.sample import GPT, HUMAN, SYSTEM, BadSample, Sample, Turn
 from mmmamba.data.tokenizer import train_bpe
 from mmmamba.errors import UserError
 from mmmamba.model import VisionConfig

@@ -18,10 +18,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mmmamba.data import images
+from mmmamba.data import image_decoding
 from mmmamba.data.exif import orientation, without_exif
-from mmmamba.data.images import from_array, load_image, upright_rgb
-from mmmamba.data.samples import BadSample
+from mmmamba.data.image_decoding import from_array, load_image, upright_rgb
+from mmmamba.data.sample import BadSample
 from mmmamba.errors import UserError
 from mmmamba.hf.image_processing import MMMambaImageProcessor, open_image
 
@@ -170,7 +170,7 @@ def test_other_formats_are_refused(tmp_path: Path, kind: str) -> None:
     refused(content, tmp_path / "a.png", "not a picture of a kind that is read")
 
 
-@pytest.mark.skipif("AVIF" not in images._formats(), reason="this Pillow reads no AVIF")
+@pytest.mark.skipif("AVIF" not in image_decoding._formats(), reason="this Pillow reads no AVIF")
 def test_damaged_avif_is_a_bad_sample(tmp_path: Path) -> None:
     whole = saved(Image.effect_noise((40, 30), 60).convert("RGB"), "AVIF")
     assert open_image(whole).size == (40, 30)
@@ -301,7 +301,7 @@ def test_bombs_cost_neither_time_nor_memory(tmp_path: Path, make: Callable[[], b
 def test_sixteen_bits_are_scaled_band_by_band() -> None:
     image = Image.new("I;16", (4000, 4000), 65535)
     tracemalloc.start()
-    found = images.to_rgb(image)
+    found = image_decoding.to_rgb(image)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert found.getpixel((3999, 3999)) == (255, 255, 255)

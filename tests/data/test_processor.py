@@ -15,7 +15,7 @@ from PIL import Image
 
 from mmmamba.checkpoints import save_hovle
 from mmmamba.data.processor import Processor
-from mmmamba.data.samples import BadSample, Sample, Turn
+from mmmamba.data.sample import BadSample, Sample, Turn
 from mmmamba.data.tokenizer import MAX_STRETCH, SPECIALS, Tokenizer, train_bpe
 from mmmamba.errors import UserError
 from mmmamba.model import Model

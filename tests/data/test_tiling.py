@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import goldens
-from mmmamba.data.images import load_image
+from mmmamba.data.image_decoding import load_image
 from mmmamba.data.tiling import grid, normalise, tile
 
 EXPECTED = goldens.about("preprocess")

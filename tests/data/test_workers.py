@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import small_run
-from mmmamba.data.batching import Batch
+from mmmamba.data.packed_batch import Batch
 from mmmamba.data.workers import ordered
 from mmmamba.errors import UserError
 

@@ -9,7 +9,7 @@ from torch.nn.functional import pad as pad_tensor
 from mmmamba.checkpoints.hovle import config_from_hovle, read_hovle
 from mmmamba.checkpoints.layouts import parts
 from mmmamba.checkpoints.release import read_release
-from mmmamba.data.batching import Batch
+from mmmamba.data.packed_batch import Batch
 from mmmamba.distill import objectives
 from mmmamba.distill.losses import divergence
 from mmmamba.distill.objectives import AlignHeads, MatchLogits

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmmamba.data.batching import pack
+from mmmamba.data.packed_batch import pack
 from mmmamba.data.processor import Encoded
 from mmmamba.distill import losses
 from mmmamba.distill.dry_run import Allocated

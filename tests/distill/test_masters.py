@@ -12,7 +12,7 @@ import torch
 
 import small_run
 from mmmamba.checkpoints import load, read_safetensors
-from mmmamba.data.batching import pack
+from mmmamba.data.packed_batch import pack
 from mmmamba.distill.checked_tensors import ABOUT, TENSORS
 from mmmamba.distill.distill import distill
 from mmmamba.distill.objectives import AlignHeads, MatchLogits

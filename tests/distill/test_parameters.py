@@ -9,7 +9,7 @@ import pytest
 import test_losses
 import torch
 
-from mmmamba.data.batching import pack
+from mmmamba.data.packed_batch import pack
 from mmmamba.distill.objectives import MatchLogits, PredictAnswers
 from mmmamba.distill.optimizers import Optimizers
 from mmmamba.distill.parameters import kind_of, own_parameters, parameters_of, unshare

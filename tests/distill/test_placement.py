@@ -10,7 +10,7 @@ import torch
 
 import small_run
 from mmmamba.checkpoints import load
-from mmmamba.data.batching import pack
+from mmmamba.data.packed_batch import pack
 from mmmamba.distill.distill import distill
 from mmmamba.distill.objectives import inputs
 from mmmamba.distill.placement import place

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmmamba.checkpoints import read_config
-from mmmamba.data.batching import Batch
+from mmmamba.data.packed_batch import Batch
 from mmmamba.distill.dry_run import Allocated, DataSize, _first_steps, passes_of, plan_stages, random_models
 from mmmamba.distill.objectives import AlignHeads, MatchLogits
 from mmmamba.distill.parameters import unshare

@@ -17,7 +17,7 @@ from torch import multiprocessing
 
 import small_run
 from mmmamba.checkpoints import read_safetensors
-from mmmamba.data.batching import pack
+from mmmamba.data.packed_batch import pack
 from mmmamba.distill import objectives, processes
 from mmmamba.distill.recipe import TrainConfig
 from mmmamba.distill.training_data import ProcessOrder

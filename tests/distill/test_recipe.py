@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import small_run
-from mmmamba.config import from_dict, load_yaml, to_dict
+from mmmamba.config_files import from_dict, load_yaml, to_dict
 from mmmamba.distill.recipe import (
     RECIPES,
     DistillRecipe,

@@ -8,7 +8,7 @@ import pytest
 import test_losses
 import torch
 
-from mmmamba.data.batching import pack
+from mmmamba.data.packed_batch import pack
 from mmmamba.distill.dry_run import Allocated
 from mmmamba.distill.objectives import MatchLogits
 from mmmamba.distill.seeding import seed

@@ -13,8 +13,8 @@ import torch
 
 import small_run
 from mmmamba.checkpoints import io, load, resolve, save_hovle
-from mmmamba.config import from_dict
-from mmmamba.data.batching import Skipped
+from mmmamba.config_files import from_dict
+from mmmamba.data.loader import Skipped
 from mmmamba.distill.checked_tensors import TENSORS, restore
 from mmmamba.distill.recipe import DistillRecipe
 from mmmamba.distill.run_folder import SHOWN, RunFolder, digest

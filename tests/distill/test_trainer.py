@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from mmmamba.data.batching import Batch, Skipped
+from mmmamba.data.loader import Skipped
+from mmmamba.data.packed_batch import Batch
 from mmmamba.device import pick_device, pick_precision
 from mmmamba.distill.recipe import TrainConfig
 from mmmamba.distill.run_folder import RunFolder

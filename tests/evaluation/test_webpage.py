@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from question_files import picture
 
-from mmmamba.data.samples import Sample, Turn
+from mmmamba.data.sample import Sample, Turn
 from mmmamba.errors import UserError
 from mmmamba.evaluation import plots, webpage
 from mmmamba.evaluation.predict import Answers

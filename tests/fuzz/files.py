@@ -16,10 +16,10 @@ from PIL import Image
 import small_run
 from fuzz import mutate
 from mmmamba.ablation.plan import cells_of, load_plan
-from mmmamba.config import dump_yaml
-from mmmamba.data.images import decode_image, decode_text, load_image
+from mmmamba.config_files import dump_yaml
+from mmmamba.data.image_decoding import decode_image, decode_text, load_image
 from mmmamba.data.jsonl import JsonlDataset
-from mmmamba.data.samples import BadSample, Sample
+from mmmamba.data.sample import BadSample, Sample
 from mmmamba.distill.recipe import RECIPES, DistillRecipe, TeachRecipe, load_recipe
 from mmmamba.errors import UserError
 from mmmamba.evaluation.suite import own_suite

@@ -14,9 +14,9 @@ from safetensors import safe_open
 from fuzz import mutate
 from fuzz.files import write
 from mmmamba.checkpoints import load, save_hovle, save_student
-from mmmamba.checkpoints.read import read_config
+from mmmamba.checkpoints.model_source import read_config
 from mmmamba.data.processor import Processor
-from mmmamba.data.samples import Turn
+from mmmamba.data.sample import Turn
 from mmmamba.data.tokenizer import Tokenizer, train_bpe
 from mmmamba.model import MAMBA2, Model, initialise
 from tiny import SPECIALS, WORDS, make_config

@@ -15,8 +15,8 @@ from fuzz import mutate
 from fuzz.files import write
 from fuzz.models import folder_of
 from mmmamba.checkpoints import load
-from mmmamba.checkpoints.hashes import digest
 from mmmamba.checkpoints.io import read_with_metadata, write_safetensors
+from mmmamba.checkpoints.tensor_hashes import digest
 from mmmamba.data.processor import Processor
 from mmmamba.distill.distill import distill
 from mmmamba.distill.run_folder import RunFolder

@@ -11,8 +11,8 @@ from transformers.utils import logging
 from wrapped import TILES, wrap
 
 import mmmamba
-from mmmamba.data.export import export_files
 from mmmamba.data.tiling import normalise
+from mmmamba.data.transformers_files import export_files
 
 
 @pytest.fixture(autouse=True, scope="session")

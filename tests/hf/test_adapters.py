@@ -14,9 +14,9 @@ from torch import Tensor
 from wrapped import generated, wrap
 
 import mmmamba
-from mmmamba.data.batching import pack
+from mmmamba.data.packed_batch import pack
 from mmmamba.data.processor import Encoded
-from mmmamba.data.samples import Turn
+from mmmamba.data.sample import Turn
 from mmmamba.distill.objectives import PredictAnswers
 from mmmamba.inference.decoder import decodable
 from mmmamba.model import ATTENTION, MAMBA2, MixerConfig, Model

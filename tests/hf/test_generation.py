@@ -12,7 +12,7 @@ from wrapped import encoded, generated, row, wrap
 import mmmamba
 from mmmamba.data.processor import Encoded
 from mmmamba.errors import UserError
-from mmmamba.hf.cache import CACHE, CACHE_NAMES
+from mmmamba.hf.state_cache import CACHE, CACHE_NAMES
 from mmmamba.inference.answer import unspeakable
 from mmmamba.inference.decoder import Decoder
 from mmmamba.inference.steps import prefill

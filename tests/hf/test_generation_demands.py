@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, Dyn
 from wrapped import generated, picture, user, wrap
 
 from mmmamba.errors import UserError
-from mmmamba.hf.cache import CACHE
+from mmmamba.hf.state_cache import CACHE
 from mmmamba.model import ATTENTION, MAMBA2, MixerConfig, Model, VisionConfig, initialise
 from tiny import make_config
 

@@ -16,7 +16,7 @@ from wrapped import row, wrap
 import mmmamba
 from mmmamba.errors import UserError
 from mmmamba.hf import MMMambaConfig, MMMambaForConditionalGeneration, MMMambaModel
-from mmmamba.hf.cache import CACHE
+from mmmamba.hf.state_cache import CACHE
 from mmmamba.model import ATTENTION, MAMBA2, MixerConfig, Model, VisionConfig
 from tiny import make_config
 

@@ -24,10 +24,10 @@ from transformers import (
 from wrapped import BUILTIN, generated, picture, row, user, wrap
 
 import mmmamba
-from mmmamba.data.samples import Turn
+from mmmamba.data.sample import Turn
 from mmmamba.errors import UserError
 from mmmamba.hf import MMMambaConfig, MMMambaForConditionalGeneration, StateCache
-from mmmamba.hf.cache import CACHE, CACHE_NAMES
+from mmmamba.hf.state_cache import CACHE, CACHE_NAMES
 from mmmamba.model import ATTENTION, MAMBA2, MixerConfig, Model, initialise
 from tiny import make_config
 

@@ -17,12 +17,12 @@ from transformers import AutoProcessor, PreTrainedTokenizerFast
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from wrapped import picture, user
 
-from mmmamba.data.export import export_files
+from mmmamba.data.chat_template import OF_TOKENIZER
 from mmmamba.data.processor import UNSCORED, Processor
-from mmmamba.data.samples import GPT, HUMAN, SYSTEM, Sample, Turn
-from mmmamba.data.template import OF_TOKENIZER
+from mmmamba.data.sample import GPT, HUMAN, SYSTEM, Sample, Turn
 from mmmamba.data.tiling import normalise
 from mmmamba.data.tokenizer import Tokenizer, train_bpe
+from mmmamba.data.transformers_files import export_files
 from mmmamba.errors import UserError
 from mmmamba.hf import MMMambaImageProcessor, MMMambaProcessor
 from mmmamba.model.config import VisionConfig
@@ -465,7 +465,7 @@ def test_the_tokenizer_alone_knows_answers_and_the_placeholder(processor: MMMamb
 
 
 def test_a_template_of_an_earlier_version_is_our_own(processor: MMMambaProcessor, tmp_path: Path) -> None:
-    from mmmamba.data.export import without_generation
+    from mmmamba.data.transformers_files import without_generation
 
     processor.save_pretrained(tmp_path)
     file = tmp_path / "chat_template.jinja"

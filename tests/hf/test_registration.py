@@ -39,7 +39,7 @@ def test_both_orders(order: str, folder_of) -> None:
 
 def test_importing_mmmamba_or_its_face_imports_no_transformers() -> None:
     code = (
-        "import sys, mmmamba, mmmamba.hf, mmmamba.data.export, mmmamba.checkpoints, mmmamba.cli as cli\n"
+        "import sys, mmmamba, mmmamba.hf, mmmamba.data.transformers_files, mmmamba.checkpoints, mmmamba.cli as cli\n"
         "cli.main(['--help'])\nprint('transformers' in sys.modules)"
     )
     assert python(code).splitlines()[-1] == "False"

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from wrapped import wrap
 
-from mmmamba.hf.cache import CACHE
+from mmmamba.hf.state_cache import CACHE
 from mmmamba.model import ATTENTION, MAMBA2, MixerConfig, Model
 
 HYBRID = (ATTENTION, MAMBA2, MAMBA2, ATTENTION, MAMBA2)

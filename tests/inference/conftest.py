@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mmmamba.data.processor import Encoded, Processor
-from mmmamba.data.samples import Turn
+from mmmamba.data.sample import Turn
 from mmmamba.data.tokenizer import Tokenizer
 from mmmamba.model import ATTENTION, MAMBA2, MixerConfig, Model
 

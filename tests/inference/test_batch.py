@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmmamba.data.processor import Encoded, Processor
-from mmmamba.data.samples import Turn
+from mmmamba.data.sample import Turn
 from mmmamba.errors import UserError
 from mmmamba.inference import engine, steps
 from mmmamba.inference.answer import Answer, Ending

@@ -14,7 +14,7 @@ from rich.console import Console
 from mmmamba import cli
 from mmmamba.checkpoints import load, save_student
 from mmmamba.data.processor import Processor
-from mmmamba.data.samples import Turn
+from mmmamba.data.sample import Turn
 from mmmamba.data.tiling import normalise
 from mmmamba.data.video import read_frames
 from mmmamba.errors import UserError

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mmmamba.data import pictures, video
-from mmmamba.data.pictures import PictureFile
+from mmmamba.data import lazy_pictures, video
+from mmmamba.data.lazy_pictures import PictureFile
 from mmmamba.data.processor import Encoded, Processor
-from mmmamba.data.samples import Sample, Turn
+from mmmamba.data.sample import Sample, Turn
 from mmmamba.data.tiling import normalise
 from mmmamba.errors import UserError
 from mmmamba.inference import engine, steps
@@ -149,8 +149,8 @@ def test_many_pictures_are_decoded_and_embedded_as_they_are_read(tiny_model, tin
     whole = tiny_processor.prompt(turns, files)
     unread = tiny_processor.prompt(turns, [PictureFile.check(file, "here") for file in files])
     events: list[int] = []  # -1 for a picture decoded, else how many tiles are embedded together
-    read, embed = pictures.load_image, model.vision.forward
-    monkeypatch.setattr(pictures, "load_image", lambda path, where: events.append(-1) or read(path, where))
+    read, embed = lazy_pictures.load_image, model.vision.forward
+    monkeypatch.setattr(lazy_pictures, "load_image", lambda path, where: events.append(-1) or read(path, where))
     monkeypatch.setattr(model.vision, "forward", lambda pixels: events.append(len(pixels)) or embed(pixels))
     chunk = 5 * model.config.vision.tokens_per_tile
     with torch.no_grad():

@@ -20,16 +20,16 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mmmamba.checkpoints import hashes
-from mmmamba.checkpoints.hashes import digest
+from mmmamba.checkpoints import tensor_hashes
 from mmmamba.checkpoints.io import read_with_metadata
+from mmmamba.checkpoints.tensor_hashes import digest
 from mmmamba.data.processor import Processor
-from mmmamba.data.samples import Turn
+from mmmamba.data.sample import Turn
 from mmmamba.data.tokenizer import Tokenizer
 from mmmamba.errors import UserError
 from mmmamba.inference import session as module
 from mmmamba.inference.conversation import Chat
-from mmmamba.inference.fingerprint import fingerprint
+from mmmamba.inference.model_fingerprint import fingerprint
 from mmmamba.inference.sampling import Sampling
 from mmmamba.inference.session import HEADER, load_session, read_session, save_session
 from mmmamba.model import MAMBA2, MixerConfig
@@ -206,8 +206,8 @@ def test_a_fingerprint_is_of_all_parameters_and_not_of_defaults(tiny_model, tiny
 
 def test_parameters_are_hashed_again_only_when_they_were_changed_or_moved(tiny_model, tiny_processor, monkeypatch):
     hashed = []
-    line = hashes._line
-    monkeypatch.setattr(hashes, "_line", lambda name, tensor: hashed.append(name) or line(name, tensor))
+    line = tensor_hashes._line
+    monkeypatch.setattr(tensor_hashes, "_line", lambda name, tensor: hashed.append(name) or line(name, tensor))
     network = tiny_model(LINEAR)
     found, count = fingerprint(network, tiny_processor), len(hashed)
     assert fingerprint(network, tiny_processor) == found and len(hashed) == count

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmmamba.data.processor import Processor
-from mmmamba.data.samples import Turn
+from mmmamba.data.sample import Turn
 from mmmamba.errors import UserError
 from mmmamba.inference import engine
 from mmmamba.inference.conversation import Chat

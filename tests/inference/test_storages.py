@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_model
 
 import mmmamba
-from mmmamba.data.samples import Turn
+from mmmamba.data.sample import Turn
 from mmmamba.inference.decoder import Decoder
 from mmmamba.model import ATTENTION, MAMBA2, MixerConfig, Model
 from mmmamba.model.joined import join, joined, maps_of

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from mmmamba import yaml12
-from mmmamba.config import from_dict, load_yaml, read_override, to_dict
+from mmmamba.config_files import from_dict, load_yaml, read_override, to_dict
 from mmmamba.distill.recipe import ALIGNMENT, MOST, DistillRecipe, find_recipe, load_recipe
 from mmmamba.distill.run_folder import digest
 from mmmamba.errors import UserError

@@ -12,7 +12,7 @@ from typing import Any
 
 from mmmamba.ablation.plan import Cell, Plan
 from mmmamba.checkpoints.io import write_atomically
-from mmmamba.config import from_dict, to_dict
+from mmmamba.config_files import from_dict, to_dict
 from mmmamba.errors import UserError
 from mmmamba.jsonfile import parse_json
 

@@ -12,7 +12,7 @@ from mmmamba.benchmark.limits import Rates
 from mmmamba.benchmark.measure import Measured
 from mmmamba.benchmark.subjects import Series
 from mmmamba.checkpoints.io import write_atomically
-from mmmamba.config import from_dict, to_dict
+from mmmamba.config_files import from_dict, to_dict
 from mmmamba.errors import UserError
 from mmmamba.jsonfile import read_json
 from mmmamba.locks import LOCK

@@ -13,10 +13,10 @@ import torch
 from mmmamba.benchmark.measure import prompt
 from mmmamba.checkpoints import resolve
 from mmmamba.data.processor import Processor
-from mmmamba.data.samples import GPT, HUMAN, Turn
+from mmmamba.data.sample import GPT, HUMAN, Turn
 from mmmamba.inference.conversation import Chat, Past
 from mmmamba.inference.decoder import Decoder
-from mmmamba.inference.fingerprint import fingerprint
+from mmmamba.inference.model_fingerprint import fingerprint
 from mmmamba.inference.session import load_session, save_session
 from mmmamba.inference.steps import prefill
 from mmmamba.model.model import Model

@@ -1,7 +1,7 @@
 """Checkpoints: foreign layouts ↔ ours by name maps, read with clear errors, written atomically."""
 
 from mmmamba.checkpoints.io import read_safetensors, write_atomically
-from mmmamba.checkpoints.read import Source, builtin_names, fingerprint, load, open_source, read_config, resolve
+from mmmamba.checkpoints.model_source import Source, builtin_names, fingerprint, load, open_source, read_config, resolve
 from mmmamba.checkpoints.write import save_hovle, save_release, save_student
 from mmmamba.jsonfile import read_json
 

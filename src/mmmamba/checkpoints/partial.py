@@ -17,7 +17,7 @@ from mmmamba.checkpoints import release
 from mmmamba.checkpoints.hovle import layer_prefix, split_qkv
 from mmmamba.checkpoints.io import Weights, check_tensors
 from mmmamba.checkpoints.layouts import HOVLE, SEPARATE, stored_shapes
-from mmmamba.checkpoints.read import Source, open_source
+from mmmamba.checkpoints.model_source import Source, open_source
 from mmmamba.errors import UserError
 from mmmamba.model.config import ATTENTION, MAMBA2, MixerConfig, ModelConfig
 

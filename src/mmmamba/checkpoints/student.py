@@ -7,7 +7,7 @@
      "teacher": {"name": "nano-teacher" or a path, "fingerprint": "sha256 …"}}
 
 The tensors have our own names. A delta is what training changed: a tensor is stored if the teacher lacks it or has
-other bits, as it is or (a matrix) as its rounded difference: :mod:`mmmamba.checkpoints.rounded`. transformers
+other bits, as it is or (a matrix) as its rounded difference: :mod:`mmmamba.checkpoints.rounded_tensors`. transformers
 reads and writes the same file, so keys that it adds beside ours are not looked at.
 """
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mmmamba.checkpoints.io import Weights, cast
-from mmmamba.checkpoints.rounded import (
+from mmmamba.checkpoints.rounded_tensors import (
     SCALES,
     Rounding,
     form_for,
@@ -33,7 +33,7 @@ from mmmamba.checkpoints.rounded import (
     stored_rounded,
     worth_rounding,
 )
-from mmmamba.config import from_dict, to_dict
+from mmmamba.config_files import from_dict, to_dict
 from mmmamba.errors import UserError
 from mmmamba.model.config import ModelConfig
 

@@ -25,11 +25,11 @@ from mmmamba.checkpoints.layouts import (
     skeleton,
     write_part,
 )
-from mmmamba.checkpoints.read import ASSETS, Source, builtin_names, fingerprint, open_source, resolve
-from mmmamba.checkpoints.rounded import Rounding
+from mmmamba.checkpoints.model_source import ASSETS, Source, builtin_names, fingerprint, open_source, resolve
+from mmmamba.checkpoints.rounded_tensors import Rounding
 from mmmamba.errors import UserError
+from mmmamba.foreign_links import refuse_foreign_link
 from mmmamba.jsonfile import MAX_TOKENIZER_BYTES, parse_json, read_bytes
-from mmmamba.links import refuse_foreign_link
 from mmmamba.model.config import ModelConfig
 from mmmamba.model.model import Model
 from mmmamba.outputs import LEDGER, Ledger, record, same

@@ -24,7 +24,7 @@ from typing import Any
 
 import mmmamba
 from mmmamba.data.sources import easyvqa
-from mmmamba.data.sources.primer import write as primer
+from mmmamba.data.sources.primer import dataset as primer
 from mmmamba.device import MOST_WORKERS, cores
 from mmmamba.errors import UserError
 from mmmamba.jsonfile import read_json

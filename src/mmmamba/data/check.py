@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmmamba.data.cache import EncodedSource
+from mmmamba.data.encoded_cache import EncodedSource
 from mmmamba.data.jsonl import JsonlDataset
 from mmmamba.data.processor import UNSCORED, Processor
-from mmmamba.data.samples import BadSample, NothingScored
+from mmmamba.data.sample import BadSample, NothingScored
 from mmmamba.data.tiling import check_tiles
 from mmmamba.data.workers import ordered
 from mmmamba.device import MOST_WORKERS, cores

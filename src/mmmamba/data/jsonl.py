@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from mmmamba.data.samples import GPT, HUMAN, ROLES, SYSTEM, BadSample, Sample, Turn
+from mmmamba.data.sample import GPT, HUMAN, ROLES, SYSTEM, BadSample, Sample, Turn
 from mmmamba.errors import UserError
-from mmmamba.files import check_file, open_file, read_part, stamp_of
+from mmmamba.input_files import check_file, open_file, read_part, stamp_of
 from mmmamba.jsonfile import parse_json
 
 #: Bytes of a line: about two million tokens of English.

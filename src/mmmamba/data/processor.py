@@ -14,11 +14,7 @@ import numpy as np
 import tokenizers
 from PIL import Image
 
-from mmmamba.data.images import load_image, upright_rgb
-from mmmamba.data.patches import PATCH, PATCH_END, fitted_size, patch_marks, patch_rows
-from mmmamba.data.pictures import Picture, PictureFile, Tiles, Unread
-from mmmamba.data.samples import GPT, HUMAN, BadSample, NothingScored, Sample, Turn
-from mmmamba.data.template import (
+from mmmamba.data.chat_template import (
     IMAGE_CONTEXT,
     IMAGE_END,
     IMAGE_START,
@@ -31,6 +27,10 @@ from mmmamba.data.template import (
     count_marks,
     get_template,
 )
+from mmmamba.data.image_decoding import load_image, upright_rgb
+from mmmamba.data.lazy_pictures import Picture, PictureFile, Tiles, Unread
+from mmmamba.data.patches import PATCH, PATCH_END, fitted_size, patch_marks, patch_rows
+from mmmamba.data.sample import GPT, HUMAN, BadSample, NothingScored, Sample, Turn
 from mmmamba.data.tiling import check_tiles, grid, tile
 from mmmamba.data.tokenizer import Tokenizer
 from mmmamba.data.video import Frame
@@ -113,7 +113,7 @@ class Processor:
 
         The model's own ``config.json`` is all that :meth:`from_folder` reads beside the tokenizer.
         """
-        from mmmamba.data.export import export_files  # which stands on this module
+        from mmmamba.data.transformers_files import export_files  # which stands on this module
 
         export_files(folder, self)
 

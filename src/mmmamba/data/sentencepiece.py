@@ -17,7 +17,7 @@ from typing import NamedTuple
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, processors
 
-from mmmamba.data.added import Token
+from mmmamba.data.added_tokens import Token
 from mmmamba.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -124,9 +124,9 @@ def to_fast(
     such a symbol, as transformers does (sentencepiece does not).
 
     Args:
-        added: id → the tokens that were added to the model (see :mod:`mmmamba.data.added`). One whose id is that of a
-            piece takes its place (InternLM2 gives spare pieces their names so); the others must go on where the pieces
-            end.
+        added: id → the tokens that were added to the model (see :mod:`mmmamba.data.added_tokens`). A token with the id
+            of a piece replaces that piece (this is how InternLM2 names its spare pieces). The other ids must start
+            where the pieces end.
         where: the file, named in error messages.
         add_bos, add_eos: what ``add_special_tokens=True`` puts around a text.
     """

@@ -14,11 +14,11 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mmmamba.data import sentencepiece
-from mmmamba.data.added import ADDED_FILE, CONFIG_FILE, NAMES_FILE, ROLES, declared, if_any, merged
-from mmmamba.data.template import IMAGE_CONTEXT, IMAGE_END, IMAGE_START
+from mmmamba.data.added_tokens import ADDED_FILE, CONFIG_FILE, NAMES_FILE, ROLES, declared, if_any, merged
+from mmmamba.data.chat_template import IMAGE_CONTEXT, IMAGE_END, IMAGE_START
 from mmmamba.errors import UserError
+from mmmamba.foreign_links import refuse_foreign_link
 from mmmamba.jsonfile import MAX_TOKENIZER_BYTES, parse, read_bytes, read_json, read_text
-from mmmamba.links import refuse_foreign_link
 
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 SPECIALS = (UNK, BOS, EOS, "<|im_start|>", "<|im_end|>", IMAGE_START, IMAGE_END, IMAGE_CONTEXT)

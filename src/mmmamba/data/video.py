@@ -14,10 +14,10 @@ from typing import Any
 
 from PIL import Image
 
-from mmmamba.data.images import MAX_PIXELS, MAX_SIDE
-from mmmamba.data.samples import IMAGE_MARK
+from mmmamba.data.image_decoding import MAX_PIXELS, MAX_SIDE
+from mmmamba.data.sample import IMAGE_MARK
 from mmmamba.errors import UserError
-from mmmamba.files import check_file, open_file
+from mmmamba.input_files import check_file, open_file
 
 # From the frame as it is stored to upright: PyAV gives the quarter turn, counter-clockwise, that shows it so.
 _TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmmamba.checkpoints.hashes import digest
 from mmmamba.checkpoints.io import read_metadata, read_safetensors, write_safetensors
+from mmmamba.checkpoints.tensor_hashes import digest
 from mmmamba.errors import UserError
 from mmmamba.jsonfile import parse_json, shown
 

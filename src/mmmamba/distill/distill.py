@@ -14,8 +14,8 @@ import torch
 
 from mmmamba.checkpoints import fingerprint, load, resolve, save_student
 from mmmamba.checkpoints.io import write_atomically
-from mmmamba.data.batching import Batch
-from mmmamba.data.marks import Marks
+from mmmamba.data.packed_batch import Batch
+from mmmamba.data.picture_hashes import Marks
 from mmmamba.data.processor import Processor
 from mmmamba.device import pick_device, pick_precision
 from mmmamba.distill import dry_run as rehearsal

@@ -16,11 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mmmamba.checkpoints import fingerprint, read_config, resolve
-from mmmamba.data.batching import Batch
-from mmmamba.data.cache import EncodedSource
+from mmmamba.data.encoded_cache import EncodedSource
 from mmmamba.data.jsonl import JsonlDataset
+from mmmamba.data.packed_batch import Batch
 from mmmamba.data.processor import UNSCORED, Processor
-from mmmamba.data.samples import BadSample
+from mmmamba.data.sample import BadSample
 from mmmamba.distill.objectives import AlignHeads, MatchLogits, PredictAnswers
 from mmmamba.distill.parameters import check_stages, unshare
 from mmmamba.distill.plan import (

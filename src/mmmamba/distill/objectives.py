@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from mmmamba.data.batching import Batch
+from mmmamba.data.packed_batch import Batch
 from mmmamba.data.processor import UNSCORED
 from mmmamba.data.tiling import normalise
 from mmmamba.distill import processes

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mmmamba.data.batching import Batch
+from mmmamba.data.packed_batch import Batch
 from mmmamba.distill import processes
 from mmmamba.distill.losses import divergence, token_weights
 from mmmamba.distill.objectives import autocast, inputs, total

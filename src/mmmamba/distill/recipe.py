@@ -13,12 +13,12 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from mmmamba.config import from_dict, load_yaml
+from mmmamba.config_files import from_dict, load_yaml
 from mmmamba.data.tiling import MAX_TILES
 from mmmamba.device import MOST_WORKERS
 from mmmamba.errors import UserError
+from mmmamba.file_names import check_name
 from mmmamba.model.config import ATTENTION, MAMBA2, MixerConfig
-from mmmamba.names import check_name
 
 T = TypeVar("T")
 

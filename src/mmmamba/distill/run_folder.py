@@ -25,9 +25,9 @@ from mmmamba.checkpoints.io import (
     write_json,
 )
 from mmmamba.checkpoints.write import check_target
-from mmmamba.config import dump_yaml, load_yaml, to_dict
-from mmmamba.data.batching import Skipped
-from mmmamba.data.marks import Marks
+from mmmamba.config_files import dump_yaml, load_yaml, to_dict
+from mmmamba.data.loader import Skipped
+from mmmamba.data.picture_hashes import Marks
 from mmmamba.distill import processes
 from mmmamba.distill.checked_tensors import read_checked, write_checked
 from mmmamba.errors import UserError

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from mmmamba.checkpoints import save_hovle
-from mmmamba.config import from_dict
+from mmmamba.config_files import from_dict
 from mmmamba.data.processor import Processor
 from mmmamba.data.sources.primer.corpus import corpus_texts
 from mmmamba.data.tokenizer import SPECIALS, Tokenizer, train_bpe

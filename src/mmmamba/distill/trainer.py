@@ -10,7 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from mmmamba.data.batching import Batch, Skipped
+from mmmamba.data.loader import Skipped
+from mmmamba.data.packed_batch import Batch
 from mmmamba.distill import processes
 from mmmamba.distill.checked_tensors import restore
 from mmmamba.distill.objectives import Objective

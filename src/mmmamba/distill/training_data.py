@@ -10,16 +10,18 @@ from typing import Any
 
 import torch
 
-from mmmamba.data.batching import Batch, Concatenated, Loader, Order, Skipped
-from mmmamba.data.cache import EncodedCache, EncodedSource
+from mmmamba.data.encoded_cache import EncodedCache, EncodedSource
 from mmmamba.data.jsonl import JsonlDataset
-from mmmamba.data.marks import Marks
+from mmmamba.data.loader import Concatenated, Loader, Skipped
+from mmmamba.data.packed_batch import Batch
+from mmmamba.data.picture_hashes import Marks
 from mmmamba.data.processor import Processor
+from mmmamba.data.sample_order import Order
 from mmmamba.device import cores
 from mmmamba.distill import processes
 from mmmamba.distill.recipe import DataConfig, TrainConfig
 from mmmamba.errors import UserError
-from mmmamba.files import open_file
+from mmmamba.input_files import open_file
 
 
 class TrainingData:

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mmmamba.data.batching import Batch
+from mmmamba.data.packed_batch import Batch
 from mmmamba.data.processor import UNSCORED
 from mmmamba.device import uncollected
 from mmmamba.distill import processes

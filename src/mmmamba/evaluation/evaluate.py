@@ -20,8 +20,8 @@ from mmmamba.evaluation.results import Report, Row, assemble
 from mmmamba.evaluation.scoring import Metric
 from mmmamba.evaluation.suite import NANO_DATA, NANO_FILES, NANO_LIMIT, OnBadSample, Suite, nano_suite, own_suite
 from mmmamba.evaluation.tables import print_report
+from mmmamba.file_names import file_labels, unique
 from mmmamba.locks import alone_in
-from mmmamba.names import file_labels, unique
 from mmmamba.outputs import check_folder
 from mmmamba.progress import Progress, Terminal
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from mmmamba.checkpoints import load, resolve
 from mmmamba.data.processor import UNSCORED, Encoded, Processor
-from mmmamba.data.samples import BadSample
+from mmmamba.data.sample import BadSample
 from mmmamba.device import pick_device, pick_dtype
 from mmmamba.evaluation.suite import Item, OnBadSample, Suite, bad_sample_note
 from mmmamba.inference.engine import generate

@@ -17,9 +17,9 @@ from mmmamba.evaluation.results import Report
 from mmmamba.evaluation.tables import tables, to_data
 from mmmamba.evaluation.webpage import Answer, Example, pick_examples, write_html
 from mmmamba.figures import render
+from mmmamba.file_names import file_labels
 from mmmamba.jsonfile import read_json
 from mmmamba.markdown import code, text
-from mmmamba.names import file_labels
 from mmmamba.outputs import Ledger
 
 __all__ = ["Answer", "Example", "check_results", "markdown", "pick_examples", "write_html", "write_report"]

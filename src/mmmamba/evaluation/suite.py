@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mmmamba.data.jsonl import JsonlDataset, encodable
-from mmmamba.data.samples import BadSample, Sample, Turn
+from mmmamba.data.sample import BadSample, Sample, Turn
 from mmmamba.errors import UserError
 from mmmamba.evaluation.choices import LETTERS, choice_answer, normalise
 from mmmamba.evaluation.scoring import METRICS

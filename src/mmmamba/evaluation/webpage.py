@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from mmmamba.checkpoints.io import write_atomically
-from mmmamba.data.images import load_image
+from mmmamba.data.image_decoding import load_image
 from mmmamba.errors import UserError
 from mmmamba.evaluation import page, plots
 from mmmamba.evaluation.plots import Curve

@@ -15,11 +15,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmmamba.hf.cache import StateCache
     from mmmamba.hf.configuration import MMMambaConfig
     from mmmamba.hf.image_processing import MMMambaImageProcessor
     from mmmamba.hf.modeling import MMMambaForConditionalGeneration, MMMambaModel
     from mmmamba.hf.processing import MMMambaProcessor
+    from mmmamba.hf.state_cache import StateCache
 
 __all__ = [
     "MMMambaConfig",
@@ -37,7 +37,7 @@ _HOME = {
     "MMMambaImageProcessor": "image_processing",
     "MMMambaModel": "modeling",
     "MMMambaProcessor": "processing",
-    "StateCache": "cache",
+    "StateCache": "state_cache",
 }
 
 

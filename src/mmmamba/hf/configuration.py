@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from mmmamba.checkpoints.student import folder_from_json
-from mmmamba.config import to_dict
+from mmmamba.config_files import to_dict
 from mmmamba.errors import UserError
 from mmmamba.model.config import ModelConfig
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
-from mmmamba.data.export import generation_settings
+from mmmamba.data.transformers_files import generation_settings
 from mmmamba.errors import UserError
-from mmmamba.hf.cache import CACHE, CACHE_NAMES, StateCache
 from mmmamba.hf.configuration import MMMambaConfig
+from mmmamba.hf.state_cache import CACHE, CACHE_NAMES, StateCache
 from mmmamba.inference.steps import fixed_length
 from mmmamba.model.model import Model
 
@@ -20,7 +20,7 @@ _READ_BY_GENERATE = ("tokenizer",)
 
 
 class StateGeneration(GenerationMixin):
-    """transformers' generation, where what a pass leaves behind is a :class:`~mmmamba.hf.cache.StateCache`."""
+    """transformers' generation, where what a pass leaves behind is a :class:`~mmmamba.hf.state_cache.StateCache`."""
 
     network: Model
 

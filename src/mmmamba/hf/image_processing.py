@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
-from mmmamba.data.images import MAX_BYTES, decode_image, decode_text, from_array, load_image, upright_rgb
+from mmmamba.data.image_decoding import MAX_BYTES, decode_image, decode_text, from_array, load_image, upright_rgb
 from mmmamba.data.patches import fitted_size, patch_rows
 from mmmamba.data.tiling import IMAGENET_MEAN, IMAGENET_STD, check_tiles, grid, normalise, tile
 from mmmamba.errors import UserError

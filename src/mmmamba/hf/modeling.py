@@ -9,11 +9,11 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from mmmamba.errors import UserError
-from mmmamba.hf.cache import StateCache
 from mmmamba.hf.configuration import MMMambaConfig
+from mmmamba.hf.forward_pass import run
 from mmmamba.hf.generation import StateGeneration, generation_config
-from mmmamba.hf.passes import run
 from mmmamba.hf.pretrained import HEAD, MMMambaPreTrainedModel
+from mmmamba.hf.state_cache import StateCache
 from mmmamba.model.state import State
 
 
@@ -136,7 +136,7 @@ class MMMambaForConditionalGeneration(StateGeneration, MMMambaPreTrainedModel, G
                 packed row begins.
             **kwargs: ``shift_labels`` (b, l), which need no shifting, in place of ``labels``; ``num_items_in_batch``
                 for the loss; ``cu_seq_lens_q`` and ``cu_seq_lens_k``, or ``seq_idx``, for packed rows
-                (:mod:`~mmmamba.hf.packing`); ``output_hidden_states``; ``output_attentions``, of a teacher.
+                (:mod:`~mmmamba.hf.sequence_borders`); ``output_hidden_states``; ``output_attentions``, of a teacher.
 
         Returns:
             loss, logits (b, n, v; zero at padding), the cache, by transformers' name for it (``CACHE``), and what

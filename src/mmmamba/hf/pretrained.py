@@ -15,9 +15,9 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from mmmamba.checkpoints import load
 from mmmamba.checkpoints.io import FLOAT32_PARAMETERS
 from mmmamba.errors import UserError
-from mmmamba.hf.cache import CACHE_NAMES
 from mmmamba.hf.configuration import MMMambaConfig
-from mmmamba.hf.passes import refuse_unknown
+from mmmamba.hf.forward_pass import refuse_unknown
+from mmmamba.hf.state_cache import CACHE_NAMES
 from mmmamba.model.model import Model, initialise
 from mmmamba.model.vision import VisionEmbedding
 
@@ -43,7 +43,7 @@ class MMMambaPreTrainedModel(PreTrainedModel):
     def __init__(self, config: MMMambaConfig) -> None:
         super().__init__(config)
         # Not at the top: the module imports the Auto classes, with which the whole of this module registers.
-        from mmmamba.hf.layers import CheckpointedModel
+        from mmmamba.hf.gradient_checkpointing import CheckpointedModel
 
         network = CheckpointedModel(config.model_config())
         for name, parameter in network.named_parameters():

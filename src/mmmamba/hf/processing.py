@@ -17,14 +17,14 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils.chat_template_utils import get_json_schema
 
 from mmmamba.checkpoints.student import folder_from_json
-from mmmamba.config import to_dict
-from mmmamba.data.export import chat_template as jinja_of
-from mmmamba.data.export import without_generation
-from mmmamba.data.jinja import ChatJinja
+from mmmamba.config_files import to_dict
+from mmmamba.data.chat_template import OF_TOKENIZER, count_marks
+from mmmamba.data.jinja_chat import ChatJinja
 from mmmamba.data.processor import UNSCORED, Encoded, Processor
-from mmmamba.data.samples import GPT, HUMAN, IMAGE_MARK, SYSTEM, Turn
-from mmmamba.data.template import OF_TOKENIZER, count_marks
+from mmmamba.data.sample import GPT, HUMAN, IMAGE_MARK, SYSTEM, Turn
 from mmmamba.data.tokenizer import Tokenizer
+from mmmamba.data.transformers_files import chat_template as jinja_of
+from mmmamba.data.transformers_files import without_generation
 from mmmamba.errors import UserError
 from mmmamba.hf.image_processing import (
     IMAGE_OPTIONS,

@@ -9,8 +9,8 @@ from typing import Literal
 
 from mmmamba.data.processor import Encoded, Processor
 from mmmamba.errors import UserError
+from mmmamba.inference.detokenizer import Detokenizer, StopStrings
 from mmmamba.inference.steps import check_positive
-from mmmamba.inference.text import Detokenizer, StopStrings
 from mmmamba.model.model import Model
 
 Finish = Literal["stop", "length"]

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mmmamba.data.pictures import PictureFile, Unread
-from mmmamba.data.samples import IMAGE_MARK
+from mmmamba.data.lazy_pictures import PictureFile, Unread
+from mmmamba.data.sample import IMAGE_MARK
 from mmmamba.data.video import Frame, check_choice, choose_frames, frame_marks
 from mmmamba.errors import UserError
-from mmmamba.files import read_bytes
+from mmmamba.input_files import read_bytes
 
 MAX_TEXT = 64 << 20  # bytes of a text file
 

@@ -12,18 +12,17 @@ from typing import Literal
 from rich.text import Text
 
 from mmmamba.checkpoints import load
+from mmmamba.console import is_text
 from mmmamba.data.processor import Processor
-from mmmamba.device import pick_device, pick_dtype
+from mmmamba.device import pick_device, pick_dtype, within_memory
 from mmmamba.errors import UserError, printable
 from mmmamba.inference.attachments import Attachments
 from mmmamba.inference.conversation import Chat
-from mmmamba.inference.guard import within_memory
 from mmmamba.inference.sampling import Sampling
 from mmmamba.inference.session import read_session, save_session
 from mmmamba.locks import alone_with
 from mmmamba.outputs import check_file, same
 from mmmamba.progress import Terminal
-from mmmamba.streams import is_text
 
 __all__ = ["Chat", "chat", "converse"]
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mmmamba.data.pictures import Picture, PictureFile, Unread
+from mmmamba.data.chat_template import add_missing_marks
+from mmmamba.data.lazy_pictures import Picture, PictureFile, Unread
 from mmmamba.data.processor import UNSCORED, Encoded, Processor
-from mmmamba.data.samples import GPT, HUMAN, Turn
-from mmmamba.data.template import add_missing_marks
-from mmmamba.inference.fingerprint import fingerprint
+from mmmamba.data.sample import GPT, HUMAN, Turn
+from mmmamba.inference.model_fingerprint import fingerprint
 from mmmamba.inference.sampling import Sampling
 from mmmamba.inference.stream import Stream, stream
 from mmmamba.model.model import Model

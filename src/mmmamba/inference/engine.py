@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from mmmamba.data.processor import Encoded, Processor
+from mmmamba.device import within_memory
 from mmmamba.inference.answer import Answer, Ending, Generated
 from mmmamba.inference.batch import RunningBatch
-from mmmamba.inference.guard import within_memory
 from mmmamba.inference.likelihood import Score, score
 from mmmamba.inference.sampling import Sampling
 from mmmamba.inference.steps import BATCH_TOKENS, PREFILL_CHUNK, Progress, Share, check_positive, prefill, shares

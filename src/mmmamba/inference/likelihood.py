@@ -10,9 +10,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mmmamba.data.batching import pack
+from mmmamba.data.packed_batch import pack
 from mmmamba.data.processor import UNSCORED, Encoded
-from mmmamba.inference.guard import within_memory
+from mmmamba.device import within_memory
 from mmmamba.inference.steps import (
     BATCH_TOKENS,
     PREFILL_CHUNK,

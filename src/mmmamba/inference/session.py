@@ -21,16 +21,16 @@ from PIL import Image
 from torch import Tensor
 
 from mmmamba.checkpoints import write_atomically
-from mmmamba.checkpoints.hashes import digest
 from mmmamba.checkpoints.io import not_finite, read_with_metadata, write_safetensors
-from mmmamba.config import from_dict, to_dict
-from mmmamba.data.pictures import PictureFile, Unread
+from mmmamba.checkpoints.tensor_hashes import digest
+from mmmamba.config_files import from_dict, to_dict
+from mmmamba.data.lazy_pictures import PictureFile, Unread
 from mmmamba.data.processor import Processor
-from mmmamba.data.samples import Turn
+from mmmamba.data.sample import Turn
 from mmmamba.data.video import Frame
 from mmmamba.errors import UserError
 from mmmamba.inference.conversation import Chat, Past
-from mmmamba.inference.fingerprint import fingerprint
+from mmmamba.inference.model_fingerprint import fingerprint
 from mmmamba.inference.sampling import Sampling
 from mmmamba.jsonfile import parse_json
 from mmmamba.model.config import ATTENTION, MAX_POSITIONS
@@ -60,7 +60,7 @@ class Header:
     """What a session file holds beside the tensors of the state.
 
     Attributes:
-        fingerprint, dtype: which model and processor it is (:mod:`mmmamba.inference.fingerprint`), in which format.
+        fingerprint, dtype: which model and processor it is (:mod:`mmmamba.inference.model_fingerprint`), and format.
         max_length, max_embedded: the state's.
         unfed, answers: the conversation's (see :class:`Past`).
         transcript: all that was said.

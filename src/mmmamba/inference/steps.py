@@ -11,7 +11,7 @@ from typing import Literal, TypedDict
 import numpy as np
 import torch
 
-from mmmamba.data.batching import pack
+from mmmamba.data.packed_batch import pack
 from mmmamba.data.processor import Encoded
 from mmmamba.data.tiling import normalise
 from mmmamba.errors import UserError

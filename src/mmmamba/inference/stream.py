@@ -8,10 +8,11 @@ from functools import partial
 import torch
 
 from mmmamba.data.processor import Encoded, Processor
+from mmmamba.device import within_memory
 from mmmamba.errors import UserError
 from mmmamba.inference.answer import Answer, Ending, Finish, unspeakable
 from mmmamba.inference.decoder import Decoder
-from mmmamba.inference.guard import uninterrupted, within_memory
+from mmmamba.inference.interrupts import uninterrupted
 from mmmamba.inference.sampling import Sampler, Sampling
 from mmmamba.inference.steps import PREFILL_CHUNK, check_positive, prefill
 from mmmamba.model.model import Model

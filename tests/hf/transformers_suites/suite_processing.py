@@ -9,8 +9,8 @@ from tests.test_processing_common import ProcessorTesterMixin
 from transformers import AutoProcessor
 
 import mmmamba
-from mmmamba.config import to_dict
-from mmmamba.data.export import export_files
+from mmmamba.config_files import to_dict
+from mmmamba.data.transformers_files import export_files
 from mmmamba.hf import MMMambaProcessor
 
 

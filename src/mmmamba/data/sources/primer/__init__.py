@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from random import Random
 
-from mmmamba.data.sources.primer import absent, count, mixed, read, recall, relate, text
+from mmmamba.data.sources.primer import absent, count, mixed, read_lettering, recall, relate, text
 from mmmamba.data.sources.primer.corpus import corpus_texts
 from mmmamba.data.sources.primer.example import Example, Picture, Turn
 from mmmamba.data.sources.primer.length import CountTokens, Meter, estimate_tokens
@@ -34,7 +34,7 @@ __all__ = [
 
 _MAKERS = {
     "scene": mixed.example,
-    "read": read.example,
+    "read": read_lettering.example,
     "count": count.example,
     "relate": relate.example,
     "absent": absent.example,

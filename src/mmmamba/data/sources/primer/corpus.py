@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from random import Random
 
-from mmmamba.data.sources.primer import absent, count, filler, read, recall, relate
+from mmmamba.data.sources.primer import absent, count, filler, read_lettering, recall, relate
 from mmmamba.data.sources.primer import text as tasks
 from mmmamba.data.sources.primer.example import IMAGE_MARK, Example
 from mmmamba.data.sources.primer.length import Meter
@@ -81,7 +81,7 @@ def _text(rng: Random, i: int) -> str:
 
 
 def _example(rng: Random, i: int) -> Example:
-    makers = (read.example, count.example, relate.example, absent.example, tasks.example)
+    makers = (read_lettering.example, count.example, relate.example, absent.example, tasks.example)
     kind = i % (len(makers) + 1)
     return makers[kind](rng, "train") if kind < len(makers) else recall.example(rng, "train", "recall-1x", Meter())
 

@@ -1,0 +1,149 @@
+"""Encoded samples as tensors: several in one packed row, or padded to rows of equal length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmmamba.data.processor import UNSCORED, Encoded
+
+
+@dataclass
+class Batch:
+    """Several sequences in one row.
+
+    Attributes:
+        input_ids: int64 (1, total)
+        labels: int64 (1, total), unshifted, -100 where unscored.
+        cu_seqlens: int32 (s+1,), where each sequence starts and the last one ends.
+        tiles: uint8 (t, H, W, 3) of all sequences, in order.
+        ids: the samples' ids (s).
+        scored: int64 (k,), the tokens whose next one is scored; found in the labels when absent, on the host before a
+            row moves, so that no pass has to wait for a device's count.
+        real: int64 (), how many of the row's tokens are real, where padding stands behind them (None: all).
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor
+    tiles: Tensor
+    ids: list[str]
+    scored: Tensor = None  # type: ignore[assignment]  # found below
+    real: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.scored is None:
+            self.scored = (self.labels[0, 1:] != UNSCORED).nonzero()[:, 0]
+
+    @property
+    def tokens(self) -> int:
+        return self.input_ids.shape[1]
+
+    @property
+    def sequences(self) -> int:
+        return len(self.ids)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As arrays: PyTorch would pickle a tensor as a name in shared memory, of which there may be too little."""
+        return {key: value.numpy() if isinstance(value, Tensor) else value for key, value in self.__dict__.items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for key, value in state.items():
+            self.__dict__[key] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=non_blocking),
+            labels=self.labels.to(device, non_blocking=non_blocking),
+            cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
+            tiles=self.tiles.to(device, non_blocking=non_blocking),
+            scored=self.scored.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> Batch:
+        """Page-locked copies, from which a GPU reads without waiting."""
+        return replace(
+            self,
+            input_ids=self.input_ids.pin_memory(),
+            labels=self.labels.pin_memory(),
+            cu_seqlens=self.cu_seqlens.pin_memory(),
+            tiles=self.tiles.pin_memory(),
+            scored=self.scored.pin_memory(),
+        )
+
+
+def pack(samples: Sequence[Encoded]) -> Batch:
+    """One row of all samples, nothing padded."""
+    if not samples:
+        raise ValueError("nothing to pack")
+    starts = np.zeros(len(samples) + 1, dtype=np.int32)
+    np.cumsum([len(sample.input_ids) for sample in samples], out=starts[1:])
+    return Batch(
+        input_ids=torch.from_numpy(np.concatenate([s.input_ids for s in samples], dtype=np.int64)[None]),
+        labels=torch.from_numpy(np.concatenate([s.labels for s in samples], dtype=np.int64)[None]),
+        cu_seqlens=torch.from_numpy(starts),
+        tiles=torch.from_numpy(np.concatenate([s.tiles for s in samples])),
+        ids=[sample.id for sample in samples],
+    )
+
+
+def pad(samples: Sequence[Encoded], pad_id: int, side: Literal["left", "right"] = "right") -> dict[str, Tensor]:
+    """The samples as rows of equal length.
+
+    Returns:
+        input_ids int64 (b,l), attention_mask int64 (b,l) with 1 on real tokens, labels int64 (b,l),
+        tiles uint8 (t,H,W,3)
+    """
+    if not samples:
+        raise ValueError("nothing to pad")
+    shape = len(samples), max(len(sample.input_ids) for sample in samples)
+    ids, labels = np.full(shape, pad_id, np.int64), np.full(shape, UNSCORED, np.int64)
+    mask = np.zeros(shape, np.int64)
+    for row, sample in enumerate(samples):
+        length = len(sample.input_ids)
+        span = slice(0, length) if side == "right" else slice(shape[1] - length, shape[1])
+        ids[row, span], labels[row, span], mask[row, span] = sample.input_ids, sample.labels, 1
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "attention_mask": torch.from_numpy(mask),
+        "labels": torch.from_numpy(labels),
+        "tiles": torch.from_numpy(np.concatenate([sample.tiles for sample in samples])),
+    }
+
+
+def split(samples: Sequence[Encoded], max_tokens: int | None) -> list[list[Encoded]]:
+    """Runs of samples, in order, of at most ``max_tokens`` tokens each (a longer sample stands alone).
+
+    There are as few runs as that allows, and they are of nearly one length: a replayed row is padded to the longest.
+    """
+    if max_tokens is None:
+        return [list(samples)] if samples else []
+    groups = _runs(samples, max_tokens)
+    low, high = 1, max_tokens  # the least room that needs no more runs lies in (low - 1, high]
+    while low < high:
+        middle = (low + high) // 2
+        if len(_runs(samples, middle)) > len(groups):
+            low = middle + 1
+        else:
+            high = middle
+    return _runs(samples, high)
+
+
+def _runs(samples: Sequence[Encoded], max_tokens: int) -> list[list[Encoded]]:
+    """Runs of samples, in order, each as long as ``max_tokens`` allows."""
+    groups: list[list[Encoded]] = []
+    room = -1
+    for sample in samples:
+        length = len(sample.input_ids)
+        if not groups or length > room:
+            groups.append([])
+            room = max_tokens
+        groups[-1].append(sample)
+        room -= length
+    return groups
