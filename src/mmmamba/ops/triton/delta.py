@@ -78,8 +78,8 @@ class Tuning(NamedTuple):
 # By the larger of p and n, for 2-byte and for 4-byte products. The latter stay too small for Hopper's asynchronous
 # products, which have given wrong digits in three-part TF32.
 TUNED = {
-    (32, 2): Tuning(32, 32, 1, 2, 2, 4, 32),
-    (64, 2): Tuning(64, 64, 1, 4, 3, 4, 32),
+    (32, 2): Tuning(32, 32, 1, 1, 3, 2, 32),
+    (64, 2): Tuning(32, 64, 1, 4, 3, 2, 32),
     (128, 2): Tuning(64, 64, 1, 4, 2, 8, 64),
     (32, 4): Tuning(32, 32, 1, 2, 1, 4, 32),
     (64, 4): Tuning(32, 32, 1, 2, 1, 4, 64),

@@ -83,8 +83,8 @@ class Tuning(NamedTuple):
 
 # By the larger of p and n, for 2-byte and for 4-byte products; a tile is never larger than p and n.
 TUNED = {
-    (32, 2): Tuning(64, 528, Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 1), Launch(4, 1)),
-    (64, 2): Tuning(64, 264, Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 1), Launch(4, 1)),
+    (32, 2): Tuning(64, 264, Tiles(32, 32, 4, 3), Tiles(32, 32, 4, 3), Tiles(32, 32, 4, 2), Launch(4, 1)),
+    (64, 2): Tuning(64, 264, Tiles(64, 64, 4, 4), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 1), Launch(4, 1)),
     (128, 2): Tuning(64, 256, Tiles(64, 128, 4, 3), Tiles(64, 128, 4, 2), Tiles(128, 32, 4, 3), Launch(4, 1)),
     (32, 4): Tuning(32, 528, Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Launch(4, 1)),
     (64, 4): Tuning(32, 264, Tiles(32, 64, 4, 1), Tiles(32, 64, 4, 1), Tiles(64, 32, 4, 1), Launch(4, 1)),
