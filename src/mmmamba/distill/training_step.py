@@ -8,25 +8,22 @@ device (:class:`~mmmamba.ops.layout.DeviceLayout`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from mmmamba.cuda_graphs import CaptureStream, Replayed
 from mmmamba.data.packed_batch import Batch
 from mmmamba.data.processor import UNSCORED
-from mmmamba.device import uncollected
 from mmmamba.distill import processes
 from mmmamba.distill.objectives import Objective
 from mmmamba.distill.optimizers import Optimizers
 from mmmamba.distill.recipe import TrainConfig
 from mmmamba.ops.layout import remember_bounds, remember_lengths
 
-T = TypeVar("T")
 PIECE = 512  # padding lies in sequences of at most this many tokens: attention over one longer row would cost more
-WARM_UP = 2  # calls that are made as they come before one is captured: kernels and AdamW's state are made in them
 
 
 class Step:
@@ -95,13 +92,13 @@ class ReplayedStep(Step):
 
     def __init__(self, objective: Objective, config: TrainConfig, device: torch.device, precision: torch.dtype) -> None:
         super().__init__(objective, config, device, precision)
-        self._stream = _CaptureStream(device)
+        self._stream = CaptureStream(device)
         self._pass: _PaddedPass | None = None
-        self._update: _Replayed[Tensor] | None = None
+        self._update: Replayed[Tensor] | None = None
         if config.optimizer == "adamw":  # Muon takes its rate from the host
             for group in self.optimizers.groups:  # a captured step reads it from memory
                 group["lr"] = torch.zeros((), device=device)
-            self._update = _Replayed(self._stream)
+            self._update = Replayed(self._stream)
 
     def zero_grad(self) -> None:
         """Let the gradients of the last step go; they stay where the graphs know them."""
@@ -126,59 +123,13 @@ class ReplayedStep(Step):
         return super().update() if self._update is None else self._update(super().update).clone()
 
 
-class _CaptureStream:
-    """Where what is captured runs: a stream of its own, and memory that the graphs share, for they take turns."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.stream, self.pool = device, torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
-        self._keeper = self.capture(lambda: torch.zeros((), device=device))  # a pool that no graph has is gone
-
-    def run(self, call: Callable[[], T]) -> T:
-        """The call as it comes, but on that stream: what autograd remembers of streams must not outlive it."""
-        current = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            results = call()
-        current.wait_stream(self.stream)
-        return results
-
-    def capture(self, call: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
-        """A graph of the call, and the tensors that its replays write."""
-        graph = torch.cuda.CUDAGraph()
-        # The loader's threads go on pinning memory meanwhile, which only a capture of this thread alone lets them.
-        options: dict[str, Any] = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
-        with uncollected(), torch.cuda.graph(graph, **options):
-            results = call()
-        return graph, results
-
-
-class _Replayed(Generic[T]):
-    """One call, made again and again: at first as it comes, then captured, and replayed from then on."""
-
-    def __init__(self, stream: _CaptureStream) -> None:
-        self._stream, self._made = stream, 0
-        self._captured: tuple[torch.cuda.CUDAGraph, T] | None = None
-
-    def __call__(self, call: Callable[[], T]) -> T:
-        """The call's results; those of a replay are overwritten by the next one."""
-        # The call is given, not kept: a graph's memory goes with its last user, not when garbage is collected.
-        if self._made < WARM_UP:
-            self._made += 1
-            return self._stream.run(call)
-        if self._captured is None:
-            self._captured = self._stream.capture(call)
-        graph, results = self._captured
-        graph.replay()
-        return results
-
-
 class _PaddedPass:
     """An objective's pass over a row that stays, into which every row is laid."""
 
-    def __init__(self, room: Room, row: Batch, stream: _CaptureStream) -> None:
+    def __init__(self, room: Room, row: Batch, stream: CaptureStream) -> None:
         self.room, self.row = room, row
         self._divisors: dict[str, Tensor] = {}
-        self._replayed: _Replayed[dict[str, Tensor]] = _Replayed(stream)
+        self._replayed: Replayed[dict[str, Tensor]] = Replayed(stream)
 
     def __call__(
         self, row: Batch, divisors: dict[str, Tensor], objective: Objective, precision: torch.dtype
