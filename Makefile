@@ -10,7 +10,7 @@ BROKEN  := $(VENV)/.unfinished
 PIP     := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all lint demo dist clean
+.PHONY: help setup test test-all lint demo docs dist clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -36,7 +36,7 @@ test: lint  ## lint, then run the tests, with coverage
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: lint  ## the same, with the tests that take long and rarely break (marked slow)
-	@$(PIP) install -e '.[dev,demo,test-all]' || echo "not all was installed: what needs it is skipped"
+	@$(PIP) install -e '.[dev,demo,docs,test-all]' || echo "not all was installed: what needs it is skipped"
 	$(PYTEST) $(ARGS)
 
 lint: $(READY)  ## check the style, the format and the types, with ruff and mypy
@@ -46,6 +46,10 @@ lint: $(READY)  ## check the style, the format and the types, with ruff and mypy
 
 demo: $(READY)  ## run the whole method in small, on the CPU: mmmamba demo
 	$(BIN)/mmmamba demo $(ARGS)
+
+docs: $(READY)  ## build the documentation and the API reference into site/
+	@$(BIN)/python -c 'import material, mkdocstrings_handlers, latex2mathml' 2>/dev/null || $(PIP) install -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 dist: $(READY)  ## build the wheel and the sdist into dist/, and chat from the wheel in a fresh environment
 	@$(BIN)/python -c 'import build' 2>/dev/null || $(PIP) install -e '.[dist]'

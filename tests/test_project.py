@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,9 @@ import pytest
 import yaml
 
 import mmmamba
-from documents import ROOT, links
+from documents import ROOT, anchors, code_spans, commands, links, table
+from mmmamba import cli
+from mmmamba.checkpoints.layouts import LAYOUTS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -92,6 +96,67 @@ def test_a_link_to_a_folder_stays_out_of_the_sdist() -> None:
     assert not [name for name in folders if (ROOT / name).is_symlink() and (ROOT / name).is_dir()]
 
 
+# ---------------------------------------------------------------------------------------------- the docs site
+
+SITE = runpy.run_path(str(ROOT / "scripts" / "docs_site.py"))
+
+
+def named(nav: Any) -> list[str]:
+    """Every page in a part of the nav of mkdocs.yml."""
+    if isinstance(nav, str):
+        return [nav]
+    return [page for entry in (nav.values() if isinstance(nav, dict) else nav) for page in named(entry)]
+
+
+def test_the_nav_names_every_page_once() -> None:
+    nav = named(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert len(nav) == len(set(nav))
+    assert set(nav) == pages | set(SITE["pages"]()) | set(SITE["references"]())
+
+
+def test_the_api_reference_has_every_package_and_module() -> None:
+    source = ROOT / "src" / "mmmamba"
+    text = "\n".join(SITE["references"]().values())
+    found = {path.stem for path in source.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert set(re.findall(r"^::: mmmamba\.(\w+)$", text, re.MULTILINE)) == {
+        name for name in found if not name.startswith("_")
+    }
+
+
+def test_links_of_a_page_that_moves_lead_to_pages_of_the_site(tmp_path: Path) -> None:
+    text = "[a](docs/bench.md#how), [b](CHANGELOG.md), [c](src/mmmamba/cli.py), [d](https://x.y)\n```sh\n[e](docs/bench.md)\n```\n"
+    moved = SITE["moved"](text, ROOT / "CONTRIBUTING.md", "operators/x.md")
+    assert moved == text.replace("docs/bench.md#", "../bench.md#").replace("CHANGELOG.md", "../changelog.md").replace(
+        "[c](src/mmmamba/cli.py)", "c"
+    )
+
+
+def test_docstrings_become_markdown() -> None:
+    assert (
+        SITE["plain"]("See :func:`~mmmamba.x`.\n\nExample::\n\n    y\n")
+        == "See `mmmamba.x`.\n\nFor example:\n\n    y\n"
+    )
+    entries = "Args:\n    a, b: two\n        lines.\n    c: one.\n"
+    assert SITE["plain"](entries) == "Args:\n    a: two\n        lines.\n    b: two\n        lines.\n    c: one.\n"
+
+
+@pytest.mark.slow  # 20 s
+def test_the_docs_site_is_built_without_warnings(tmp_path: Path) -> None:
+    for package in ("mkdocs", "material", "mkdocstrings_handlers", "latex2mathml"):
+        pytest.importorskip(package, reason="needs pip install 'mmmamba[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    loaded = set()
+    for page in (tmp_path / "site").rglob("*.html"):
+        html = page.read_text(encoding="utf-8")
+        loaded |= set(re.findall(r"<(?:script|img|iframe)[^>]* src=\"?(https?:[^\" >]+)", html))
+        loaded |= set(re.findall(r"<link[^>]* rel=\"?(?:stylesheet|preconnect)[^>]* href=\"?(https?:[^\" >]+)", html))
+    assert not loaded, f"pages load from the network: {sorted(loaded)}"
+
+
 # ---------------------------------------------------------------------------------------------- scripts
 
 
@@ -103,6 +168,59 @@ def test_a_script_begins_with_what_it_does_and_how_it_is_called(script: Path) ->
     assert len(first) > 20 and first[0].isupper()
     if "def main" in text or script.suffix == ".sh":
         assert f" {script.relative_to(ROOT)}" in rest, f"{script.name} does not say how it is called"
+
+
+# ---------------------------------------------------------------------------------------------- contributing
+
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+HOW_TO = ("Add a teacher family", "Add a recipe", "Report a number")
+
+
+def files(heading: str) -> list[str]:
+    """The paths in the table under a heading of CONTRIBUTING.md; ``<name>`` is for any name."""
+    return [
+        path for row in table(CONTRIBUTING, heading) for path in re.findall(r"`([\w./<>-]+/[\w./<>-]*)`", " ".join(row))
+    ]
+
+
+def test_every_path_in_contributing_exists() -> None:
+    """A path with a ``<name>`` stands for at least one file that exists."""
+    paths = [
+        code for code in code_spans(CONTRIBUTING) if re.match(r"(src|tests|docs|scripts|recipes)\b[\w./<>-]*$", code)
+    ]
+    assert len(paths) > 20
+    for path in paths:
+        assert list(ROOT.glob(re.sub(r"<\w+>", "*", path))), f"CONTRIBUTING.md names {path}, which does not exist"
+    for heading in HOW_TO:
+        assert files(heading), f"no file is named under '{heading}'"
+
+
+def test_links_and_commands_of_contributing_are_real() -> None:
+    for link in links(CONTRIBUTING):
+        path, _, anchor = link.partition("#")
+        assert (ROOT / path).exists() and (not anchor or anchor in anchors(ROOT / path)), link
+    make = {word[5:] for word in code_spans(CONTRIBUTING) if word.startswith("make ")}
+    make |= {command.words[1] for command in commands("make", pages=(CONTRIBUTING,))}
+    assert {"setup", "lint", "test", "test-all", "docs", "dist"} <= make <= set(targets())
+    for command in commands("mmmamba", pages=(CONTRIBUTING,)):
+        cli.parse(list(command.words[1:]))
+    for words in (code.split() for code in code_spans(CONTRIBUTING) if code.startswith("mmmamba ")):
+        assert words[1] in cli.VERBS
+
+
+def test_a_teacher_family_is_the_files_that_contributing_names() -> None:
+    """Each layout's module has the three functions under the names in the table, and a test file."""
+    place = ROOT / "src" / "mmmamba" / "checkpoints"
+    families = {layout.config.__module__.rpartition(".")[2] for layout in LAYOUTS} - {"layouts"}  # ours is in `student`
+    assert {"hovle", "llama", "release", "solo"} <= families
+    for family in families:
+        text = (place / f"{family}.py").read_text(encoding="utf-8")
+        for function in (f"config_from_{family}", f"read_{family}", f"write_{family}"):
+            assert f"def {function}(" in text
+        assert list((ROOT / "tests" / "checkpoints").glob(f"test_{family}*.py"))
+    assert files("Add a teacher family")[:2] == [
+        "src/mmmamba/checkpoints/<family>.py", "src/mmmamba/checkpoints/layouts.py",
+    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- changelog, citation

@@ -27,6 +27,9 @@ _WHERE = "images"
 class MMMambaImageProcessor(BaseImageProcessor):
     """Cuts each picture into the grid of tiles that is nearest to its shape, and normalises them.
 
+    Tiles are always made by resizing pictures, bicubic, to ``image_size``. ``do_resize``, ``resample`` and ``size`` may
+    be given, but only with these values.
+
     Args:
         image_size: side of a tile, in pixels; None in a model that reads text only.
         dynamic_image_size: whether a picture may become several tiles.
@@ -38,8 +41,6 @@ class MMMambaImageProcessor(BaseImageProcessor):
         do_normalize, image_mean, image_std: whether pixels are normalised, and with what (ImageNet's, which our models
             are trained with).
         do_convert_rgb: whether other pictures become RGB; otherwise they are refused.
-        do_resize, resample, size: only what is always done can be said: tiles are made by resizing pictures, bicubic,
-            to ``image_size``.
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012
