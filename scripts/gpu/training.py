@@ -353,7 +353,7 @@ class Results:
         ordered = sorted(self.entries.values(), key=lambda e: (e["about"]["recipe"], *(e[key] for key in keys)))
         lines = [
             "| recipe | stage | variant | tokens | forward + backward, ms | published | factor | host, ms "
-            "| update, ms | tokens/s | TFLOP/s | MFU | peak, GB | published | reckoned | difference | reserved |",
+            "| update, ms | tokens/s | TFLOP/s | MFU | peak, GB | published | estimated | difference | reserved |",
             "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
         ]
         for entry in ordered:
@@ -376,8 +376,8 @@ class Results:
             if "resumed" in entry:
                 found = entry["resumed"]
                 lines += ["", f"{entry['stage']}, {entry['tokens']:,} tokens, interrupted and resumed: losses within "
-                          f"{100 * found['worst']:.2g} % of the uninterrupted run's; its checkpoint holds what is "
-                          f"trained and the optimizer's state alone, {found['checkpoint'] / 1e9:.2f} GB."]  # fmt: skip
+                          f"{100 * found['worst']:.2g} % of the uninterrupted run's; its checkpoint holds only what "
+                          f"is trained and the optimizer's state, {found['checkpoint'] / 1e9:.2f} GB."]  # fmt: skip
         return "\n".join(lines)
 
     def _times(self, entry: dict[str, Any]) -> list[str]:
