@@ -246,12 +246,10 @@ def test_api_names_resolve(name: str) -> None:
     assert callable(getattr(mmmamba, name))
 
 
-def test_distill_is_verb_and_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = ModuleType("mmmamba.distill.distill")
-    module.distill = lambda recipe, **options: (recipe, options)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    assert mmmamba.distill("r.yaml", seed=1) == ("r.yaml", {"seed": 1})
-    assert isinstance(mmmamba.distill, ModuleType)
+def test_the_verb_distill_from_python() -> None:
+    from mmmamba.distill.distill import distill
+
+    assert mmmamba.distill_teacher is distill
 
 
 # ---------------------------------------------------------------------------------------------- progress and tables

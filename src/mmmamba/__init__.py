@@ -1,30 +1,32 @@
-"""mmmamba: decoder-only multimodal Transformers into linear-time state space models.
+"""Turn decoder-only multimodal Transformers into linear-time state space models.
 
-The Python API mirrors the command line::
+The verbs of the command line are functions here::
 
     import mmmamba
 
     model = mmmamba.load("nano-linear")
     processor = mmmamba.load_processor("nano-linear")
+    mmmamba.distill_teacher("pico-linear", dry_run=True)  # mmmamba distill pico-linear --dry-run
 
-Names are imported when they are first used, so that ``import mmmamba`` and ``mmmamba --help`` stay fast.
+A name is imported when it is first used, so that ``import mmmamba`` and ``mmmamba --help`` stay fast.
 """
 
 from __future__ import annotations
 
 import importlib
 from operator import attrgetter
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from mmmamba import distill, hf
 from mmmamba.errors import UserError
+from mmmamba.hf.registration import register
+from mmmamba.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from mmmamba.benchmark.bench import bench
     from mmmamba.checkpoints import load
     from mmmamba.data.build import build as build_data
     from mmmamba.data.processor import Processor
+    from mmmamba.distill.distill import distill as distill_teacher
     from mmmamba.distill.seeding import seed
     from mmmamba.distill.train_teacher import teach
     from mmmamba.evaluation.evaluate import evaluate
@@ -35,8 +37,6 @@ if TYPE_CHECKING:
 
     load_processor = Processor.from_folder
 
-__version__ = "0.1.0"
-
 __all__ = [
     "Model",
     "ModelConfig",
@@ -45,7 +45,7 @@ __all__ = [
     "bench",
     "build_data",
     "chat",
-    "distill",
+    "distill_teacher",
     "evaluate",
     "generate",
     "load",
@@ -61,6 +61,7 @@ _HOME = {
     "bench": "mmmamba.benchmark.bench:bench",
     "build_data": "mmmamba.data.build:build",
     "chat": "mmmamba.inference.chat:chat",
+    "distill_teacher": "mmmamba.distill.distill:distill",
     "evaluate": "mmmamba.evaluation.evaluate:evaluate",
     "generate": "mmmamba.inference.engine:generate",
     "load": "mmmamba.checkpoints:load",
@@ -81,13 +82,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-class _CallablePackage(ModuleType):
-    """Lets ``mmmamba.distill(...)`` be the verb although ``mmmamba.distill`` is the package it lives in."""
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        return importlib.import_module("mmmamba.distill.distill").distill(*args, **options)
-
-
-distill.__class__ = _CallablePackage
-
-hf.register()  # with transformers' Auto classes, once they are imported
+register()  # with transformers' Auto classes, once they are imported

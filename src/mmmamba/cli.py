@@ -21,7 +21,9 @@ from typing import Annotated, Any, get_origin, get_type_hints
 
 from mmmamba import console
 from mmmamba.errors import UserError, printable
+from mmmamba.version import __version__
 
+ABOUT = "mmmamba turns decoder-only multimodal Transformers into linear-time state space models."
 OK, USAGE, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141
 
 
@@ -174,9 +176,7 @@ def version() -> None:
     import platform
     from importlib.metadata import version as installed
 
-    import mmmamba
-
-    print(f"mmmamba {mmmamba.__version__}")
+    print(f"mmmamba {__version__}")
     print(f"python {platform.python_version()} ({platform.platform()})")
     for package in ("torch", "numpy", "tokenizers", "safetensors", "pillow"):
         print(f"{package} {installed(package)}")
@@ -205,9 +205,7 @@ def _overview(verbs: Mapping[str, Verb | Mapping[str, Verb]], prog: str) -> str:
     """What ``mmmamba --help`` prints: each verb in a line, with a worked example under it."""
     lines = [f"usage: {prog} VERB …", ""]
     if prog == "mmmamba":
-        import mmmamba
-
-        lines += [str(mmmamba.__doc__).splitlines()[0], ""]
+        lines += [ABOUT, ""]
     for word, entry in verbs.items():
         leaves = {word: entry} if isinstance(entry, Verb) else {f"{word} {sub}": verb for sub, verb in entry.items()}
         for name, verb in leaves.items():

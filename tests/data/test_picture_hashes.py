@@ -14,7 +14,7 @@ from mmmamba.config_files import from_dict
 from mmmamba.data import picture_hashes
 from mmmamba.data.encoded_cache import EncodedCache
 from mmmamba.data.jsonl import JsonlDataset
-from mmmamba.data.picture_hashes import Marks
+from mmmamba.data.picture_hashes import PictureHashes
 from mmmamba.distill.distill import distill
 from mmmamba.distill.recipe import DistillRecipe
 from mmmamba.distill.run_folder import RunFolder
@@ -36,41 +36,41 @@ def replace(picture: str | Path, by: bytes) -> None:
 
 
 def test_one_changed_picture_is_found_in_a_small_set(data: Path) -> None:
-    before = Marks.of(JsonlDataset(data))
+    before = PictureHashes.of(JsonlDataset(data))
     assert before.changed(before.text) is None and len(before.pictures) > 1
     last = before.pictures[-1][0]
     replace(last, b"x")
-    assert Marks.of(JsonlDataset(data)).changed(before.text) == last
+    assert PictureHashes.of(JsonlDataset(data)).changed(before.text) == last
     Path(last).unlink()  # a cache needs none of them: what has gone has not changed
-    assert Marks.of(JsonlDataset(data)).changed(before.text) is None
+    assert PictureHashes.of(JsonlDataset(data)).changed(before.text) is None
     assert before.changed("") is None, "a run of an earlier version kept none"
 
 
 def test_of_a_large_set_a_sample_is_read(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = Marks.of(JsonlDataset(data))
+    whole = PictureHashes.of(JsonlDataset(data))
     monkeypatch.setattr(picture_hashes, "ALL", 2)
     monkeypatch.setattr(picture_hashes, "SAMPLED", 2)
-    sample = Marks.of(JsonlDataset(data))
+    sample = PictureHashes.of(JsonlDataset(data))
     assert 1 <= len(sample.pictures) <= 2 < len(whole.pictures) + 1
     for path, _ in whole.pictures:
         replace(path, b"x")
-    assert Marks.of(JsonlDataset(data)).changed(sample.text) is not None
+    assert PictureHashes.of(JsonlDataset(data)).changed(sample.text) is not None
 
 
 def test_a_run_does_not_go_on_with_other_pictures(data: Path, tmp_path: Path) -> None:
-    found = {"0": Marks.of(JsonlDataset(data))}
+    found = {"0": PictureHashes.of(JsonlDataset(data))}
     run = RunFolder(tmp_path / "run", PLAN, {}, resume=False)
     run.note(pictures=run.check_pictures(found))
     RunFolder(tmp_path / "run", PLAN, {}, resume=True).check_pictures(found)
     first = found["0"].pictures[0][0]
     replace(first, b"x")
     with pytest.raises(UserError, match=rf"{first}: changed since the run in .*run began; give another --out"):
-        RunFolder(tmp_path / "run", PLAN, {}, resume=True).check_pictures({"0": Marks.of(JsonlDataset(data))})
+        RunFolder(tmp_path / "run", PLAN, {}, resume=True).check_pictures({"0": PictureHashes.of(JsonlDataset(data))})
     manifest = tmp_path / "run" / "manifest.json"
     kept = json.loads(manifest.read_text())
     del kept["pictures"]  # a run of an earlier version is gone on with
     manifest.write_text(json.dumps(kept))
-    RunFolder(tmp_path / "run", PLAN, {}, resume=True).check_pictures({"0": Marks.of(JsonlDataset(data))})
+    RunFolder(tmp_path / "run", PLAN, {}, resume=True).check_pictures({"0": PictureHashes.of(JsonlDataset(data))})
 
 
 def test_distill_resume_after_all_pictures_were_replaced(data: Path, teacher_folder: Path, tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_distill_resume_after_all_pictures_were_replaced(data: Path, teacher_fol
 
     go(resume=False)
     go(resume=True)
-    pictures = Marks.of(JsonlDataset(data)).pictures
+    pictures = PictureHashes.of(JsonlDataset(data)).pictures
     for path, _ in pictures[1:]:
         shutil.copyfile(pictures[0][0], path)
     with pytest.raises(UserError, match=r"changed since the run in .*run began"):
@@ -95,7 +95,7 @@ def test_a_cache_is_made_again_when_a_picture_changes(data: Path, tiny_processor
         return b"".join(np.ascontiguousarray(cache.encode(i).tiles).tobytes() for i in range(len(cache)))
 
     before = tiles()
-    pictures = Marks.of(JsonlDataset(data)).pictures
+    pictures = PictureHashes.of(JsonlDataset(data)).pictures
     assert tiles() == before and "changed since" not in capsys.readouterr().err
     shutil.copyfile(pictures[0][0], pictures[1][0])
     assert tiles() != before and "changed since it was encoded" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from mmmamba.data.chat_template import OF_TOKENIZER, render
 from mmmamba.data.processor import Processor
 from mmmamba.data.sample import GPT, HUMAN, SYSTEM, Turn
 from mmmamba.data.tokenizer import Tokenizer, train_bpe
-from mmmamba.data.transformers_files import chat_template, export_files, generation_settings, image_settings
+from mmmamba.data.transformers_files import chat_template, generation_settings, image_settings
 from tiny import SPECIALS, WORDS, make_config
 
 TOKENIZER = Tokenizer.from_bpe(train_bpe(WORDS * 4, 320, SPECIALS))
@@ -27,6 +27,10 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(['"',
 def jinja(source: str, **names: object) -> str:
     """As transformers renders it."""
     return str(_compile_jinja_template(source).render(**names))
+
+
+def template_of(processor: Processor) -> str:
+    return chat_template(processor.tokenizer, processor.template, processor.config)
 
 
 @settings(deadline=None)
@@ -44,11 +48,11 @@ def test_the_template_renders_as_ours(system: str | None, first: str | None, tex
     pieces = processor.template.pieces(turns, system_message=system, reply=reply)
     expected = "<s>" + render(pieces)
     for kind in (messages, [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]):
-        assert jinja(chat_template(processor), messages=kind, add_generation_prompt=reply) == expected
+        assert jinja(template_of(processor), messages=kind, add_generation_prompt=reply) == expected
 
 
 def test_pictures_are_marks_on_lines_of_their_own() -> None:
-    source = chat_template(Processor(TOKENIZER, make_config()))
+    source = template_of(Processor(TOKENIZER, make_config()))
     text, image = {"type": "text", "text": "What?"}, {"type": "image"}
     for parts, expected in (
         ([image, text], "<image>\nWhat?"),
@@ -68,7 +72,7 @@ def test_pictures_are_marks_on_lines_of_their_own() -> None:
     ],
 )
 def test_the_template_refuses_what_it_does_not_know(message: dict, complaint: str) -> None:
-    source = chat_template(Processor(TOKENIZER, make_config()))
+    source = template_of(Processor(TOKENIZER, make_config()))
     with pytest.raises(jinja2.TemplateError, match=complaint):
         jinja(source, messages=[{"role": "user", "content": "x"}, message])
 
@@ -84,8 +88,8 @@ def test_a_tokenizers_own_template_is_kept(system: str | None, own: bool, tmp_pa
     turns = [Turn(HUMAN, "hi"), Turn(GPT, "ho")]
     expected = render(processor.template.pieces(turns, system_message=system, reply=False))
     messages = [{"role": ROLES[turn.role], "content": turn.text} for turn in turns]
-    assert jinja(chat_template(processor), messages=messages, bos_token="<s>", eos_token="</s>") == expected
-    export_files(tmp_path, processor)
+    assert jinja(template_of(processor), messages=messages, bos_token="<s>", eos_token="</s>") == expected
+    processor.save(tmp_path)
     again = Processor(Tokenizer.from_folder(tmp_path), config)
     with_system = [Turn(SYSTEM, "Be kind."), *turns]
     for reply in (True, False):
@@ -104,7 +108,7 @@ def test_settings_leave_out_what_there_is_not() -> None:
 def test_files_and_the_tokenizer_survive(tmp_path: Path) -> None:
     remote = {"tokenizer_class": "InternLM2Tokenizer", "auto_map": {"AutoTokenizer": "x.py"}, "bos_token": "<s>"}
     processor = Processor(Tokenizer(TOKENIZER.definition, remote), make_config())
-    export_files(tmp_path / "new", processor)
+    processor.save(tmp_path / "new")
     assert {file.name for file in (tmp_path / "new").iterdir()} == {
         "chat_template.jinja", "generation_config.json", "preprocessor_config.json", "processor_config.json",
         "tokenizer.json", "tokenizer_config.json",
@@ -114,7 +118,7 @@ def test_files_and_the_tokenizer_survive(tmp_path: Path) -> None:
     again = Processor(Tokenizer.from_folder(tmp_path / "new"), processor.config)
     turns = [Turn(HUMAN, "is it left of the square ?")]
     assert again.prompt(turns).input_ids.tolist() == processor.prompt(turns).input_ids.tolist()
-    export_files(tmp_path / "newer", again)
+    again.save(tmp_path / "newer")
     for file in (tmp_path / "new").iterdir():
         assert file.read_bytes() == (tmp_path / "newer" / file.name).read_bytes(), file.name
     assert replace(processor.config) == again.config

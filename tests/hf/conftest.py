@@ -12,7 +12,6 @@ from wrapped import TILES, wrap
 
 import mmmamba
 from mmmamba.data.tiling import normalise
-from mmmamba.data.transformers_files import export_files
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -29,7 +28,7 @@ def folder_of(tmp_path_factory) -> Callable[[str], Path]:
         if name not in made:
             made[name] = tmp_path_factory.mktemp("folders") / name
             wrap(mmmamba.load(name)).save_pretrained(made[name])
-            export_files(made[name], mmmamba.load_processor(name))
+            mmmamba.load_processor(name).save(made[name])
         return made[name]
 
     return build

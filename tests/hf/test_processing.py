@@ -22,7 +22,6 @@ from mmmamba.data.processor import UNSCORED, Processor
 from mmmamba.data.sample import GPT, HUMAN, SYSTEM, Sample, Turn
 from mmmamba.data.tiling import normalise
 from mmmamba.data.tokenizer import Tokenizer, train_bpe
-from mmmamba.data.transformers_files import export_files
 from mmmamba.errors import UserError
 from mmmamba.hf import MMMambaImageProcessor, MMMambaProcessor
 from mmmamba.model.config import VisionConfig
@@ -34,7 +33,7 @@ RED, WIDE = picture("red", (56, 56)), picture("blue", (112, 56))
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_processor: Processor) -> Path:
     folder = tmp_path_factory.mktemp("processor")
-    export_files(folder, tiny_processor)
+    tiny_processor.save(folder)
     return folder
 
 
@@ -335,7 +334,7 @@ def test_round_trip(processor: MMMambaProcessor, tmp_path: Path) -> None:
 def test_a_model_that_reads_text_only(tiny_processor: Processor, tmp_path: Path) -> None:
     config = make_config(vision=None, img_context_token_id=-1)
     ours = Processor(tiny_processor.tokenizer, config)
-    export_files(tmp_path, ours)
+    ours.save(tmp_path)
     found = AutoProcessor.from_pretrained(tmp_path)
     assert ids_of(found, [user("hi")]) == [ours.prompt([Turn(HUMAN, "hi")]).input_ids.tolist()]
     with pytest.raises(UserError, match="reads text only"):
@@ -351,7 +350,7 @@ def test_a_tokenizer_with_a_template_of_its_own(message: str | None, tmp_path: P
     named = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": jinja}
     tokenizer = Tokenizer(train_bpe(WORDS * 4, 320, SPECIALS).to_str(), named)
     ours = Processor(tokenizer, make_config(template=OF_TOKENIZER, system_message=message))
-    export_files(tmp_path, ours)
+    ours.save(tmp_path)
     found = AutoProcessor.from_pretrained(tmp_path)
     assert ids_of(found, [user("<|im_end|>")]) == [ours.prompt([Turn(HUMAN, "<|im_end|>")]).input_ids.tolist()]
     messages = [system("Be brief. "), user("is it left ?"), assistant("yes"), user("sure ?")]
@@ -372,7 +371,7 @@ def test_pictures_as_rows_of_patches(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_bpe(train_bpe(WORDS * 4, 320, marks))
     config = make_config(vision=vision, img_context_token_id=marks.index(PATCH), template=OF_TOKENIZER)
     ours = Processor(tokenizer, replace(config, system_message=None))
-    export_files(tmp_path, ours)
+    ours.save(tmp_path)
     found = AutoProcessor.from_pretrained(tmp_path)
     expected = ours.prompt([Turn(HUMAN, "and?")], [WIDE])
     out = ids_of(found, [user("and?", WIDE)], return_dict=True, return_tensors="pt")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-import mmmamba
+from mmmamba.version import __version__
 
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
@@ -20,8 +20,8 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
         "device": torch.cuda.get_device_name(device) if cuda else f"{_processor()}, {_threads()}",
         "memory": f"{torch.cuda.get_device_properties(device).total_memory / 1e9:.1f} GB" if cuda else "",
         "weights": str(dtype).removeprefix("torch."),
-        "mmmamba": mmmamba.__version__,
-        "commit": commit(Path(mmmamba.__file__).parents[2]),
+        "mmmamba": __version__,
+        "commit": commit(Path(__file__).parents[3]),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "cuda": str(torch.version.cuda) if cuda else "",

@@ -22,7 +22,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import mmmamba
 from mmmamba.data.sources import easyvqa
 from mmmamba.data.sources.primer import dataset as primer
 from mmmamba.device import MOST_WORKERS, cores
@@ -31,6 +30,7 @@ from mmmamba.jsonfile import read_json
 from mmmamba.locks import alone_in
 from mmmamba.outputs import check_folder
 from mmmamba.progress import Terminal
+from mmmamba.version import __version__
 
 SOURCES = ("easy-vqa", "primer")
 RECORD = "source.json"
@@ -139,7 +139,7 @@ def _build_source(
     partial.mkdir()
     try:
         counts = maker(partial)
-        versions = {"mmmamba": mmmamba.__version__, **{package: metadata.version(package) for package in packages}}
+        versions = {"mmmamba": __version__, **{package: metadata.version(package) for package in packages}}
         _write_json(partial / RECORD, {"settings": dict(settings), "records": counts, "versions": versions})
         os.rename(partial, folder)
     except BaseException:

@@ -20,7 +20,7 @@ import numpy as np
 from mmmamba.config_files import to_dict
 from mmmamba.data.chat_template import JinjaTemplate
 from mmmamba.data.jsonl import JsonlDataset
-from mmmamba.data.picture_hashes import Marks
+from mmmamba.data.picture_hashes import PictureHashes
 from mmmamba.data.processor import Encoded, Processor
 from mmmamba.data.sample import BadSample
 from mmmamba.data.workers import ordered
@@ -58,9 +58,9 @@ class EncodedSource:
         return len(self.dataset)
 
     @cached_property
-    def marks(self) -> Marks:
+    def picture_hashes(self) -> PictureHashes:
         """By which the set's pictures are known."""
-        return Marks.of(self.dataset)
+        return PictureHashes.of(self.dataset)
 
     def encode(self, index: int) -> Encoded:
         return self.processor.encode(self.dataset[index], max_length=self.max_length, max_tiles=self.max_tiles)
@@ -97,8 +97,8 @@ class EncodedCache:
         mark = fingerprint(source)
         self.dataset = dataset
         self.path = Path(directory) / f"{dataset.path.stem}-{mark[:16]}"
-        self.marks = source.marks
-        if not _complete(self.path, mark, self.marks):
+        self.picture_hashes = source.picture_hashes
+        if not _complete(self.path, mark, self.picture_hashes):
             try:
                 self._make(source, mark, workers, on_bad_sample)
             except OSError as error:
@@ -143,7 +143,7 @@ class EncodedCache:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(self.path.with_name(f"{self.path.name}.lock")):
             # Another process may have made it meanwhile.
-            if not _complete(self.path, mark, self.marks, say=False):
+            if not _complete(self.path, mark, self.picture_hashes, say=False):
                 _build(source, self.path, mark, workers, on_bad_sample)
 
     def _open(self) -> None:
@@ -268,7 +268,7 @@ def _build(source: EncodedSource, final: Path, mark: str, workers: int, on_bad_s
         sums = {name: _sha256(partial / f"{name}.npy") for name in _ARRAYS if name != "tiles"}
         meta = {
             "version": _VERSION, "fingerprint": mark, "samples": len(source), "bytes": sizes, "sha256": sums,
-            "pictures": source.marks.text, "bad": bad,
+            "pictures": source.picture_hashes.text, "bad": bad,
         }  # fmt: skip
         with open(partial / _META, "w", encoding="utf-8") as file:
             json.dump(meta, file, ensure_ascii=False)
@@ -348,7 +348,7 @@ class _all_closed:
             writer.close()
 
 
-def _complete(path: Path, mark: str, marks: Marks, *, say: bool = True) -> bool:
+def _complete(path: Path, mark: str, picture_hashes: PictureHashes, *, say: bool = True) -> bool:
     """Whether a cache is there as it was written: its name is given last, but files can be cut or altered later.
 
     What was altered is said, and made again from the data; so is a cache of pictures that have changed since.
@@ -363,7 +363,7 @@ def _complete(path: Path, mark: str, marks: Marks, *, say: bool = True) -> bool:
             print(f"{path}: the cache was altered or damaged and is made again ({reason})", file=sys.stderr)
         return False
     # A cache of an earlier version does not say which pictures it is of.
-    changed = marks.changed(str(read_json(path / _META, limit=MAX_DATA_BYTES).get("pictures", "")))
+    changed = picture_hashes.changed(str(read_json(path / _META, limit=MAX_DATA_BYTES).get("pictures", "")))
     if changed is not None and say:
         print(f"{printable(changed)}: changed since it was encoded: the cache is made again", file=sys.stderr)
     return changed is None

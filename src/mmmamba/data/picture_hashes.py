@@ -23,13 +23,13 @@ _LOST = "-"  # a picture that is not there, which can't be told from what it was
 
 
 @dataclass(frozen=True)
-class Marks:
+class PictureHashes:
     """The pictures of a set that are looked at, in order, and a hash of each."""
 
     pictures: tuple[tuple[str, str], ...]
 
     @classmethod
-    def of(cls, dataset: JsonlDataset) -> Marks:
+    def of(cls, dataset: JsonlDataset) -> PictureHashes:
         """Read the pictures; a record that is not right, and a picture that is not there, is told by what reads it."""
         count = len(dataset)
         rows: Iterable[int] = range(count) if count <= ALL else (i * count // SAMPLED for i in range(SAMPLED))

@@ -33,6 +33,7 @@ from mmmamba.data.patches import PATCH, PATCH_END, fitted_size, patch_marks, pat
 from mmmamba.data.sample import GPT, HUMAN, BadSample, NothingScored, Sample, Turn
 from mmmamba.data.tiling import check_tiles, grid, tile
 from mmmamba.data.tokenizer import Tokenizer
+from mmmamba.data.transformers_files import write_transformers_files
 from mmmamba.data.video import Frame
 from mmmamba.errors import UserError
 from mmmamba.model.config import ModelConfig, VisionConfig
@@ -109,13 +110,11 @@ class Processor:
         return cls(Tokenizer.from_folder(path), read_config(path))
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer's files and those by which transformers knows a processor of ours.
+        """Write the tokenizer's files, and those that transformers needs to load this processor.
 
-        The model's own ``config.json`` is all that :meth:`from_folder` reads beside the tokenizer.
+        :meth:`from_folder` itself reads only the tokenizer's files and the model's ``config.json``.
         """
-        from mmmamba.data.transformers_files import export_files  # which stands on this module
-
-        export_files(folder, self)
+        write_transformers_files(folder, self.tokenizer, self.template, self.config, self.stop_token_ids)
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mmmamba.config_files import to_dict
-from mmmamba.data.chat_template import PLAIN, JinjaTemplate
-from mmmamba.data.processor import Processor
+from mmmamba.data.chat_template import PLAIN, JinjaTemplate, Template
 from mmmamba.data.sample import IMAGE_MARK
 from mmmamba.data.tiling import IMAGENET_MEAN, IMAGENET_STD
 from mmmamba.data.tokenizer import CONFIG_FILE, Tokenizer
@@ -33,29 +32,35 @@ TOKENIZER_SETTINGS: Mapping[str, Any] = {
 }
 
 
-def export_files(folder: str | Path, processor: Processor) -> None:
-    """Write everything but ``config.json`` and the weights of a folder that transformers is to load.
+def write_transformers_files(
+    folder: str | Path,
+    tokenizer: Tokenizer,
+    template: Template | JinjaTemplate,
+    config: ModelConfig,
+    stop_token_ids: Sequence[int],
+) -> None:
+    """Write all files of a folder that transformers can load, except ``config.json`` and the weights.
 
     Args:
-        folder: where to write; made if it is not there.
-        processor: the model's processor, whose config is the model's.
+        folder: where to write. It is made if it is not there.
+        tokenizer, template, config, stop_token_ids: those of the model's processor.
     """
-    folder, config = Path(folder), processor.config
-    processor.tokenizer.save(folder)
-    tokenizer = read_json(folder / CONFIG_FILE)
-    if 0 <= config.img_context_token_id < processor.tokenizer.vocab_size:
-        tokenizer["image_token"] = processor.decode([config.img_context_token_id], skip_special=False)
-    for key in ("auto_map", "chat_template"):  # code to download, which nothing of ours needs; its own file
-        tokenizer.pop(key, None)
-    _write(folder / CONFIG_FILE, {**tokenizer, **TOKENIZER_SETTINGS})
+    folder = Path(folder)
+    tokenizer.save(folder)
+    settings = read_json(folder / CONFIG_FILE)
+    if 0 <= config.img_context_token_id < tokenizer.vocab_size:
+        settings["image_token"] = tokenizer.decode([config.img_context_token_id], skip_special=False)
+    settings.pop("auto_map", None)  # names code to download, which we never need
+    settings.pop("chat_template", None)  # it has a file of its own
+    _write(folder / CONFIG_FILE, {**settings, **TOKENIZER_SETTINGS})
     images = image_settings(config)
     _write(folder / "preprocessor_config.json", images)
     _write(
         folder / "processor_config.json",
         {"processor_class": PROCESSOR_CLASS, "image_processor": images, "model": to_dict(config)},
     )
-    _write(folder / "generation_config.json", generation_settings(config, processor.stop_token_ids))
-    (folder / "chat_template.jinja").write_text(chat_template(processor), encoding="utf-8")
+    _write(folder / "generation_config.json", generation_settings(config, stop_token_ids))
+    (folder / "chat_template.jinja").write_text(chat_template(tokenizer, template, config), encoding="utf-8")
 
 
 def generation_settings(config: ModelConfig, stop_token_ids: Sequence[int]) -> dict[str, Any]:
@@ -87,17 +92,16 @@ def image_settings(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def chat_template(processor: Processor) -> str:
-    """The processor's template in Jinja: messages of ``role`` and ``content`` (text, or a list of parts) → the prompt.
+def chat_template(tokenizer: Tokenizer, template: Template | JinjaTemplate, config: ModelConfig) -> str:
+    """The template in Jinja: messages of ``role`` and ``content`` (text, or a list of parts) → the prompt.
 
     A picture is an ``<image>`` mark, on a line of its own before what follows it. ``{% generation %}`` marks answers
     with what ends them, for losses on answers only.
     """
-    template, config = processor.template, processor.config
     if isinstance(template, JinjaTemplate):
-        return _of_tokenizer(processor.tokenizer, config.system_message)
+        return _of_tokenizer(tokenizer, config.system_message)
     message = template.system_message if config.system_message is None else config.system_message
-    bos = processor.decode([config.bos_token_id], skip_special=False) if config.bos_token_id >= 0 else ""
+    bos = tokenizer.decode([config.bos_token_id], skip_special=False) if config.bos_token_id >= 0 else ""
     names = {
         "BOS": bos,
         "SYSTEM": template.start + template.system_role,

@@ -15,7 +15,7 @@ import torch
 from mmmamba.checkpoints import fingerprint, load, resolve, save_student
 from mmmamba.checkpoints.io import write_atomically
 from mmmamba.data.packed_batch import Batch
-from mmmamba.data.picture_hashes import Marks
+from mmmamba.data.picture_hashes import PictureHashes
 from mmmamba.data.processor import Processor
 from mmmamba.device import pick_device, pick_precision
 from mmmamba.distill import dry_run as rehearsal
@@ -145,12 +145,12 @@ def _distilled(plan: DistillRecipe, run_folder: Path, resume: bool, where: torch
     identity = {"kind": "distill", "teacher": source_hash, "data": data.identity}
     with processes.main_first():
         run = RunFolder(run_folder, plan, identity, resume=resume)
-        pictures = run.check_pictures(data.marks)
+        pictures = run.check_pictures(data.picture_hashes)
         run.note(
             pictures=pictures, alignment=alignment, teacher={"path": str(plan.teacher), "sha256": source_hash}
         )  # fmt: skip
         if processes.is_main():
-            _borrow_alignment(run, alignment, data.marks)
+            _borrow_alignment(run, alignment, data.picture_hashes)
 
     aligned = seed(model, mixer=plan.mixer, seed=plan.seed, init=plan.init, dtype=torch.float32)
     for stage in ALIGNMENT:
@@ -230,7 +230,7 @@ def _measurable(data: TrainingData, stage: StageConfig, device: torch.device) ->
     raise UserError(f"layers: measured: none of {batches * stage.batch_size:,} samples is good; see mmmamba data check")
 
 
-def _borrow_alignment(run: RunFolder, alignment: str, marks: Mapping[str, Marks]) -> None:
+def _borrow_alignment(run: RunFolder, alignment: str, picture_hashes: Mapping[str, PictureHashes]) -> None:
     """Take stages 1 and 2 from a sibling run that aligned the same teacher in the same way."""
     if run.result("stage2") is not None or run.last_step("stage1") or run.last_step("stage2"):
         return
@@ -242,7 +242,7 @@ def _borrow_alignment(run: RunFolder, alignment: str, marks: Mapping[str, Marks]
         if found.get("alignment") != alignment or not {*ALIGNMENT} <= set(found.get("stages", {})):
             continue
         kept = pictures_of(found)
-        if any(now.changed(kept.get(source, "")) for source, now in marks.items()):
+        if any(now.changed(kept.get(source, "")) for source, now in picture_hashes.items()):
             continue  # it saw other pictures
         if not all(_lends(sibling / "checkpoints" / stage, stage) for stage in ALIGNMENT):
             continue

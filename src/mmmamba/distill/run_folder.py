@@ -17,7 +17,6 @@ import numpy
 import torch
 from torch import Tensor
 
-import mmmamba
 from mmmamba.checkpoints.io import (
     clear_leftovers,
     half_written,
@@ -27,13 +26,14 @@ from mmmamba.checkpoints.io import (
 from mmmamba.checkpoints.write import check_target
 from mmmamba.config_files import dump_yaml, load_yaml, to_dict
 from mmmamba.data.loader import Skipped
-from mmmamba.data.picture_hashes import Marks
+from mmmamba.data.picture_hashes import PictureHashes
 from mmmamba.distill import processes
 from mmmamba.distill.checked_tensors import read_checked, write_checked
 from mmmamba.errors import UserError
 from mmmamba.jsonfile import MAX_DATA_BYTES, read_json, read_lines
 from mmmamba.locks import LOCK, alone_in
 from mmmamba.outputs import LEDGER, check_folder
+from mmmamba.version import __version__
 
 MANIFEST = "manifest.json"
 SHOWN = 20  # skipped samples that are printed; the manifest has them all
@@ -47,7 +47,7 @@ def digest(data: Any) -> str:
 def versions() -> dict[str, str]:
     """What the run ran on."""
     return {
-        "mmmamba": mmmamba.__version__,
+        "mmmamba": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
@@ -191,18 +191,18 @@ class RunFolder:
         self.manifest.update(to_dict(entries))
         self._write_manifest()
 
-    def check_pictures(self, marks: Mapping[str, Marks]) -> dict[str, str]:
+    def check_pictures(self, picture_hashes: Mapping[str, PictureHashes]) -> dict[str, str]:
         """By which the sources' pictures are known, to be noted; refuses to go on with others.
 
         Raises:
             UserError: naming a picture that is not what it was when the run began.
         """
         kept = pictures_of(self.manifest)
-        for source, now in marks.items():
+        for source, now in picture_hashes.items():
             changed = now.changed(kept.get(source, ""))
             if changed is not None:
                 raise UserError(f"{changed}: changed since the run in {self.path} began; give another --out")
-        return {source: kept.get(source) or now.text for source, now in marks.items()}
+        return {source: kept.get(source) or now.text for source, now in picture_hashes.items()}
 
     # ------------------------------------------------------------------ skipped samples
 

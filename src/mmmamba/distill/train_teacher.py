@@ -66,7 +66,7 @@ def _taught(plan: TeachRecipe, run_folder: Path, resume: bool, where: torch.devi
     with processes.main_first():
         data = TrainingData(plan.data, processor, plan.seed)
         run = RunFolder(run_folder, plan, {"kind": "teach", "data": data.identity}, resume=resume)
-        pictures = run.check_pictures(data.marks)
+        pictures = run.check_pictures(data.picture_hashes)
         if run.manifest.get("pictures") != pictures:
             run.note(pictures=pictures)
     model = initialise(Model(processor.config), plan.seed).to(where)

@@ -14,7 +14,7 @@ from mmmamba.data.encoded_cache import EncodedCache, EncodedSource
 from mmmamba.data.jsonl import JsonlDataset
 from mmmamba.data.loader import Concatenated, Loader, Skipped
 from mmmamba.data.packed_batch import Batch
-from mmmamba.data.picture_hashes import Marks
+from mmmamba.data.picture_hashes import PictureHashes
 from mmmamba.data.processor import Processor
 from mmmamba.data.sample_order import Order
 from mmmamba.device import cores
@@ -68,9 +68,9 @@ class TrainingData:
         return identity_of(self.config)
 
     @functools.cached_property
-    def marks(self) -> dict[str, Marks]:
+    def picture_hashes(self) -> dict[str, PictureHashes]:
         """The number of a source → by which its pictures are known."""
-        return {str(i): source.marks for i, source in enumerate(self.sources)}
+        return {str(i): source.picture_hashes for i, source in enumerate(self.sources)}
 
     def rows(self, config: TrainConfig, salt: int) -> StepRows:
         """The rows of each step of a stage; ``salt`` gives every stage its own order."""

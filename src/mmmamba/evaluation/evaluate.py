@@ -11,7 +11,6 @@ from typing import Literal
 
 import torch
 
-import mmmamba
 from mmmamba.checkpoints import fingerprint, resolve
 from mmmamba.errors import UserError
 from mmmamba.evaluation.predict import Loaded, answer, load_model
@@ -24,6 +23,7 @@ from mmmamba.file_names import file_labels, unique
 from mmmamba.locks import alone_in
 from mmmamba.outputs import check_folder
 from mmmamba.progress import Progress, Terminal
+from mmmamba.version import __version__
 
 
 def evaluate(
@@ -290,7 +290,7 @@ def _environment(loaded: Loaded) -> dict[str, str]:
     weight = next(loaded.model.parameters())
     device = torch.cuda.get_device_name(weight.device) if weight.is_cuda else f"cpu, {torch.get_num_threads()} threads"
     return {
-        "mmmamba": mmmamba.__version__,
+        "mmmamba": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.utils import logging
 
 from mmmamba.errors import UserError
+from mmmamba.hf.argument_checks import refuse_unknown
 from mmmamba.hf.attention_weights import AttentionWeights
+from mmmamba.hf.pretrained import MMMambaPreTrainedModel
 from mmmamba.hf.sequence_borders import BORDERS, Packed, packed
 from mmmamba.hf.state_cache import CACHE, StateCache
-
-if TYPE_CHECKING:
-    from mmmamba.hf.pretrained import MMMambaPreTrainedModel
 
 logger = logging.get_logger(__name__)
 
@@ -147,10 +146,3 @@ def _uses_cache(model: MMMambaPreTrainedModel, asked: bool | None, row: Packed |
         logger.warning_once("use_cache=True does not go with gradient checkpointing: no cache is kept")
         return False
     return asked
-
-
-def refuse_unknown(method: str, kwargs: dict[str, Any]) -> None:
-    """Arguments that would change nothing, but for those by which callers say that they want nothing."""
-    for name, value in kwargs.items():
-        if value is not None and value is not False:
-            raise UserError(f"this model's {method} has no argument '{name}'")

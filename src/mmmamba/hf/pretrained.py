@@ -15,8 +15,8 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from mmmamba.checkpoints import load
 from mmmamba.checkpoints.io import FLOAT32_PARAMETERS
 from mmmamba.errors import UserError
+from mmmamba.hf.argument_checks import refuse_unknown
 from mmmamba.hf.configuration import MMMambaConfig
-from mmmamba.hf.forward_pass import refuse_unknown
 from mmmamba.hf.state_cache import CACHE_NAMES
 from mmmamba.model.model import Model, initialise
 from mmmamba.model.vision import VisionEmbedding

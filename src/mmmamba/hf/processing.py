@@ -76,7 +76,7 @@ class MMMambaProcessor(ProcessorMixin):
         ours = self._ours
         template = chat_template if chat_template is not None else tokenizer.chat_template
         of_tokenizer = config.template == OF_TOKENIZER and isinstance(template, str)
-        self._own_template: str = template if of_tokenizer else jinja_of(ours)
+        self._own_template: str = template if of_tokenizer else jinja_of(ours.tokenizer, ours.template, ours.config)
         if chat_template is None or chat_template == without_generation(self._own_template):
             chat_template = self._own_template
         self.chat_template = chat_template

@@ -10,7 +10,6 @@ from transformers import AutoProcessor
 
 import mmmamba
 from mmmamba.config_files import to_dict
-from mmmamba.data.transformers_files import export_files
 from mmmamba.hf import MMMambaProcessor
 
 
@@ -25,7 +24,7 @@ class ProcessorTest(ProcessorTesterMixin, unittest.TestCase):
 
     @classmethod
     def _setup_from_components(cls) -> Any:
-        export_files(cls.tmpdirname, mmmamba.load_processor("pico-teacher"))
+        mmmamba.load_processor("pico-teacher").save(cls.tmpdirname)
         return AutoProcessor.from_pretrained(cls.tmpdirname)
 
     @staticmethod
