@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
-from mmmamba.benchmark.limits import Cost, measure_rates
+from mmmamba.benchmark.limits import Cost, Rates, measure_rates
 from mmmamba.benchmark.measure import decode, greatest_batch, read_prompt, weight_bytes
 from mmmamba.benchmark.memory import attempt, release
 from mmmamba.benchmark.sessions import time_session
@@ -63,7 +64,7 @@ def check(model: Model) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", default="hovle-2.6b")
     parser.add_argument("--device", default="cuda")
@@ -71,48 +72,67 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--chunk", type=int, default=8192, help="tokens of a piece of a prompt")
     parser.add_argument("--out", type=Path, help="a JSON file for all numbers")
-    args = parser.parse_args()
-    kinds, what = args.kinds, args.only
-    device, small = torch.device(args.device), args.geometry == "nano"
+    return parser.parse_args()
+
+
+def measurements(model: Model, kind: str, args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yield what is measured of a model: a label, and the call that measures it."""
+    what, small, on_gpu = args.only, args.geometry == "nano", torch.device(args.device).type == "cuda"
+    length = 512 if small else 103_424
+    if "check" in what:
+        yield "relative error against a whole pass", partial(check, model)
+    if "decode" in what:
+        for context in (64, 2 * length) if small else (1024, 2**20) if kind == "linear" else (1024, length):
+            yield f"decode, batch 1, context {context:,}", partial(decode, model, context=context)
+    if "batch" in what and kind == "linear":
+        for batch, state in itertools.product((8,) if small else (256, 1024), (torch.float32, torch.bfloat16)):
+            label = f"decode, batch {batch}, {str(state)[6:]} state"
+            yield label, partial(decode, model, context=1024, batch=batch, state_dtype=state)
+    if "batch" in what and kind == "teacher":
+        label, budget = f"decode, greatest batch, context {length:,}", None if on_gpu else 10**9
+        yield label, partial(greatest_batch, model, context=length, budget=budget)
+    if "prefill" in what:
+        yield f"prefill of {length:,}", partial(read_prompt, model, length=length, chunk=args.chunk, seconds=3.0)
+    if "session" in what and kind == "linear":
+        yield f"session of {length:,}", partial(time_session, model, length=length, chunk=args.chunk)
+    if "int8" in what:  # the last: its copies of the weights stay as long as the model
+        model.int8_steps = True
+        yield f"decode, batch 1, context {length:,}, int8", partial(decode, model, context=length)
+
+
+def line(row: dict[str, Any], rates: Rates) -> str | None:
+    """Return a measurement as a line of the table; None for what the table does not show."""
+    if "timing" in row:
+        milliseconds, limit = row["timing"]["ms"], rates.ms(Cost(bytes=row["bytes"], flops=row["flops"]))
+        over = "" if row["peak_bytes"] is None else f"{(row['peak_bytes'] - row['weights']) / 1e9:.2f}"
+        what = row["what"] + (f" ({row['batch']})" if row["batch"] > 1 and str(row["batch"]) not in row["what"] else "")
+        return (f"| {row['kind']} | {what} | {milliseconds:.3f} | {row['tokens_per_s']:,.0f} "
+                f"| {limit / milliseconds:.0%} | {over} |")  # fmt: skip
+    if "save_ms" in row:
+        return (f"| {row['kind']} | {row['what']}, {row['file_bytes'] / 1e6:.1f} MB: save, resume, first fingerprint "
+                f"| {row['save_ms']:.1f}, {row['resume_ms']:.1f}, {row['fingerprint_ms']:.0f} | | "
+                f"{'equal tokens' if row['same'] else 'OTHER TOKENS'} | |")  # fmt: skip
+    return None
+
+
+def main() -> None:
+    args = arguments()
+    device = torch.device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rates = measure_rates(device, dtype)
     print(f"copy {rates.bytes / 1e12:.2f} TB/s, matmul {rates.flops / 1e12:.0f} TFLOP/s", flush=True)
     rows: list[dict[str, Any]] = []
-
-    def record(kind: str, weights: int, label: str, call: Callable[[], Any]) -> None:
-        found = attempt(call, device)
-        values = {"oom": True} if found is None else found if isinstance(found, dict) else to_dict(found)
-        rows.append({"kind": kind, "what": label, "weights": weights, **values})
-        print(kind, label, values.get("timing", values), flush=True)
-
-    length = 512 if small else 103_424
     subjects = {subject.kind: subject for subject in random_subjects(args.geometry)}
     with torch.no_grad():
-        for kind in kinds:
+        for kind in args.kinds:
             model = subjects[kind].open(device, dtype, seed=0)
-            note = partial(record, kind, weight_bytes(model))
-            if "check" in what:
-                note("relative error against a whole pass", partial(check, model))
-            contexts = (64, 2 * length) if small else (1024, 2**20) if kind == "linear" else (1024, length)
-            if "decode" in what:
-                for context in contexts:
-                    note(f"decode, batch 1, context {context:,}", partial(decode, model, context=context))
-            if "batch" in what and kind == "linear":
-                for batch in (8,) if small else (256, 1024):
-                    for state in (torch.float32, torch.bfloat16):
-                        label = f"decode, batch {batch}, {str(state)[6:]} state"
-                        note(label, partial(decode, model, context=1024, batch=batch, state_dtype=state))
-            if "batch" in what and kind == "teacher":
-                label, budget = f"decode, greatest batch, context {length:,}", None if device.type == "cuda" else 10**9
-                note(label, partial(greatest_batch, model, context=length, budget=budget))
-            if "prefill" in what:
-                label = f"prefill of {length:,}"
-                note(label, partial(read_prompt, model, length=length, chunk=args.chunk, seconds=3.0))
-            if "session" in what and kind == "linear":
-                note(f"session of {length:,}", partial(time_session, model, length=length, chunk=args.chunk))
-            if "int8" in what:  # the last: its copies of the weights stay as long as the model
-                model.int8_steps = True
-                note(f"decode, batch 1, context {length:,}, int8", partial(decode, model, context=length))
+            weights = weight_bytes(model)
+            for label, call in measurements(model, kind, args):
+                found = attempt(call, device)
+                values = {"oom": True} if found is None else found if isinstance(found, dict) else to_dict(found)
+                rows.append({"kind": kind, "what": label, "weights": weights, **values})
+                print(kind, label, values.get("timing", values), flush=True)
+                del call
             del model
             release(device)
     if args.out:
@@ -121,18 +141,8 @@ def main() -> None:
         args.out.write_text(json.dumps(record, indent=1) + "\n")
     print("\n| model | what | ms | tokens/s | of the limit | peak over weights, GB |\n|---|---|---|---|---|---|")
     for row in rows:
-        if "timing" in row:
-            milliseconds, limit = row["timing"]["ms"], rates.ms(Cost(bytes=row["bytes"], flops=row["flops"]))
-            over = "" if row["peak_bytes"] is None else f"{(row['peak_bytes'] - row['weights']) / 1e9:.2f}"
-            what = row["what"] + (
-                f" ({row['batch']})" if row["batch"] > 1 and str(row["batch"]) not in row["what"] else ""
-            )
-            print(f"| {row['kind']} | {what} | {milliseconds:.3f} | {row['tokens_per_s']:,.0f} "
-                  f"| {limit / milliseconds:.0%} | {over} |")  # fmt: skip
-        elif "save_ms" in row:
-            print(f"| {row['kind']} | {row['what']}, {row['file_bytes'] / 1e6:.1f} MB: save, resume, first fingerprint "
-                  f"| {row['save_ms']:.1f}, {row['resume_ms']:.1f}, {row['fingerprint_ms']:.0f} | | "
-                  f"{'equal tokens' if row['same'] else 'OTHER TOKENS'} | |")  # fmt: skip
+        if (shown := line(row, rates)) is not None:
+            print(shown)
 
 
 if __name__ == "__main__":
