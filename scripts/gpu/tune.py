@@ -21,9 +21,9 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -393,132 +393,158 @@ class Tuner:
 
     def run(self, key: tuple[int, int], cases: list[Case]) -> None:
         """Time a class's candidates and print what wins."""
-        op, launched = self.op, self.op.launches
-        owner = {launch: name for name, launches in launched.items() for launch in launches}
         torch.manual_seed(1)
         data = {}
         for case in cases:
-            inputs, borders = op.inputs(case)
+            inputs, borders = self.op.inputs(case)
             data[case] = inputs, borders, torch.randn(*inputs["C"].shape[:3], case.size, device=DEVICE).to(case.dtype)
-        base = op.base(key, cases[0])
-        # (chunk, segments) → case → part of the tuning ("" for what has no settings) → candidate → milliseconds
-        times: dict[tuple[int, int], dict[Case, dict[str, dict[Any, float]]]] = {}
-        failures: list[str] = []
-
-        def measure(row: Settings, counts: list[int]) -> None:
-            for case in cases:
-                if self.late():
-                    return
-                for segments in counts:
-                    try:
-                        found = self.time(key, case, data[case], {**row, "segments": segments})
-                    except Exception as error:
-                        failures.append(f"{label(row)}: {(str(error) or type(error).__name__).splitlines()[0]}")
-                        return
-                    slot = times.setdefault((row["chunk"], segments), {}).setdefault(case, {})
-                    parts: dict[str, float] = {}
-                    for launch, milliseconds in found.items():
-                        parts[owner.get(launch, "")] = parts.get(owner.get(launch, ""), 0.0) + milliseconds
-                    for part, milliseconds in parts.items():
-                        candidate = row.get(part)
-                        best = slot.setdefault(part, {}).get(candidate, float("inf"))
-                        slot[part][candidate] = min(best, milliseconds)
+        trial = Trial(key, cases, self.op.base(key, cases[0]), data)
+        base = trial.base
 
         def errors(row: Settings) -> list[str]:
             return [error for case in self._kinds(cases) if (error := self.error(key, case, row)) is not None]
 
         # The table's own settings first: what they take is what there is to win.
         if not errors(base):
-            measure(base, [base["segments"]])
+            self.measure(trial, base, [base["segments"]])
         for row in self.rows(key):
             if self.late():
                 print("time is up: candidates are left", flush=True)
                 break
-            counts = op.candidates(key, self.quick)[row["chunk"]]["segments"]
+            counts = self.op.candidates(key, self.quick)[row["chunk"]]["segments"]
             wrong = errors(row)
             if not wrong:
-                measure(row, counts)
+                self.measure(trial, row, counts)
                 continue
-            failures.append(f"{label(row)}: {wrong[0]}")
+            trial.failures.append(f"{label(row)}: {wrong[0]}")
             # One bad launch must not hide its neighbours: each alone among the settings known to work.
-            for name in launched:
+            for name in self.op.launches:
                 alone = {**base, "chunk": row["chunk"], name: row[name]}
                 if not self.late() and row[name] != base[name] and not errors(alone):
-                    measure(alone, counts)
-        self.choose(key, cases, data, base, times, failures)
+                    self.measure(trial, alone, counts)
+        self.choose(trial)
 
-    def choose(self, key: tuple[int, int], cases: list[Case], data: Any, base: Settings, times: Any,
-               failures: list[str]) -> None:  # fmt: skip
+    def measure(self, trial: Trial, row: Settings, counts: list[int]) -> None:
+        """Time a row with each number of segments, and keep the least time of each of its candidates."""
+        owner = {launch: name for name, launches in self.op.launches.items() for launch in launches}
+        for case, segments in itertools.product(trial.cases, counts):
+            if self.late():
+                return
+            try:
+                found = self.time(trial.key, case, trial.data[case], {**row, "segments": segments})
+            except Exception as error:
+                trial.failures.append(f"{label(row)}: {(str(error) or type(error).__name__).splitlines()[0]}")
+                return
+            parts: dict[str, float] = {}
+            for launch, milliseconds in found.items():
+                parts[owner.get(launch, "")] = parts.get(owner.get(launch, ""), 0.0) + milliseconds
+            slot = trial.times.setdefault((row["chunk"], segments), {}).setdefault(case, {})
+            for part, milliseconds in parts.items():
+                best = slot.setdefault(part, {}).get(row.get(part), float("inf"))
+                slot[part][row.get(part)] = min(best, milliseconds)
+
+    def choose(self, trial: Trial) -> None:
         """Of each (chunk, segments) the best candidates together; of these the best: checked, timed and printed."""
-        op = self.op
-        start = times.get((base["chunk"], base["segments"]), {})
-        reference = {
-            case: sum(t.get(base.get(part), min(t.values())) for part, t in start[case].items())
-            for case in cases if case in start
-        }  # fmt: skip
-        ranked: list[tuple[float, Settings, dict[Case, float]]] = []
-        best_of: dict[Case, tuple[float, str]] = {}
-        for (chunk, segments), slot in times.items():
-            if any(case not in slot for case in cases):
-                continue
-            choice: Settings = {"chunk": chunk, "segments": segments}
-            for part in op.launches:
-                having = [case for case in cases if part in slot[case]]
-                shared = set.intersection(*(set(slot[case][part]) for case in having)) if having else set()
-                if shared:
-                    # Cases count alike, whatever their length: a candidate's times relative to the fastest.
-                    choice[part] = min(
-                        shared, key=lambda c: sum(slot[k][part][c] / min(slot[k][part].values()) for k in having)
-                    )
-            choice = {**{name: base[name] for name in op.launches}, **choice}
-            total = {
-                case: sum(t.get(choice.get(part), min(t.values())) for part, t in slot[case].items()) for case in cases
-            }
-            for case in cases:
-                alone = sum(min(t.values()) for t in slot[case].values())
-                best_of[case] = min(
-                    best_of.get(case, (float("inf"), "")), (alone, f"chunk {chunk}, {segments} segments")
-                )
-            ranked.append((sum(total[case] / (reference.get(case) or 1.0) for case in cases), choice, total))
+        start = trial.times.get((trial.base["chunk"], trial.base["segments"]), {})
+        reference = {case: milliseconds(start[case], trial.base) for case in trial.cases if case in start}
+        ranked = []
+        for place, slot in trial.times.items():
+            if all(case in slot for case in trial.cases):
+                choice = best_together(self.op.launches, trial, place)
+                total = {case: milliseconds(slot[case], choice) for case in trial.cases}
+                ranked.append((sum(total[case] / (reference.get(case) or 1.0) for case in trial.cases), choice, total))
         ranked.sort(key=lambda item: item[0])
 
-        print(f"\n==== {self.operator}, class {key}: launches, milliseconds ====", flush=True)
-        for (chunk, segments), slot in times.items():
-            for case in slot:
-                print(f"chunk {chunk}, {segments} segments; {case}")
-                for part, t in slot[case].items():
-                    listed = sorted(t.items(), key=lambda item: item[1])
-                    print(f"  {part or 'others':8}", "  ".join(f"{short(c)} {ms:.4f}" for c, ms in listed))
-        for failure in failures:
-            print("left out:", failure)
-        result: dict[str, Any] = {"failures": failures, "cases": {}}
+        print(f"\n==== {self.operator}, class {trial.key}: launches, milliseconds ====", flush=True)
+        for line in trial.lines():
+            print(line)
+        result: dict[str, Any] = {"failures": trial.failures, "cases": {}}
         for _score, choice, total in ranked:
-            wrong = [e for case in self._kinds(cases) if (e := self.error(key, case, choice)) is not None]
-            if wrong:
-                print("left out:", label(choice), wrong[0])
-                continue
-            entry = op.tuning(choice, cases[0])
-            print(f"-- the best together: {choice['segments']} segments (launches' sum; one call with its host part)")
-            for case in cases:
-                inputs, borders, dy = data[case]
-                with tuned(op.module.TUNED, key, entry):
-                    whole = self.total(op.whole(inputs, borders, case, dy))
-                print(
-                    f"{case!s:58} was {reference.get(case, float('nan')):.4f}  now {total[case]:.4f}  call {whole:.4f}"
-                    f"  best for it alone {best_of[case][0]:.4f} ({best_of[case][1]})"
-                )
-                result["cases"][str(case)] = {
-                    "was": reference.get(case), "now": total[case], "call": whole, "alone": best_of[case],
-                }  # fmt: skip
-            print(f"    {key}: {literal(entry)},", flush=True)
-            result["entry"] = literal(entry)
-            break
+            wrong = [e for case in self._kinds(trial.cases) if (e := self.error(trial.key, case, choice)) is not None]
+            if not wrong:
+                result |= self.report_choice(trial, choice, reference, total)
+                break
+            print("left out:", label(choice), wrong[0])
         result["times"] = [
             {"chunk": chunk, "segments": segments, "case": str(case), "launch": part, "candidate": short(c), "ms": ms}
-            for (chunk, segments), slot in times.items() for case, parts in slot.items()
+            for (chunk, segments), slot in trial.times.items() for case, parts in slot.items()
             for part, t in parts.items() for c, ms in t.items()
         ]  # fmt: skip
-        self.report[str(key)] = result
+        self.report[str(trial.key)] = result
+
+    def report_choice(self, trial: Trial, choice: Settings, reference: dict[Case, float],
+                      total: dict[Case, float]) -> dict[str, Any]:  # fmt: skip
+        """Time whole calls with a choice, print them and its entry of the table, and return both for the report."""
+        entry = self.op.tuning(choice, trial.cases[0])
+        alone = fastest_alone(trial)
+        cases = {}
+        print(f"-- the best together: {choice['segments']} segments (launches' sum; one call with its host part)")
+        for case in trial.cases:
+            inputs, borders, dy = trial.data[case]
+            with tuned(self.op.module.TUNED, trial.key, entry):
+                whole = self.total(self.op.whole(inputs, borders, case, dy))
+            print(
+                f"{case!s:58} was {reference.get(case, float('nan')):.4f}  now {total[case]:.4f}  call {whole:.4f}"
+                f"  best for it alone {alone[case][0]:.4f} ({alone[case][1]})"
+            )
+            cases[str(case)] = {"was": reference.get(case), "now": total[case], "call": whole, "alone": alone[case]}
+        print(f"    {trial.key}: {literal(entry)},", flush=True)
+        return {"cases": cases, "entry": literal(entry)}
+
+
+@dataclass
+class Trial:
+    """What is known of one class of sizes.
+
+    ``times``: (chunk, segments) → case → part of the tuning ("" for what has no settings) → candidate → milliseconds.
+    """
+
+    key: tuple[int, int]
+    cases: list[Case]
+    base: Settings
+    data: dict[Case, tuple[Any, ...]]
+    times: dict[tuple[int, int], dict[Case, dict[str, dict[Any, float]]]] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    def lines(self) -> Iterator[str]:
+        """What was timed, fastest first, and what was left out."""
+        for (chunk, segments), slot in self.times.items():
+            for case in slot:
+                yield f"chunk {chunk}, {segments} segments; {case}"
+                for part, t in slot[case].items():
+                    listed = sorted(t.items(), key=lambda item: item[1])
+                    yield f"  {part or 'others':8} " + "  ".join(f"{short(c)} {ms:.4f}" for c, ms in listed)
+        yield from (f"left out: {failure}" for failure in self.failures)
+
+
+def milliseconds(parts: dict[str, dict[Any, float]], choice: Settings) -> float:
+    """The sum of a case's launches with the candidates of a choice; the fastest where a candidate was not timed."""
+    return sum(t.get(choice.get(part), min(t.values())) for part, t in parts.items())
+
+
+def best_together(launches: Iterable[str], trial: Trial, place: tuple[int, int]) -> Settings:
+    """Of each launch the candidate that is best over all cases, at ``place`` (chunk, segments)."""
+    slot = trial.times[place]
+    choice: Settings = {**{name: trial.base[name] for name in launches}, "chunk": place[0], "segments": place[1]}
+    for part in launches:
+        timed = [slot[case][part] for case in trial.cases if part in slot[case]]
+        shared = set.intersection(*map(set, timed)) if timed else set()
+        if shared:
+            # Cases count alike, whatever their length: a candidate's times relative to the fastest.
+            choice[part] = min(shared, key=lambda c: sum(t[c] / min(t.values()) for t in timed))
+    return choice
+
+
+def fastest_alone(trial: Trial) -> dict[Case, tuple[float, str]]:
+    """For each case the least time that any (chunk, segments) with all cases reaches, and which one."""
+    found: dict[Case, tuple[float, str]] = {}
+    for (chunk, segments), slot in trial.times.items():
+        if all(case in slot for case in trial.cases):
+            for case in trial.cases:
+                alone = sum(min(t.values()) for t in slot[case].values())
+                before = found.get(case, (float("inf"), ""))
+                found[case] = min(before, (alone, f"chunk {chunk}, {segments} segments"))
+    return found
 
 
 def short(candidate: Any) -> str:
