@@ -704,71 +704,74 @@ def run_norm(bench: Bench) -> None:
 # ---------------------------------------------------------------------------------------------- chunked KL
 
 
+def kl_problem(tokens: int, size: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    """Hidden states and head of a student, then of a teacher that resembles it, with logits of about 3."""
+    hidden = torch.randn(tokens, width, device=DEVICE)
+    head = torch.randn(size, width, device=DEVICE) * (3 * width**-0.5)
+    near = [t + 0.2 * t.std() * torch.randn_like(t) for t in (hidden, head)]
+    return [t.to(dtype) for t in (*near, hidden, head)]
+
+
+def check_kl(bench: Bench, kl: Function, dtype: torch.dtype, temperature: float) -> None:
+    tensors = kl_problem(bench.size(600, 6), bench.size(10_007, 301), bench.size(512, 16), dtype)
+    weight = (torch.rand(len(tensors[0]), device=DEVICE) < 0.7).float()
+    one = [torch.ones((), device=DEVICE)]
+
+    def run(function: Function, widen: bool, **options: int) -> dict[str, Tensor]:
+        given = [t.double() if widen else t for t in tensors]
+        trained = {"student_hidden": given[0], "student_head": given[1]}
+        more = {"teacher_hidden": given[2], "teacher_head": given[3], "weight": weight, **options}
+        return with_gradients(lambda **t: function(**t, **more, temperature=temperature), trained, one)
+
+    truth = run(ops.chunked_kl_torch, True)
+    with poisoned():
+        values = run(kl, False, chunk=128)
+    plain = run(ops.chunked_kl_torch, False, chunk=128)
+    bench.check("chunked_kl", f"T {temperature:g}, {str(dtype)[6:]}", values, truth, torch=plain)
+
+
+def kl_products(tensors: list[Tensor], chunk: int, head_too: bool) -> Callable[[], object]:
+    """The matrix products alone, of a vocabulary and at rows of logits that suit them best."""
+    tokens, size = len(tensors[0]), len(tensors[1])
+    stride = -(-size // 256) * 256
+    buffer = torch.empty(chunk, stride, device=DEVICE, dtype=BF16)[:, : size - size % 8].normal_()
+    to_hidden, to_head = (torch.empty_like(t) for t in (tensors[0], tensors[1][: buffer.shape[1]]))
+    heads = [head[: buffer.shape[1]] for head in (tensors[3], tensors[1])]
+
+    def multiply() -> None:
+        for start in range(0, tokens, chunk):
+            part = slice(start, start + chunk)
+            for hidden, head in zip((tensors[2], tensors[0]), heads, strict=True):
+                torch.mm(hidden[part], head.T, out=buffer)
+            torch.mm(buffer, heads[1], out=to_hidden[part])
+            if head_too:
+                torch.mm(buffer.T, tensors[0][part], out=to_head)
+
+    return multiply
+
+
+def extra_memory(call: Callable[[], object]) -> float:
+    """GB that a call takes at most beyond what lived before it, gradients included."""
+    if not CUDA:
+        return float("nan")
+    call()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return (torch.cuda.max_memory_allocated() - before) / 1e9
+
+
 def run_kl(bench: Bench) -> None:
     kl = ours("kl", "chunked_kl")
     if kl is None:
         return
-
-    def problem(tokens: int, size: int, width: int, dtype: torch.dtype) -> list[Tensor]:
-        """Student and teacher that resemble each other, with logits of about 3."""
-        hidden = torch.randn(tokens, width, device=DEVICE)
-        head = torch.randn(size, width, device=DEVICE) * (3 * width**-0.5)
-        near = [t + 0.2 * t.std() * torch.randn_like(t) for t in (hidden, head)]
-        return [t.to(dtype) for t in (*near, hidden, head)]
-
-    def check(dtype: torch.dtype, temperature: float) -> None:
-        tensors = problem(bench.size(600, 6), bench.size(10_007, 301), bench.size(512, 16), dtype)
-        weight = (torch.rand(len(tensors[0]), device=DEVICE) < 0.7).float()
-        one = [torch.ones((), device=DEVICE)]
-
-        def run(function: Function, widen: bool, **options: int) -> dict[str, Tensor]:
-            given = [t.double() if widen else t for t in tensors]
-            trained = {"student_hidden": given[0], "student_head": given[1]}
-            more = {"teacher_hidden": given[2], "teacher_head": given[3], "weight": weight, **options}
-            return with_gradients(lambda **t: function(**t, **more, temperature=temperature), trained, one)
-
-        truth = run(ops.chunked_kl_torch, True)
-        with poisoned():
-            values = run(kl, False, chunk=128)
-        plain = run(ops.chunked_kl_torch, False, chunk=128)
-        bench.check("chunked_kl", f"T {temperature:g}, {str(dtype)[6:]}", values, truth, torch=plain)
-
     for dtype in (torch.float32, BF16):
         for temperature in (1.0, 2.0):
-            bench.attempt("chunked_kl", lambda dtype=dtype, temperature=temperature: check(dtype, temperature))
+            bench.attempt("chunked_kl", functools.partial(check_kl, bench, kl, dtype, temperature))
 
     tokens, size, width = bench.size(8_192, 8), bench.size(92_553, 301), bench.size(2_048, 16)
-    tensors = problem(tokens, size, width, BF16)
-    stride = -(-size // 256) * 256
-
-    def products(chunk: int, head_too: bool) -> Callable[[], object]:
-        """The matrix products alone, of a vocabulary and at rows of logits that suit them best."""
-        buffer = torch.empty(chunk, stride, device=DEVICE, dtype=BF16)[:, : size - size % 8].normal_()
-        to_hidden, to_head = (torch.empty_like(t) for t in (tensors[0], tensors[1][: buffer.shape[1]]))
-        heads = [head[: buffer.shape[1]] for head in (tensors[3], tensors[1])]
-
-        def multiply() -> None:
-            for start in range(0, tokens, chunk):
-                part = slice(start, start + chunk)
-                for hidden, head in zip((tensors[2], tensors[0]), heads, strict=True):
-                    torch.mm(hidden[part], head.T, out=buffer)
-                torch.mm(buffer, heads[1], out=to_hidden[part])
-                if head_too:
-                    torch.mm(buffer.T, tensors[0][part], out=to_head)
-
-        return multiply
-
-    def memory(call: Callable[[], object]) -> float:
-        """GB that a call takes at most beyond what lived before it, gradients included."""
-        if not CUDA:
-            return float("nan")
-        call()
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        return (torch.cuda.max_memory_allocated() - before) / 1e9
-
+    tensors = kl_problem(tokens, size, width, BF16)
     for head_too, limit in ((False, 1.45), (True, 1.35)):
         leaves = [t.clone().requires_grad_() for t in (tensors[:2] if head_too else tensors[:1])]
         given = [*leaves, *tensors[len(leaves) :]]
@@ -777,10 +780,10 @@ def run_kl(bench: Bench) -> None:
             return torch.autograd.grad(function(*given), leaves)
 
         chunks = sorted({min(tokens, chunk) for chunk in (1024, 2048, 8192)})
-        best = min(bench.median(products(chunk, head_too)) for chunk in chunks)
+        best = min(bench.median(kl_products(tensors, chunk, head_too)) for chunk in chunks)
         count = 4 if head_too else 3
         ideal = count * 2 * tokens * size * width / bench.matmul * 1e3
-        extra = bench.attempt("chunked_kl, memory", lambda passes=passes: memory(lambda: passes(kl)))
+        extra = bench.attempt("chunked_kl, memory", lambda passes=passes: extra_memory(lambda: passes(kl)))
         bench.time(
             "chunked_kl", f"both passes, {tokens:,} × {size:,}, {'trained' if head_too else 'frozen'} head",
             lambda passes=passes: bench.median(lambda: passes(kl)),
