@@ -6,6 +6,7 @@ import io
 import json
 import socket
 import struct
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,20 @@ TEMPLATE = (
 )
 
 
+def tensor_shapes(tied: bool) -> dict[str, tuple[int, ...]]:
+    """The shape of each weight, biases aside."""
+    shapes: dict[str, tuple[int, ...]] = {"token_embd": (len(WORDS), SIZE), "output_norm": (SIZE,)}
+    if not tied:
+        shapes["output"] = (len(WORDS), SIZE)
+    for i in range(LAYERS):
+        shapes |= {
+            f"blk.{i}.attn_q": (SIZE, SIZE), f"blk.{i}.attn_k": (SIZE // 2, SIZE), f"blk.{i}.attn_v": (SIZE // 2, SIZE),
+            f"blk.{i}.attn_output": (SIZE, SIZE), f"blk.{i}.ffn_gate": (WIDE, SIZE), f"blk.{i}.ffn_up": (WIDE, SIZE),
+            f"blk.{i}.ffn_down": (SIZE, WIDE), f"blk.{i}.attn_norm": (SIZE,), f"blk.{i}.ffn_norm": (SIZE,),
+        }  # fmt: skip
+    return shapes
+
+
 def write_gguf(
     path: Path, *, kind: str = "llama", tied: bool = True, more: dict[str, Any] | None = None, without: str = ""
 ) -> Path:
@@ -63,23 +78,13 @@ def write_gguf(
     writer.add_eos_token_id(2)
     writer.add_chat_template(TEMPLATE)
     random = np.random.default_rng(0)
-    shapes = {"token_embd": (len(WORDS), SIZE), "output_norm": (SIZE,)}
-    if not tied:
-        shapes["output"] = (len(WORDS), SIZE)
-    for i in range(LAYERS):
-        shapes |= {
-            f"blk.{i}.attn_q": (SIZE, SIZE), f"blk.{i}.attn_k": (SIZE // 2, SIZE), f"blk.{i}.attn_v": (SIZE // 2, SIZE),
-            f"blk.{i}.attn_output": (SIZE, SIZE), f"blk.{i}.ffn_gate": (WIDE, SIZE), f"blk.{i}.ffn_up": (WIDE, SIZE),
-            f"blk.{i}.ffn_down": (SIZE, WIDE), f"blk.{i}.attn_norm": (SIZE,), f"blk.{i}.ffn_norm": (SIZE,),
-        }  # fmt: skip
-    for name, shape in shapes.items():
+    for name, shape in tensor_shapes(tied).items():
         drawn = random.normal(size=shape).astype(np.float32)
         if f"{name}.weight" != without:
             writer.add_tensor(f"{name}.weight", more.pop(f"{name}.weight", drawn))
-    if kind == "qwen2":
-        for i in range(LAYERS):
-            for name, size in (("q", SIZE), ("k", SIZE // 2), ("v", SIZE // 2)):
-                writer.add_tensor(f"blk.{i}.attn_{name}.bias", random.normal(size=size).astype(np.float32))
+    biases = (("q", SIZE), ("k", SIZE // 2), ("v", SIZE // 2)) if kind == "qwen2" else ()
+    for i, (name, size) in product(range(LAYERS), biases):
+        writer.add_tensor(f"blk.{i}.attn_{name}.bias", random.normal(size=size).astype(np.float32))
     for name, value in more.items():
         if isinstance(value, np.ndarray):
             writer.add_tensor(name, value)
