@@ -18,7 +18,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell in the backgrou
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import goldens
-from mmmamba.model import MixerConfig, Model, initialise
+from mmmamba.model import Mamba2Options, Model, initialise
 from tiny import SPECIALS, WORDS, make_config
 
 # The same examples every time: a test that passes goes on passing. HYPOTHESIS_PROFILE=random looks for others.
@@ -46,7 +46,7 @@ def tiny_config():
 def tiny_model():
     """``tiny_model(layer_map, mixer)`` → a random model whose every parameter differs from its starting point."""
 
-    def build(layer_map: tuple[str, ...] = (), mixer: MixerConfig | None = None, seed: int = 0) -> Model:
+    def build(layer_map: tuple[str, ...] = (), mixer: Mamba2Options | None = None, seed: int = 0) -> Model:
         model = initialise(Model(make_config(layer_map, mixer)), seed)
         generator = torch.Generator().manual_seed(seed + 1)
         with torch.no_grad():

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from mmmamba.checkpoints.hovle import config_from_hovle
 from mmmamba.config_files import apply_overrides, dump_yaml, from_dict, load_yaml, to_dict
 from mmmamba.errors import UserError
-from mmmamba.model.config import MixerConfig, ModelConfig, StackConfig
+from mmmamba.model.config import ModelConfig
+from mmmamba.model.mixers import Mamba2Options
+from mmmamba.model.stack import StackConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,7 @@ def test_model_config_round_trip() -> None:
         embedding=stack,
         decoder=stack,
         layer_map=("attention", "mamba2"),
-        mixer=MixerConfig(rope=True),
+        mixer=Mamba2Options(rope=True),
         special_token_maps={"<img>": 3},
     )
     assert from_dict(ModelConfig, to_dict(config)) == config

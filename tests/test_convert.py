@@ -18,7 +18,7 @@ from mmmamba.cli import main
 from mmmamba.convert import convert
 from mmmamba.distill.seeding import seed
 from mmmamba.errors import UserError
-from mmmamba.model import ATTENTION, MAMBA2, MixerConfig, Model, StackConfig, initialise
+from mmmamba.model import ATTENTION, MAMBA2, Mamba2Options, Model, StackConfig, initialise
 from small_run import stage_file
 from tiny import make_config
 
@@ -43,9 +43,9 @@ def teacher(tiny_processor, tmp_path: Path) -> Path:
 
 def student(teacher: Path, layer_map=LINEAR, **mixer) -> Model:
     """A student whose every new parameter has moved."""
-    model = seed(load(teacher), layer_map, MixerConfig(**mixer))
+    model = seed(load(teacher), layer_map, Mamba2Options(**mixer))
     with torch.no_grad():
-        for layer in model.config.mamba2_layers:
+        for layer in model.config.new_layers:
             for parameter in model.mixer(layer).parameters():
                 parameter += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(layer))
     return model
@@ -83,7 +83,7 @@ def test_random_geometries_survive_every_layout(tmp_path_factory, monkeypatch, c
     monkeypatch.setattr(writing, "SHARD_BYTES", limit)
     place = tmp_path_factory.mktemp("geometry")
     model = initialise(Model(config), 1).eval()
-    if config.mamba2_layers:
+    if config.new_layers:
         start = save_release(model, None, place / "start", dtype=torch.float32)
         middle = [("mmmamba-release", False), ("mmmamba-release", True)]
     else:
@@ -246,7 +246,7 @@ def test_large_finite_values_are_no_error(teacher: Path) -> None:
 @pytest.mark.parametrize("layer_map", [LINEAR, HYBRID], ids=["linear", "hybrid"])
 def test_files_of_a_stage_are_laid_over_the_teacher(teacher: Path, tmp_path: Path, layer_map) -> None:
     model = student(teacher, layer_map)
-    for layer in model.config.mamba2_layers:  # frozen in every stage
+    for layer in model.config.new_layers:  # frozen in every stage
         model.mixer(layer).o_proj = load(teacher).mixer(layer).o_proj
     second = stage_file(model, tmp_path / "stage2.pt", 2)
     equal(load(convert(str(second), tmp_path / "a", teacher=str(teacher))), model)

@@ -41,7 +41,7 @@ from mmmamba.distill.recipe import (
 from mmmamba.evaluation.suite import NANO_ABILITIES
 from mmmamba.inference.conversation import Chat
 from mmmamba.inference.session import save_session
-from mmmamba.model import MixerConfig, ModelConfig, StackConfig
+from mmmamba.model import Mamba2Options, ModelConfig, StackConfig
 from small_run import conversation, make_data, stage_file, write_jsonl
 from videos import write_video
 
@@ -70,8 +70,8 @@ def furnished(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) ->
     (place / "assets").mkdir()
     for name in ("nano-teacher", "pico-teacher"):
         shutil.copytree(teacher_folder, place / "assets" / name)
-    student = mmmamba.seed(teacher, mixer=MixerConfig(rope=True))
-    hybrid = mmmamba.seed(teacher, ("attention", *("mamba2",) * 4), MixerConfig(rope=True))
+    student = mmmamba.seed(teacher, mixer=Mamba2Options(rope=True))
+    hybrid = mmmamba.seed(teacher, ("attention", *("mamba2",) * 4), Mamba2Options(rope=True))
     for size in ("nano", "pico"):
         for name, model in {"linear": student, "hybrid": hybrid}.items():
             save_student(model, place / "assets" / f"{size}-{name}", teacher=teacher_folder, delta=False)
@@ -289,7 +289,7 @@ def test_record_is_read(fence: Any) -> None:
         "Keys of a distillation recipe": DistillRecipe,
         "Keys of data": DataConfig,
         "Keys of a stage": StageConfig,
-        "The mixer": MixerConfig,
+        "The mixer": Mamba2Options,
         "Keys of a teaching recipe": TeachRecipe,
         "Keys of a model": ModelConfig,
         "Keys of a stack": StackConfig,

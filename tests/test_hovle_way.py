@@ -41,7 +41,7 @@ def test_the_teacher_is_read_as_hovle_is(script: dict[str, Any], tokenizer: Toke
     script["write_teacher"](tmp_path / "teacher", config, data, tokenizer, torch.device("cpu"))
     assert read_config(tmp_path / "teacher") == config
     model = mmmamba.load(tmp_path / "teacher")
-    assert isinstance(model, Model) and not model.config.mamba2_layers
+    assert isinstance(model, Model) and not model.config.new_layers
     assert Processor.from_folder(tmp_path / "teacher").tokenizer.vocab_size <= config.vocab_size
     logits = model(torch.randint(8, 600, (1, 32))).logits
     assert 0.5 < float(logits.detach().std()) < 2

@@ -26,7 +26,7 @@ from mmmamba.inspection import CACHE_BYTES, KINDS, LONG, describe
 from mmmamba.model import (
     ATTENTION,
     MAMBA2,
-    MixerConfig,
+    Mamba2Options,
     Model,
     ModelConfig,
     RopeScaling,
@@ -34,7 +34,7 @@ from mmmamba.model import (
     VisionConfig,
     initialise,
 )
-from mmmamba.model.state import KVState
+from mmmamba.model.mixers.kv_cache import KVState
 from tiny import make_config
 
 HYBRID = (ATTENTION, MAMBA2, MAMBA2, ATTENTION, MAMBA2)
@@ -45,8 +45,8 @@ def folders(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     """One tiny folder of every layout that we write."""
     room = tmp_path_factory.mktemp("folders")
     teacher = load(teacher_folder)
-    hybrid = seed(teacher, HYBRID, MixerConfig(rope=True, conv_kernel=4))
-    published = seed(teacher, HYBRID, MixerConfig())
+    hybrid = seed(teacher, HYBRID, Mamba2Options(rope=True, conv_kernel=4))
+    published = seed(teacher, HYBRID, Mamba2Options())
     save_release(published, None, room / "release")
     save_release(published, None, room / "separate", fused=False, dtype=torch.float32)
     for name, delta in (("whole", False), ("delta", True)):
@@ -120,7 +120,7 @@ def test_a_tied_head_is_counted_once() -> None:
     length=st.integers(1, 9),
 )
 def test_memory_is_what_a_state_holds(layer_map: list[str], kernel: int, groups: int, length: int) -> None:
-    config = make_config(tuple(layer_map), MixerConfig(conv_kernel=kernel))
+    config = make_config(tuple(layer_map), Mamba2Options(conv_kernel=kernel))
     config = replace(config, decoder=replace(config.decoder, num_kv_heads=groups))
     model = initialise(Model(config)).to(torch.bfloat16)
     with torch.no_grad():

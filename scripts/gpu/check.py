@@ -17,7 +17,7 @@ from mmmamba.data.packed_batch import Batch
 from mmmamba.distill.objectives import AlignHeads, MatchLogits, PredictAnswers
 from mmmamba.distill.recipe import StageConfig
 from mmmamba.distill.seeding import seed
-from mmmamba.model import MixerConfig, Model, ModelConfig, StackConfig, VisionConfig, initialise
+from mmmamba.model import Mamba2Options, Model, ModelConfig, StackConfig, VisionConfig, initialise
 
 DEVICE = "cuda"
 ALL = ("dt_bias", "dt_proj", "A_log", "conv", "gate_proj", "norm", "q_proj", "k_proj", "v_proj")
@@ -49,7 +49,7 @@ def run(device: str, precision: torch.dtype) -> dict[str, Tensor]:
     """Losses and gradients of every objective on a device."""
     results = {}
     stage = StageConfig(steps=1, batch_size=3, lr=1.0, train=ALL)
-    for name, mixer in {"published": MixerConfig(), "rotated": MixerConfig(rope=True, qk_norm=True)}.items():
+    for name, mixer in {"published": Mamba2Options(), "rotated": Mamba2Options(rope=True, qk_norm=True)}.items():
         for objective_name in ("align", "match", "hybrid", "teach"):
             model = teacher().to(device)
             layers = ("attention", "mamba2", "mamba2", "attention") if objective_name == "hybrid" else None

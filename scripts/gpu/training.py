@@ -50,8 +50,9 @@ from mmmamba.distill.run_folder import RunFolder
 from mmmamba.distill.seeding import seed
 from mmmamba.distill.trainer import train
 from mmmamba.distill.training_step import Step, make_step
-from mmmamba.model.config import MAMBA2, ModelConfig
+from mmmamba.model.config import ModelConfig
 from mmmamba.model.geometries import GEOMETRIES, geometry
+from mmmamba.model.mixers import MAMBA2
 
 STAGES = ("stage1", "stage2", "stage3")
 TIMED = 8192  # the greatest row of one sequence that is timed

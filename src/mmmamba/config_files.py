@@ -47,6 +47,9 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str | Path = "") -> 
     Raises:
         UserError: for an unknown key (with the nearest known one), a missing key, a value of the wrong type, or
             whatever the dataclass itself refuses with a ``ValueError`` in ``__post_init__``.
+
+    A dataclass may have a class method ``resolve(data)`` that gives the class to build, by what ``data`` says, and the
+    data for it.
     """
     return _Reader(str(where)).build(cls, data, "")
 
@@ -78,6 +81,12 @@ class _Reader:
         if not isinstance(data, Mapping):
             what = f"'{path}'" if path else "the top level"
             raise self.error(f"{what} must be a mapping of keys to values ({cls.__name__}), got {_show(data)}")
+        resolve = getattr(cls, "resolve", None)
+        if resolve is not None:  # of several classes, the mapping says which
+            try:
+                cls, data = resolve(data)
+            except ValueError as refusal:
+                raise self.error(f"'{path}': {refusal}") from refusal
         fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
         for key in data:
             if key not in fields:

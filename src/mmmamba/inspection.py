@@ -20,7 +20,9 @@ from mmmamba.data.patches import fitted_size
 from mmmamba.data.tiling import grid
 from mmmamba.errors import UserError
 from mmmamba.jsonfile import read_json
-from mmmamba.model.config import ATTENTION, MAMBA2, MixerConfig, ModelConfig, StackConfig
+from mmmamba.model.config import ModelConfig
+from mmmamba.model.mixers import ATTENTION, MAMBA2, Mamba2Options
+from mmmamba.model.stack import StackConfig
 from mmmamba.progress import table
 
 LONG = 103_424  # tokens: the 103K of the paper's efficiency figures
@@ -90,7 +92,7 @@ def describe(model: str | Path, images: Sequence[str | Path] = ()) -> dict[str, 
             "all_softmax": _state(config, (ATTENTION,) * config.num_layers),
         },
         "pictures": _pictures(config, images),
-        "mixer": _unpublished(config.mixer) if config.mamba2_layers else {},
+        "mixer": _unpublished(config.options(MAMBA2)) if config.new_layers else {},
     }
 
 
@@ -170,7 +172,7 @@ def _state(config: ModelConfig, layer_map: Sequence[str]) -> dict[str, int]:
             per_token += CACHE_BYTES * 2 * stack.num_kv_heads * stack.head_dim
         else:
             channels = (stack.num_heads + 2 * stack.num_kv_heads) * stack.head_dim
-            recurrent += CACHE_BYTES * channels * (config.mixer.conv_kernel - 1)
+            recurrent += CACHE_BYTES * channels * (config.options(MAMBA2).conv_kernel - 1)
             recurrent += SSM_BYTES * stack.num_heads * stack.head_dim**2
     return {"recurrent": recurrent, "cache_per_token": per_token, "at_tokens": recurrent + per_token * LONG}
 
@@ -201,12 +203,12 @@ def _sizes(images: Sequence[str | Path]) -> Iterable[tuple[str | None, tuple[int
     return [(str(path), load_image(path, "--image").size) for path in images]
 
 
-def _unpublished(mixer: MixerConfig) -> dict[str, dict[str, Any]]:
+def _unpublished(mixer: Mamba2Options) -> dict[str, dict[str, Any]]:
     """The options that differ from the published mixer's."""
-    published = MixerConfig()
+    published = Mamba2Options()
     return {
         field.name: {"here": getattr(mixer, field.name), "published": getattr(published, field.name)}
-        for field in fields(MixerConfig)
+        for field in fields(Mamba2Options)
         if getattr(mixer, field.name) != getattr(published, field.name)
     }
 

@@ -20,7 +20,7 @@ from mmmamba.benchmark.subjects import random_subjects
 from mmmamba.checkpoints import load, save_student
 from mmmamba.errors import UserError
 from mmmamba.inference.decoder import _QUANTIZED
-from mmmamba.model import MixerConfig
+from mmmamba.model import Mamba2Options
 from mmmamba.model.geometries import GEOMETRIES
 from tiny import make_config
 
@@ -202,7 +202,7 @@ def test_what_would_take_too_long_or_too_much_is_skipped_and_said(ask, tmp_path)
 
 
 def test_checkpoints_of_one_geometry(ask, teacher_folder, tmp_path, unwritten):
-    student = mmmamba.seed(load(teacher_folder), mixer=MixerConfig(rope=True))
+    student = mmmamba.seed(load(teacher_folder), mixer=Mamba2Options(rope=True))
     linear = save_student(student, tmp_path / "mine", teacher=teacher_folder, delta=False)
     results = ask(models=(str(linear),), geometry=None, measure=("decode",), contexts="8")
     assert [one.subject for one in results.series] == ["teacher (random weights)"] * 4 + ["mine"] * 2

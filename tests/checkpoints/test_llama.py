@@ -16,7 +16,7 @@ from mmmamba.checkpoints import load, read_config
 from mmmamba.checkpoints.llama import FAMILIES, config_from_llama, read_llama, write_llama
 from mmmamba.distill.seeding import seed
 from mmmamba.errors import UserError
-from mmmamba.model import MixerConfig, Model
+from mmmamba.model import Mamba2Options, Model
 
 GEOMETRY: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -224,7 +224,7 @@ def test_wrong_tensors_are_refused_by_name(tmp_path):
 def test_a_seeded_student_runs_and_may_keep_the_biases(keep, tmp_path):
     make_folder(tmp_path, "Qwen2", {})
     teacher = load(tmp_path)
-    student = seed(teacher, mixer=MixerConfig(qkv_bias=keep, rope=True))
+    student = seed(teacher, mixer=Mamba2Options(qkv_bias=keep, rope=True))
     mixer, attention = student.mixer(1), teacher.mixer(1)
     assert (mixer.q_proj.bias is not None) == keep and mixer.o_proj is attention.o_proj and mixer.o_proj.bias is None
     assert not keep or torch.equal(mixer.k_proj.bias, attention.k_proj.bias)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from mmmamba.checkpoints import load, read_config, save_release
 from mmmamba.checkpoints.layouts import RELEASE, SEPARATE, by_part, write_part
 from mmmamba.errors import UserError
-from mmmamba.model import MixerConfig
+from mmmamba.model import Mamba2Options
 
 LINEAR = ("mamba2",) * 5
 HYBRID = ("attention", "mamba2", "attention", "mamba2", "attention")
@@ -67,18 +67,18 @@ def test_half_precision_keeps_the_decays_in_float32(tiny_model, tmp_path: Path) 
 @pytest.mark.parametrize(
     "mixer",
     [
-        MixerConfig(rope=True),
-        MixerConfig(conv_kernel=4),
-        MixerConfig(conv_activation="none"),
-        MixerConfig(qk_norm=True),
-        MixerConfig(qkv_bias=True),
-        MixerConfig(gate_bias=True),
-        MixerConfig(norm_eps=1e-6),
-        MixerConfig(rule="gated_delta", qk_norm=True),
+        Mamba2Options(rope=True),
+        Mamba2Options(conv_kernel=4),
+        Mamba2Options(conv_activation="none"),
+        Mamba2Options(qk_norm=True),
+        Mamba2Options(qkv_bias=True),
+        Mamba2Options(gate_bias=True),
+        Mamba2Options(norm_eps=1e-6),
+        Mamba2Options(rule="gated_delta", qk_norm=True),
     ],
     ids=["rope", "conv_kernel", "conv_activation", "qk_norm", "qkv_bias", "gate_bias", "norm_eps", "rule"],
 )
-def test_mixer_options_are_refused_by_name(tiny_model, tmp_path: Path, mixer: MixerConfig, request) -> None:
+def test_mixer_options_are_refused_by_name(tiny_model, tmp_path: Path, mixer: Mamba2Options, request) -> None:
     option = request.node.callspec.id
     model = tiny_model(HYBRID, mixer)
     with pytest.raises(UserError, match=rf"'mixer.{option}' is .*published mixer only.*student folder"):
@@ -87,8 +87,8 @@ def test_mixer_options_are_refused_by_name(tiny_model, tmp_path: Path, mixer: Mi
 
 
 def test_how_a_mixer_was_started_does_not_matter(tiny_model, tmp_path: Path) -> None:
-    model = tiny_model(LINEAR, MixerConfig(decay="spread", dt_min=1e-4))
-    assert load(save_release(model, None, tmp_path / "out")).config.mixer == MixerConfig()
+    model = tiny_model(LINEAR, Mamba2Options(decay="spread", dt_min=1e-4))
+    assert load(save_release(model, None, tmp_path / "out")).config.mixer == Mamba2Options()
 
 
 @pytest.mark.parametrize("lost", ["A_log_bias", "dt_bias"])

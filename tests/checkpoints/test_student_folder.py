@@ -25,11 +25,11 @@ from mmmamba.checkpoints.rounded_tensors import read_rounded, round_tensor
 from mmmamba.checkpoints.student import same_bits
 from mmmamba.convert import convert
 from mmmamba.errors import UserError
-from mmmamba.model import MixerConfig, Model, initialise
+from mmmamba.model import Mamba2Options, Model, initialise
 
 LINEAR = ("mamba2",) * 5
 HYBRID = ("attention", "mamba2", "attention", "mamba2", "attention")
-OPTIONS = MixerConfig(rope=True, conv_kernel=4, conv_activation="none", qk_norm=True, gate_bias=True, norm_eps=1e-6)
+OPTIONS = Mamba2Options(rope=True, conv_kernel=4, conv_activation="none", qk_norm=True, gate_bias=True, norm_eps=1e-6)
 
 
 @pytest.fixture
@@ -37,10 +37,10 @@ def teacher(tiny_model, tiny_processor, tmp_path: Path) -> Path:
     return save_hovle(tiny_model(), tiny_processor, tmp_path / "models" / "teacher")
 
 
-def student_of(teacher: Path, tiny_model, layer_map=LINEAR, mixer: MixerConfig | None = None) -> Model:
+def student_of(teacher: Path, tiny_model, layer_map=LINEAR, mixer: Mamba2Options | None = None) -> Model:
     """A student whose mixers were trained (q, k, v too) and whose other tensors are the teacher's."""
     student, frozen = tiny_model(layer_map, mixer, seed=5), load(teacher).state_dict()
-    changes = [f"layers.{i}.mixer." for i in student.config.mamba2_layers]
+    changes = [f"layers.{i}.mixer." for i in student.config.new_layers]
     state = student.state_dict()
     keep = [n for n in state if not any(n.startswith(c) for c in changes) or n.endswith("o_proj.weight")]
     student.load_state_dict({**state, **{name: frozen[name] for name in keep}})
@@ -60,7 +60,7 @@ def test_written_and_read_again_is_the_same_model(teacher, tiny_model, same_mode
     same_model(load(folder), student)
     stored = load_file(folder / "model.safetensors")
     if delta:
-        mixers = tuple(f"layers.{i}.mixer." for i in student.config.mamba2_layers)
+        mixers = tuple(f"layers.{i}.mixer." for i in student.config.new_layers)
         assert all(name.startswith(mixers) and not name.endswith("o_proj.weight") for name in stored)
         more = 0 if mixer is None else mixer.gate_bias + (mixer.rule == "gated_delta")
         assert len(stored) == (10 + more) * len(mixers)

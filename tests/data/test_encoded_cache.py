@@ -22,7 +22,8 @@ from mmmamba.data.sample import BadSample
 from mmmamba.data.sample_order import Order
 from mmmamba.data.tokenizer import Tokenizer, train_bpe
 from mmmamba.errors import UserError
-from mmmamba.model.config import ModelConfig, StackConfig, VisionConfig
+from mmmamba.model.config import ModelConfig, VisionConfig
+from mmmamba.model.stack import StackConfig
 
 TOKENIZER = Tokenizer.from_bpe(train_bpe(["What is it? A cat."] * 4, 270))
 STACK = StackConfig(num_layers=1, intermediate_size=8, num_heads=1, num_kv_heads=1, head_dim=4)

@@ -19,7 +19,8 @@ from mmmamba.data.sample import BadSample, Sample, Turn
 from mmmamba.data.tokenizer import MAX_STRETCH, SPECIALS, Tokenizer, train_bpe
 from mmmamba.errors import UserError
 from mmmamba.model import Model
-from mmmamba.model.config import ModelConfig, StackConfig, VisionConfig
+from mmmamba.model.config import ModelConfig, VisionConfig
+from mmmamba.model.stack import StackConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TOKENIZER = Tokenizer.from_bpe(train_bpe(["What colour is the cat? Black. user\nassistant\n"] * 4, 290))

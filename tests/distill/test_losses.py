@@ -17,7 +17,7 @@ from mmmamba.distill.losses import answer_loss, divergence, heads_error, token_w
 from mmmamba.distill.objectives import AlignHeads, MatchLogits, Objective, PredictAnswers
 from mmmamba.distill.recipe import StageConfig
 from mmmamba.distill.seeding import seed
-from mmmamba.model import ATTENTION, MAMBA2, MixerConfig
+from mmmamba.model import ATTENTION, MAMBA2, Mamba2Options
 
 TRAINED = ("A_log", "dt_bias", "dt_proj", "conv", "gate_proj", "norm", "q_proj", "k_proj", "v_proj")
 HYBRID = (ATTENTION, MAMBA2, MAMBA2, ATTENTION, MAMBA2)
@@ -43,7 +43,7 @@ def stage(**changes) -> StageConfig:
 OBJECTIVES = {
     "align": lambda teacher: AlignHeads(teacher, seed(teacher), stage(loss_scale=10.0)),
     "align answers": lambda teacher: AlignHeads(teacher, seed(teacher), stage(prompt_weight=0.0)),
-    "align rope": lambda teacher: AlignHeads(teacher, seed(teacher, mixer=MixerConfig(rope=True)), stage()),
+    "align rope": lambda teacher: AlignHeads(teacher, seed(teacher, mixer=Mamba2Options(rope=True)), stage()),
     "match": lambda teacher: MatchLogits(teacher, seed(teacher), stage()),
     "match hybrid": lambda teacher: MatchLogits(teacher, seed(teacher, HYBRID), stage(prompt_weight=0.3)),
     "match supervised": lambda teacher: MatchLogits(teacher, seed(teacher), stage(supervised=0.5, temperature=2.0)),

@@ -15,7 +15,7 @@ from mmmamba.distill.optimizers import Optimizers
 from mmmamba.distill.parameters import kind_of, own_parameters, parameters_of, unshare
 from mmmamba.distill.recipe import KINDS, MIXER_PARAMETERS, StageConfig
 from mmmamba.distill.seeding import seed
-from mmmamba.model import ATTENTION, MAMBA2, MixerConfig, Model, initialise
+from mmmamba.model import ATTENTION, MAMBA2, Mamba2Options, Model, initialise
 from tiny import make_config
 
 HYBRID = (MAMBA2, ATTENTION, MAMBA2, ATTENTION, MAMBA2)
@@ -30,7 +30,7 @@ def stage(*train: str, **changes: Any) -> StageConfig:
 
 
 def test_every_parameter_has_one_kind(tiny_model):
-    student = seed(tiny_model(), HYBRID, MixerConfig(rule="gated_delta", qk_norm=True))
+    student = seed(tiny_model(), HYBRID, Mamba2Options(rule="gated_delta", qk_norm=True))
     kinds = {name: kind_of(name, student.config) for name, _ in student.named_parameters()}
     assert set(kinds.values()) == {*KINDS}
     for name, kind in {
@@ -78,7 +78,7 @@ def test_copies_change_no_loss(kind, tiny_model):
     teacher = tiny_model()
     found = []
     for train in (["conv"], ["conv", kind]):
-        student = seed(teacher, HYBRID, MixerConfig(rope=True))
+        student = seed(teacher, HYBRID, Mamba2Options(rope=True))
         unshare(student, teacher, train)
         objective = MatchLogits(teacher, student, stage(*train))
         loss, gradients = test_losses.result(objective, [test_losses.SAMPLES])
@@ -93,7 +93,7 @@ def test_copies_change_no_loss(kind, tiny_model):
 def test_everything_moves_and_the_teacher_stays(labels, precision, tiny_model):
     teacher = tiny_model().to(precision)
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
-    student = seed(teacher, HYBRID, MixerConfig(rope=True), dtype=torch.float32)
+    student = seed(teacher, HYBRID, Mamba2Options(rope=True), dtype=torch.float32)
     config = stage(*KINDS, lr=0.01)
     unshare(student, teacher, config.train)
     objective = PredictAnswers(student, config) if labels else MatchLogits(teacher, student, config)

@@ -17,7 +17,7 @@ from mmmamba.distill.placement import place
 from mmmamba.distill.recipe import StageConfig
 from mmmamba.distill.seeding import seed
 from mmmamba.errors import UserError
-from mmmamba.model import ATTENTION, MAMBA2, MixerConfig
+from mmmamba.model import ATTENTION, MAMBA2, Mamba2Options
 
 cheap_pixels = test_losses.cheap_pixels
 STAGE = StageConfig(steps=1, batch_size=4, lr=1e-3, train=("conv",))
@@ -43,7 +43,7 @@ def test_each_choice_is_the_nearest_to_the_teacher(tiny_model, capsys):
     teacher = tiny_model()
     aligned = seed(teacher)
     rows = [pack(test_losses.SAMPLES[:2]), pack(test_losses.SAMPLES[2:])]
-    chosen = place(teacher, aligned, MixerConfig(), 2, rows, STAGE, torch.float32)
+    chosen = place(teacher, aligned, Mamba2Options(), 2, rows, STAGE, torch.float32)
     first = min(range(5), key=lambda i: kl(teacher, aligned, [i], rows))
     second = min(set(range(5)) - {first}, key=lambda i: kl(teacher, aligned, [first, i], rows))
     assert chosen == sorted([first, second])
@@ -59,11 +59,11 @@ def test_nothing_is_chosen_by_nothing_or_by_what_is_no_number(tiny_model, capsys
     teacher = tiny_model()
     aligned = seed(teacher)
     with pytest.raises(UserError, match="no token that counts"):
-        place(teacher, aligned, MixerConfig(), 2, [], STAGE, torch.float32)
+        place(teacher, aligned, Mamba2Options(), 2, [], STAGE, torch.float32)
     aligned.mixer(3).dt_bias.fill_(float("nan"))
     rows = [pack(test_losses.SAMPLES[:2])]
     with pytest.raises(UserError, match="the KL is nan where no layer keeps softmax: no layer can be chosen by it"):
-        place(teacher, aligned, MixerConfig(), 2, rows, STAGE, torch.float32)
+        place(teacher, aligned, Mamba2Options(), 2, rows, STAGE, torch.float32)
     assert "keeps softmax" not in capsys.readouterr().err
 
 

@@ -40,9 +40,9 @@ from mmmamba.distill.plan import (
 from mmmamba.distill.recipe import DistillRecipe, StageConfig, load_recipe
 from mmmamba.distill.seeding import seed
 from mmmamba.errors import UserError
-from mmmamba.model import MixerConfig, Model, ModelConfig
-from mmmamba.model.config import ATTENTION, MAMBA2
+from mmmamba.model import Mamba2Options, Model, ModelConfig
 from mmmamba.model.geometries import GEOMETRIES, geometry
+from mmmamba.model.mixers import ATTENTION, MAMBA2
 from mmmamba.ops import layout
 from small_run import STAGE1, STAGE2
 from tiny import make_config
@@ -54,8 +54,8 @@ SHORT = replace(  # HoVLE's layers, five of them: PyTorch's tracing is slow, not
     decoder=replace(HOVLE.decoder, num_layers=3),
     layer_map=(),
 )
-OURS = MixerConfig(rope=True, conv_activation="none")
-UNIT_KEYS = MixerConfig(rope=True, conv_activation="none", qk_norm=True)
+OURS = Mamba2Options(rope=True, conv_activation="none")
+UNIT_KEYS = Mamba2Options(rope=True, conv_activation="none", qk_norm=True)
 DELTA = replace(UNIT_KEYS, rule="gated_delta")
 MORE = [["o_proj"], ["mlp"], ["norms"], ["attention"], ["o_proj", "mlp", "norms", "attention", "embeddings", "head"]]
 
@@ -64,7 +64,7 @@ def stage(train: list[str] = STAGE2, **changes: Any) -> StageConfig:
     return StageConfig(**{"steps": 10, "batch_size": 2, "lr": 1e-3, "train": tuple(train), **changes})
 
 
-def linear(teacher: ModelConfig, mixer: MixerConfig = OURS) -> ModelConfig:
+def linear(teacher: ModelConfig, mixer: Mamba2Options = OURS) -> ModelConfig:
     return student_config(teacher, (MAMBA2,) * teacher.num_layers, mixer)
 
 
@@ -138,14 +138,14 @@ def on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ssd", "delta", "conv", "norm", "rope", "kl", "swiglu"):
         monkeypatch.setattr(importlib.import_module(f"mmmamba.ops.{name}"), "serves", lambda *_, **__: True)
     monkeypatch.setattr("mmmamba.ops.linear.splits", lambda x: True)
-    for name in ("model.attention", "model.layer", "model.mamba2", "distill.losses"):
+    for name in ("model.mixers.attention", "model.layer", "model.mixers.mamba2", "distill.losses"):
         # Parameters that only say their shapes stand for ordinary ones.
         monkeypatch.setattr(f"mmmamba.{name}.plain", lambda *_: True)
 
 
 def traced(
     config: ModelConfig,
-    mixer: MixerConfig,
+    mixer: Mamba2Options,
     tokens: int,
     make: Callable[[Model, Model], Any],
     frozen: torch.dtype = torch.float32,
@@ -175,11 +175,11 @@ def traced(
         return kept_bytes(make(teacher, student), row, torch.bfloat16, teacher, own)
 
 
-@pytest.mark.parametrize("mixer", [OURS, MixerConfig(), UNIT_KEYS, DELTA])
+@pytest.mark.parametrize("mixer", [OURS, Mamba2Options(), UNIT_KEYS, DELTA])
 @pytest.mark.parametrize("train", [STAGE2, ["dt_proj", "conv", "gate_proj", "norm", "q_proj", "k_proj", "v_proj"]])
 @pytest.mark.parametrize("frozen", [torch.float32, torch.bfloat16])
 def test_stage_3_keeps_what_is_reckoned_on_a_gpu(
-    mixer: MixerConfig, train: list[str], frozen: torch.dtype, on_kernels: None
+    mixer: Mamba2Options, train: list[str], frozen: torch.dtype, on_kernels: None
 ) -> None:
     config, tokens = stage([*train, "beta_proj"] if mixer is DELTA else train), 2048
     measured = traced(SHORT, mixer, tokens, lambda teacher, student: MatchLogits(teacher, student, config), frozen)
@@ -200,11 +200,11 @@ def test_a_layer_local_stage_keeps_one_mixer_at_a_time(train: list[str], on_kern
 @pytest.mark.parametrize(
     ("layer_map", "mixer"),
     [
-        *(((MAMBA2,) * 5, mixer) for mixer in (OURS, MixerConfig(), UNIT_KEYS, DELTA)),
+        *(((MAMBA2,) * 5, mixer) for mixer in (OURS, Mamba2Options(), UNIT_KEYS, DELTA)),
         ((ATTENTION, MAMBA2, MAMBA2, ATTENTION, MAMBA2), OURS),
     ],
 )
-def test_stage_3_keeps_what_is_reckoned_on_a_cpu(layer_map: tuple[str, ...], mixer: MixerConfig, tokens: int) -> None:
+def test_stage_3_keeps_what_is_reckoned_on_a_cpu(layer_map: tuple[str, ...], mixer: Mamba2Options, tokens: int) -> None:
     teacher, config = Model(make_config()), stage()
     student = seed(teacher, layer_map, mixer)
     measured = kept_bytes(MatchLogits(teacher, student, config), packed(tokens), torch.float32, teacher, student)

@@ -19,7 +19,7 @@ from mmmamba.distill.recipe import (
     load_recipe,
 )
 from mmmamba.errors import UserError
-from mmmamba.model.config import ATTENTION, MAMBA2, MixerConfig
+from mmmamba.model.mixers import ATTENTION, MAMBA2, Mamba2Options
 
 SHIPPED = sorted(path for path in RECIPES.glob("*.yaml") if "tables" not in load_yaml(path))  # which name cells
 
@@ -57,15 +57,15 @@ def test_linear_and_hybrid_of_a_family_differ_in_their_layers_alone(family, kind
 
 def test_nanos_linear_and_hybrid_differ_in_their_mixer_too():
     linear, hybrid = (load_recipe(DistillRecipe, f"nano-{kind}") for kind in ("linear", "hybrid"))
-    assert linear.mixer == MixerConfig()
-    assert hybrid.mixer == MixerConfig(rope=True, conv_activation="none")
+    assert linear.mixer == Mamba2Options()
+    assert hybrid.mixer == Mamba2Options(rope=True, conv_activation="none")
     assert replace(linear, name=hybrid.name, layers=hybrid.layers, mixer=hybrid.mixer) == hybrid
 
 
 @pytest.mark.parametrize("path", [p for p in SHIPPED if p.stem.endswith("-paper")], ids=lambda path: path.stem)
 def test_the_papers_recipes_follow_the_paper(path):
     plan = load_recipe(DistillRecipe, path)
-    assert plan.mixer == MixerConfig()
+    assert plan.mixer == Mamba2Options()
     new = {"A_log", "dt_bias", "dt_proj", "conv", "gate_proj", "norm"}
     inherited = {"q_proj", "k_proj", "v_proj"}
     assert [set(s.train) for s in (plan.stage1, plan.stage2)] == [new, new | inherited]

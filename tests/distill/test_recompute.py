@@ -12,14 +12,14 @@ from mmmamba.data.packed_batch import pack
 from mmmamba.distill.dry_run import Allocated
 from mmmamba.distill.objectives import MatchLogits
 from mmmamba.distill.seeding import seed
-from mmmamba.model import MixerConfig
+from mmmamba.model import Mamba2Options
 
 cheap_pixels = test_losses.cheap_pixels
 ROWS = [test_losses.SAMPLES[:2], test_losses.SAMPLES[2:]]
 
 
 def matched(teacher, recompute: str, layers=None, **changes) -> MatchLogits:
-    student = seed(teacher, layers, MixerConfig(rope=True), seed=1)
+    student = seed(teacher, layers, Mamba2Options(rope=True), seed=1)
     return MatchLogits(teacher, student, replace(test_losses.stage(**changes), recompute=recompute))
 
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from mmmamba.distill.seeding import seed
-from mmmamba.model import ATTENTION, MAMBA2, MixerConfig, Model
-from mmmamba.model.mamba2 import OPEN_GATE, Mamba2
+from mmmamba.model import ATTENTION, MAMBA2, Mamba2Options, Model
+from mmmamba.model.mixers.mamba2 import OPEN_GATE, Mamba2
 
 HYBRID = (ATTENTION, MAMBA2, MAMBA2, ATTENTION, MAMBA2)
 
@@ -75,19 +75,19 @@ def test_new_parameters_start_as_published(tiny_model, golden):
 
 def test_options_of_the_start(tiny_model):
     teacher = tiny_model()
-    spread = seed(teacher, mixer=MixerConfig(decay="spread", gate_bias=True)).layers[0].mixer
+    spread = seed(teacher, mixer=Mamba2Options(decay="spread", gate_bias=True)).layers[0].mixer
     assert torch.equal(spread.A_log, torch.zeros(4))
     dt = F.softplus(spread.dt_bias)
     torch.testing.assert_close(dt, torch.logspace(-3, -1, 4), rtol=1e-4, atol=0)
     assert torch.equal(spread.gate_proj.bias, torch.full((64,), OPEN_GATE))
     torch.testing.assert_close(F.silu(spread.gate_proj.bias), torch.ones(64))
-    wide = seed(teacher, mixer=MixerConfig(dt_min=0.2, dt_max=0.2, conv_kernel=4)).layers[0].mixer
+    wide = seed(teacher, mixer=Mamba2Options(dt_min=0.2, dt_max=0.2, conv_kernel=4)).layers[0].mixer
     torch.testing.assert_close(F.softplus(wide.dt_bias), torch.full((4,), 0.2))
     assert torch.equal(wide.conv.weight, torch.tensor([0.0, 0.0, 0.0, 1.0]).expand(128, 4))
 
 
 def test_the_delta_rule_starts_with_half_of_what_was_held(tiny_model):
-    mixer = seed(tiny_model(), mixer=MixerConfig(rule="gated_delta", qk_norm=True)).layers[0].mixer
+    mixer = seed(tiny_model(), mixer=Mamba2Options(rule="gated_delta", qk_norm=True)).layers[0].mixer
     assert mixer.beta_proj.bias is None and mixer.beta_proj.weight.shape == (4, 64)
     assert torch.equal(mixer.strength(torch.randn(1, 3, 64)), torch.full((1, 3, 4), 0.5))
     assert "beta_proj.weight" not in dict(seed(tiny_model()).layers[0].mixer.named_parameters())
@@ -97,7 +97,7 @@ def test_the_delta_rule_starts_with_half_of_what_was_held(tiny_model):
 def test_a_random_start_is_mamba_2s(tiny_model, init):
     """The ranges of mamba_ssm's Mamba2: PyTorch's own for projections and convolution, A in [1, 16]."""
     teacher = tiny_model()
-    mixer = MixerConfig(conv_kernel=4, gate_bias=True)
+    mixer = Mamba2Options(conv_kernel=4, gate_bias=True)
     mixers = [seed(teacher, mixer=mixer, seed=i, init=init).layers[i].mixer for i in range(5)]
     for i, mine in enumerate(mixers):
         theirs = teacher.layers[i].mixer

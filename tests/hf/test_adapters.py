@@ -19,10 +19,10 @@ from mmmamba.data.processor import Encoded
 from mmmamba.data.sample import Turn
 from mmmamba.distill.objectives import PredictAnswers
 from mmmamba.inference.decoder import decodable
-from mmmamba.model import ATTENTION, MAMBA2, MixerConfig, Model
+from mmmamba.model import ATTENTION, MAMBA2, Mamba2Options, Model
 
 HYBRID = (ATTENTION, MAMBA2, MAMBA2, ATTENTION, MAMBA2)
-MIXER = MixerConfig(rope=True, qk_norm=True, rule="gated_delta")
+MIXER = Mamba2Options(rope=True, qk_norm=True, rule="gated_delta")
 TARGETS: dict[str, Any] = {
     "q, v": ["q_proj", "v_proj"],
     "the mixers": ["k_proj", "dt_proj", "beta_proj", "gate_proj", "o_proj"],

@@ -16,7 +16,7 @@ from mmmamba.hf.state_cache import CACHE, CACHE_NAMES
 from mmmamba.inference.answer import unspeakable
 from mmmamba.inference.decoder import Decoder
 from mmmamba.inference.steps import prefill
-from mmmamba.model import ATTENTION, MAMBA2, MixerConfig, Model
+from mmmamba.model import ATTENTION, MAMBA2, Mamba2Options, Model
 
 KINDS = {
     "teacher": (ATTENTION,) * 5,
@@ -38,7 +38,7 @@ class NeverEnding:
 @pytest.fixture(params=KINDS)
 def tiny(request: pytest.FixtureRequest, tiny_model: Callable[..., Model]) -> Model:
     """float64, so that a token picked greedily does not hang on rounding."""
-    return tiny_model(KINDS[request.param], MixerConfig(rope=True)).double()
+    return tiny_model(KINDS[request.param], Mamba2Options(rope=True)).double()
 
 
 def test_greedy_tokens_are_the_engines(tiny: Model, prompt: dict[str, torch.Tensor]) -> None:

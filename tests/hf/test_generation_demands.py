@@ -13,7 +13,7 @@ from wrapped import generated, picture, user, wrap
 
 from mmmamba.errors import UserError
 from mmmamba.hf.state_cache import CACHE
-from mmmamba.model import ATTENTION, MAMBA2, MixerConfig, Model, VisionConfig, initialise
+from mmmamba.model import ATTENTION, MAMBA2, Mamba2Options, Model, VisionConfig, initialise
 from tiny import make_config
 
 KINDS = {"teacher": (ATTENTION,) * 5, "hybrid": (ATTENTION, MAMBA2, MAMBA2, ATTENTION, MAMBA2), "linear": (MAMBA2,) * 5}
@@ -21,7 +21,7 @@ KINDS = {"teacher": (ATTENTION,) * 5, "hybrid": (ATTENTION, MAMBA2, MAMBA2, ATTE
 
 @pytest.fixture(params=KINDS)
 def model(request: pytest.FixtureRequest, tiny_model: Callable[..., Model]) -> Any:
-    return wrap(tiny_model(KINDS[request.param], MixerConfig(rope=True)).double())
+    return wrap(tiny_model(KINDS[request.param], Mamba2Options(rope=True)).double())
 
 
 def full(model: Any, **inputs: Any) -> Any:
@@ -54,7 +54,7 @@ def test_scores_logits_and_sequences(model: Any, prompt: dict[str, torch.Tensor]
 
 def test_attentions_of_each_step(model: Any, prompt: dict[str, torch.Tensor]) -> None:
     text = {"input_ids": prompt["input_ids"][1:2, 9:]}
-    if model.config.model_config().mamba2_layers:
+    if model.config.model_config().new_layers:
         with pytest.raises(UserError, match="is a state space layer"):
             full(model, **text, output_attentions=True)
     else:
@@ -83,7 +83,7 @@ def test_embeddings_with_pictures_that_become_tokens_late(prompt: dict[str, torc
 
 
 def test_other_ways_of_choosing(tiny_model: Callable[..., Model], prompt: dict[str, torch.Tensor]) -> None:
-    model = wrap(tiny_model(KINDS["hybrid"], MixerConfig(rope=True)).double())
+    model = wrap(tiny_model(KINDS["hybrid"], Mamba2Options(rope=True)).double())
 
     def new(**options: Any) -> torch.Tensor:
         return generated(model, **{**prompt, "max_new_tokens": 5} | options)[:, 14:]

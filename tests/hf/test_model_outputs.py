@@ -17,7 +17,7 @@ import mmmamba
 from mmmamba.errors import UserError
 from mmmamba.hf import MMMambaConfig, MMMambaForConditionalGeneration, MMMambaModel
 from mmmamba.hf.state_cache import CACHE
-from mmmamba.model import ATTENTION, MAMBA2, MixerConfig, Model, VisionConfig
+from mmmamba.model import ATTENTION, MAMBA2, Mamba2Options, Model, VisionConfig
 from tiny import make_config
 
 HYBRID = (ATTENTION, MAMBA2, MAMBA2, ATTENTION, MAMBA2)
@@ -25,7 +25,7 @@ HYBRID = (ATTENTION, MAMBA2, MAMBA2, ATTENTION, MAMBA2)
 
 @pytest.fixture
 def tiny(tiny_model: Callable[..., Model]) -> Model:
-    return tiny_model(HYBRID, MixerConfig(rope=True)).double()
+    return tiny_model(HYBRID, Mamba2Options(rope=True)).double()
 
 
 @torch.no_grad()

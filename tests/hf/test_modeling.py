@@ -28,7 +28,7 @@ from mmmamba.data.sample import Turn
 from mmmamba.errors import UserError
 from mmmamba.hf import MMMambaConfig, MMMambaForConditionalGeneration, StateCache
 from mmmamba.hf.state_cache import CACHE, CACHE_NAMES
-from mmmamba.model import ATTENTION, MAMBA2, MixerConfig, Model, initialise
+from mmmamba.model import ATTENTION, MAMBA2, Mamba2Options, Model, initialise
 from tiny import make_config
 
 HYBRID = (ATTENTION, MAMBA2, MAMBA2, ATTENTION, MAMBA2)
@@ -43,7 +43,7 @@ QUESTIONS = [
 @pytest.fixture
 def tiny(tiny_model: Callable[..., Model]) -> Model:
     """float64, so that a token picked greedily does not hang on rounding."""
-    return tiny_model(HYBRID, MixerConfig(rope=True)).double()
+    return tiny_model(HYBRID, Mamba2Options(rope=True)).double()
 
 
 # ---------------------------------------------------------------------------------------------- folders
@@ -289,7 +289,7 @@ def test_generate_says_what_the_engine_says(name: str, folder_of) -> None:
 
 
 def test_dynamic_rope_is_fixed_as_the_engine_fixes_it(tiny_processor) -> None:
-    from mmmamba.model.config import RopeScaling
+    from mmmamba.model.stack import RopeScaling
 
     scaling = RopeScaling(type="dynamic", factor=4.0)
     config = make_config(system_message="")

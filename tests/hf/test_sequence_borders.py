@@ -12,7 +12,7 @@ from wrapped import TILES_OF_ROW, generated, row, wrap
 
 from mmmamba.errors import UserError
 from mmmamba.hf.state_cache import CACHE
-from mmmamba.model import ATTENTION, MAMBA2, MixerConfig, Model
+from mmmamba.model import ATTENTION, MAMBA2, Mamba2Options, Model
 
 SEQUENCES = ([1, 20, 30], [1, 40, 50, 60, 70], [9, 8])
 BORDERS = torch.tensor([0, 3, 8, 10], dtype=torch.int32)
@@ -35,7 +35,7 @@ WAYS = {
 @pytest.fixture(params=["teacher", "hybrid"])
 def model(request: pytest.FixtureRequest, tiny_model: Callable[..., Model]) -> Any:
     kinds = (ATTENTION,) * 5 if request.param == "teacher" else (ATTENTION, MAMBA2, MAMBA2, ATTENTION, MAMBA2)
-    return wrap(tiny_model(kinds, MixerConfig(rope=True)).double())
+    return wrap(tiny_model(kinds, Mamba2Options(rope=True)).double())
 
 
 @torch.no_grad()

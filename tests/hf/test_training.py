@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from wrapped import wrap
 
 from mmmamba.hf.state_cache import CACHE
-from mmmamba.model import ATTENTION, MAMBA2, MixerConfig, Model
+from mmmamba.model import ATTENTION, MAMBA2, Mamba2Options, Model
 
 HYBRID = (ATTENTION, MAMBA2, MAMBA2, ATTENTION, MAMBA2)
 
 
 @pytest.fixture
 def tiny(tiny_model: Callable[..., Model]) -> Model:
-    return tiny_model(HYBRID, MixerConfig(rope=True)).double()
+    return tiny_model(HYBRID, Mamba2Options(rope=True)).double()
 
 
 def gradients(model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from PIL import Image
 from mmmamba.data.processor import Encoded, Processor
 from mmmamba.data.sample import Turn
 from mmmamba.data.tokenizer import Tokenizer
-from mmmamba.model import ATTENTION, MAMBA2, MixerConfig, Model
+from mmmamba.model import ATTENTION, MAMBA2, Mamba2Options, Model
 
 LAYER_MAPS = {
     "attention": (ATTENTION,) * 5,
@@ -36,7 +36,7 @@ def layer_map(request) -> tuple[str, ...]:
 @pytest.fixture
 def model(tiny_model: Callable[..., Model], layer_map: tuple[str, ...]) -> Model:
     """float64, so that a token picked greedily does not hang on how a batch is rounded."""
-    return tiny_model(layer_map, MixerConfig(rope=True)).double()
+    return tiny_model(layer_map, Mamba2Options(rope=True)).double()
 
 
 @pytest.fixture

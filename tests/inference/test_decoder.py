@@ -8,20 +8,20 @@ import pytest
 import torch
 
 from mmmamba.inference.decoder import Decoder
-from mmmamba.model import ATTENTION, MAMBA2, MixerConfig, Model, RopeScaling, State, initialise
+from mmmamba.model import ATTENTION, MAMBA2, Mamba2Options, Model, RopeScaling, State, initialise
 from mmmamba.ops import quantize_rows
 from tiny import make_config
 
 TEACHER = (ATTENTION,) * 5
 LINEAR = (MAMBA2,) * 5
 HYBRID = (ATTENTION, MAMBA2, MAMBA2, ATTENTION, MAMBA2)
-ROTATED = MixerConfig(rope=True, qk_norm=True, conv_kernel=3, conv_activation="none", gate_bias=True)
+ROTATED = Mamba2Options(rope=True, qk_norm=True, conv_kernel=3, conv_activation="none", gate_bias=True)
 CASES = {
-    "teacher": (TEACHER, MixerConfig(), {}),
-    "linear": (LINEAR, MixerConfig(), {}),
+    "teacher": (TEACHER, Mamba2Options(), {}),
+    "linear": (LINEAR, Mamba2Options(), {}),
     "linear, rotated": (LINEAR, ROTATED, {}),
     "linear, delta rule": (LINEAR, replace(ROTATED, rule="gated_delta"), {}),
-    "hybrid": (HYBRID, MixerConfig(rope=True), {}),
+    "hybrid": (HYBRID, Mamba2Options(rope=True), {}),
     "hybrid, linear scaling": (HYBRID, ROTATED, {"rope_scaling": RopeScaling(type="linear", factor=2.5)}),
     "hybrid, dynamic scaling": (
         HYBRID,

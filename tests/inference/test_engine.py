@@ -20,7 +20,7 @@ from mmmamba.errors import UserError
 from mmmamba.inference import engine, steps
 from mmmamba.inference.sampling import Sampling
 from mmmamba.inference.stream import Stream
-from mmmamba.model import MixerConfig, Model, RopeScaling, VisionConfig, initialise
+from mmmamba.model import Mamba2Options, Model, RopeScaling, VisionConfig, initialise
 from tiny import make_config
 from videos import write_video
 
@@ -275,7 +275,7 @@ def test_no_prompts_no_answers(tiny_model, tiny_processor):
 
 
 def test_batches_do_not_change_dynamic_rope_scaling(tiny_config, tiny_processor, prompts):
-    base = tiny_config(mixer=MixerConfig(rope=True), layer_map=("attention", "mamba2") * 2 + ("attention",))
+    base = tiny_config(mixer=Mamba2Options(rope=True), layer_map=("attention", "mamba2") * 2 + ("attention",))
     scaled = {"rope_scaling": RopeScaling(type="dynamic", factor=2.0), "max_position_embeddings": 40}
     torch.manual_seed(0)
     config = replace(base, embedding=replace(base.embedding, **scaled), decoder=replace(base.decoder, **scaled))

@@ -16,17 +16,16 @@ import torch
 from torch import Tensor
 
 from mmmamba.inference.decoder import Decoder
-from mmmamba.model import ATTENTION, MAMBA2, MixerConfig, Model, initialise
-from mmmamba.model.cache import growing, settled
+from mmmamba.model import ATTENTION, MAMBA2, Mamba2Options, Model, initialise
 from tiny import make_config
 
 HYBRID = (ATTENTION, MAMBA2, MAMBA2, ATTENTION, MAMBA2)
 KINDS = {
-    "teacher": ((ATTENTION,) * 5, MixerConfig()),
-    "linear": ((MAMBA2,) * 5, MixerConfig()),
-    "linear, rotated": ((MAMBA2,) * 5, MixerConfig(rope=True, qk_norm=True, conv_kernel=4)),
-    "hybrid": (HYBRID, MixerConfig()),
-    "hybrid, rotated": (HYBRID, MixerConfig(rope=True)),
+    "teacher": ((ATTENTION,) * 5, Mamba2Options()),
+    "linear": ((MAMBA2,) * 5, Mamba2Options()),
+    "linear, rotated": ((MAMBA2,) * 5, Mamba2Options(rope=True, qk_norm=True, conv_kernel=4)),
+    "hybrid": (HYBRID, Mamba2Options()),
+    "hybrid, rotated": (HYBRID, Mamba2Options(rope=True)),
 }
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 BACKENDS = [
@@ -74,11 +73,11 @@ def in_pieces(model: Model, size: int, grow: bool) -> Logits:
     for ids in texts(model.device):
         state, parts = None, []
         for piece in ids.split(size, dim=1):
-            state = growing(state, ids.shape[1]) if grow and state is not None else state
+            state = state.growing(ids.shape[1]) if grow and state is not None else state
             out = model(piece, state=state, return_state=True)
             parts.append(out.logits[0])
             state = out.state
-        assert settled(state).longest == ids.shape[1]
+        assert state.settled().longest == ids.shape[1]
         found.append(torch.cat(parts)[-NEW - 1 :])
     return found
 

@@ -32,7 +32,7 @@ from mmmamba.inference.conversation import Chat
 from mmmamba.inference.model_fingerprint import fingerprint
 from mmmamba.inference.sampling import Sampling
 from mmmamba.inference.session import HEADER, load_session, read_session, save_session
-from mmmamba.model import MAMBA2, MixerConfig
+from mmmamba.model import MAMBA2, Mamba2Options
 from small_run import ENVIRONMENT
 
 RED = Image.new("RGB", (56, 56), "red")
@@ -60,7 +60,7 @@ def say(chat: Chat, text: str, *images, tokens: int | None = None) -> str:
 @pytest.mark.parametrize("sampling", [None, SAMPLING], ids=["greedy", "sampled"])
 def test_saved_and_loaded_equals_gone_on(tiny_model, layer_map, tiny_processor, sampling, tmp_path):
     """Two answers to their end, one left half-way; float32, where every change of a sum's order would show."""
-    network = tiny_model(layer_map, MixerConfig(rope=True))
+    network = tiny_model(layer_map, Mamba2Options(rope=True))
     whole = Chat(network, tiny_processor, sampling, max_new_tokens=6)
     parts = Chat(network, tiny_processor, sampling, max_new_tokens=6)
     questions = [
@@ -176,7 +176,7 @@ def test_another_model_is_refused(saved, tiny_model, tiny_processor):
     network, path = saved
     load_session(path, tiny_model(LINEAR), tiny_processor)
     assert "another model" in refused(path, tiny_model(LINEAR, seed=1), tiny_processor)
-    assert "another model" in refused(path, tiny_model(LINEAR, MixerConfig(rope=True)), tiny_processor)
+    assert "another model" in refused(path, tiny_model(LINEAR, Mamba2Options(rope=True)), tiny_processor)
     assert "another model" in refused(path, tiny_model(), tiny_processor)
     assert "was made in float32, but the model runs in float64" in refused(path, network.double(), tiny_processor)
 
@@ -200,7 +200,7 @@ def test_a_fingerprint_is_of_all_parameters_and_not_of_defaults(tiny_model, tiny
             parameter.view(-1)[-1] += 1
             assert fingerprint(network, tiny_processor) != found
             parameter.view(-1)[-1] -= 1
-    network.config = replace(network.config, mixer=MixerConfig(qk_norm=True))
+    network.config = replace(network.config, mixer=Mamba2Options(qk_norm=True))
     assert fingerprint(network, tiny_processor) != found
 
 

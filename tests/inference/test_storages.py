@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_model
 import mmmamba
 from mmmamba.data.sample import Turn
 from mmmamba.inference.decoder import Decoder
-from mmmamba.model import ATTENTION, MAMBA2, MixerConfig, Model
+from mmmamba.model import ATTENTION, MAMBA2, Mamba2Options, Model
 from mmmamba.model.joined import join, joined, maps_of
 
 HYBRID = (ATTENTION, MAMBA2, MAMBA2, ATTENTION, MAMBA2)
-DELTA = MixerConfig(rope=True, qk_norm=True, rule="gated_delta", gate_bias=True)
+DELTA = Mamba2Options(rope=True, qk_norm=True, rule="gated_delta", gate_bias=True)
 
 
 def storages(model: Model) -> dict[str, tuple[int, int, int]]:

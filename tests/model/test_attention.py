@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmmamba.model import Model, StackConfig, initialise
-from mmmamba.model.attention import Attention
-from mmmamba.model.cache import GrowingKV, growing, settled
+from mmmamba.model.mixers import Attention, AttentionOptions
+from mmmamba.model.mixers.kv_cache import GrowingKV
+from mmmamba.model.mixers.softmax import Part, attend, attend_torch, merge
 from mmmamba.model.rope import rotation
-from mmmamba.model.softmax import Part, attend, attend_torch, merge
 from mmmamba.model.state import State
 from tiny import make_config
 
@@ -88,11 +88,11 @@ def grown(model: Model, text: torch.Tensor, cuts: list[int]) -> tuple[torch.Tens
     """Logits of all tokens and the state, read in pieces whose caches grow in place."""
     logits, state = [], None
     for start, end in itertools.pairwise([0, *cuts, text.shape[1]]):
-        state = None if state is None else growing(state, text.shape[1] - start)
+        state = None if state is None else state.growing(text.shape[1] - start)
         out = model(text[:, start:end], state=state, return_state=True)
         state = out.state
         logits.append(out.logits)
-    return torch.cat(logits, 1), settled(state)
+    return torch.cat(logits, 1), state.settled()
 
 
 @torch.no_grad()
@@ -115,7 +115,7 @@ def test_only_what_was_made_to_grow_is_changed():
     model, text = softmax_model(), ids(1, 9)
     state = model(text, return_state=True).state
     before = [t.clone() for layer in state.layers for t in vars(layer).values()]
-    first, second = growing(state, 9), growing(state, 9)
+    first, second = state.growing(9), state.growing(9)
     answers = [model(text, state=one, return_state=True) for one in (first, state, second)]
     for answer in answers[1:]:
         torch.testing.assert_close(answer.logits, answers[0].logits, rtol=1e-9, atol=1e-9)
@@ -129,13 +129,13 @@ def test_only_what_was_made_to_grow_is_changed():
 def test_rows_with_gaps_and_linear_states_do_not_grow():
     model = softmax_model()
     padded = model(ids(2, 6), attention_mask=torch.tensor([[1] * 6, [0] * 2 + [1] * 4]), return_state=True).state
-    assert growing(padded, 5) is padded and growing(padded.select(torch.tensor([1])), 5).layers[0].k.shape[1] == 6
-    one = growing(padded.select(torch.tensor([0])), 5)
+    assert padded.growing(5) is padded and padded.select(torch.tensor([1])).growing(5).layers[0].k.shape[1] == 6
+    one = padded.select(torch.tensor([0])).growing(5)
     assert [isinstance(layer, GrowingKV) for layer in one.layers] == [True, False, True, True, False]
-    assert growing(settled(one), 0).layers[0].k.shape[1] == 6
+    assert one.settled().growing(0).layers[0].k.shape[1] == 6
     linear = initialise(Model(make_config(("mamba2",) * 5))).eval()
     state = linear(ids(1, 4), return_state=True).state
-    assert growing(state, 3) is state
+    assert state.growing(3) is state
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def layer() -> Attention:
     """16 heads in 8 groups of 128, as at 2.6 billion parameters."""
     torch.manual_seed(0)
     stack = StackConfig(num_layers=1, intermediate_size=8, num_heads=16, num_kv_heads=8, head_dim=128)
-    return Attention(256, stack).requires_grad_(False)
+    return Attention(256, stack, AttentionOptions()).requires_grad_(False)
 
 
 def in_pieces(layer: Attention, x: torch.Tensor, sizes: list[int]) -> torch.Tensor:
@@ -155,7 +155,7 @@ def in_pieces(layer: Attention, x: torch.Tensor, sizes: list[int]) -> torch.Tens
         part = replace(turn, cos=turn.cos[:, start : start + size], sin=turn.sin[:, start : start + size])
         y, cache = layer(x[:, start : start + size], cache, rotation=part, keep_state=True)
         if start == 0 and len(sizes) > 1:
-            state = growing(State((cache,), positions[:, 0], 0), x.shape[1] - size)
+            state = State((cache,), positions[:, 0], 0).growing(x.shape[1] - size)
             cache = state.layers[0]
         start += size
         found.append(y)

@@ -17,11 +17,11 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from mmmamba.distill.losses import answer_loss, divergence
 from mmmamba.errors import UserError
 from mmmamba.inference.decoder import Decoder, decodable
-from mmmamba.model import ATTENTION, MAMBA2, MixerConfig, Model
+from mmmamba.model import ATTENTION, MAMBA2, Mamba2Options, Model
 from mmmamba.model.plain import plain
 
 HYBRID = (ATTENTION, MAMBA2, MAMBA2, ATTENTION, MAMBA2)
-MIXER = MixerConfig(rope=True, qk_norm=True, gate_bias=True, rule="gated_delta")
+MIXER = Mamba2Options(rope=True, qk_norm=True, gate_bias=True, rule="gated_delta")
 IDS = torch.tensor([[9, 40, 7, 7, 7, 7, 200, 31, 77], [88, 10, 7, 7, 7, 7, 12, 13, 300]])  # 7: a picture's token
 PROMPT, END = 6, IDS.shape[1]
 LINEAR = [

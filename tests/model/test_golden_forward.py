@@ -15,7 +15,7 @@ from mmmamba.checkpoints import load
 from mmmamba.checkpoints.hovle import split_qkv
 from mmmamba.checkpoints.io import write_safetensors
 from mmmamba.model import Model, ModelConfig, StackConfig
-from mmmamba.model.mamba2 import Mamba2
+from mmmamba.model.mixers.mamba2 import Mamba2
 from mmmamba.model.rope import rotation
 from mmmamba.ops import causal_conv, ssd_chunked, ssd_reference
 
@@ -285,10 +285,10 @@ def test_mixer_projections_are_rows_of_wqkv(golden: Golden, mixer_case) -> None:
 @torch.no_grad()
 def test_base_attention_heads(mixer_case) -> None:
     """The attention that the mixer imitates: outputs of its heads and behind W_o."""
-    from mmmamba.model.attention import Attention
+    from mmmamba.model.mixers import Attention, AttentionOptions
 
     _, config, tensors, stage = mixer_case
-    attention = Attention(config.hidden_size, config.decoder)
+    attention = Attention(config.hidden_size, config.decoder, AttentionOptions())
     q, k, v = split_qkv(tensors["base.wqkv.weight"], config.decoder)
     parts = {"q_proj": q, "k_proj": k, "v_proj": v, "o_proj": tensors["base.wo.weight"]}
     attention.load_state_dict({f"{name}.weight": tensor for name, tensor in parts.items()})

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmmamba.model import MixerConfig, Model, ModelConfig, RopeScaling, StackConfig, initialise
+from mmmamba.model import Mamba2Options, Model, ModelConfig, RopeScaling, StackConfig, initialise
 from mmmamba.ops import layout_of
 
 LINEAR, HYBRID = ("mamba2",) * 5, ("attention", "mamba2", "mamba2", "mamba2", "attention")
-ROTATED = MixerConfig(rope=True, conv_activation="none", qk_norm=True, gate_bias=True, decay="spread", conv_kernel=3)
+ROTATED = Mamba2Options(rope=True, conv_activation="none", qk_norm=True, gate_bias=True, decay="spread", conv_kernel=3)
 KINDS = {
     "teacher": ((), None),
     "linear": (LINEAR, None),
@@ -170,9 +170,9 @@ def test_bad_geometry_is_refused():
 )
 def test_impossible_mixers_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        MixerConfig(**wrong)
+        Mamba2Options(**wrong)
 
 
 def test_the_delta_rule_needs_keys_of_unit_length():
     with pytest.raises(ValueError, match="set qk_norm to true"):
-        MixerConfig(rule="gated_delta")
+        Mamba2Options(rule="gated_delta")

@@ -9,10 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmmamba.model import MixerConfig
-from mmmamba.model.mamba2 import Mamba2
+from mmmamba.model import Mamba2Options
+from mmmamba.model.mixers.mamba2 import Mamba2, MambaState
 from mmmamba.model.rope import rotation
-from mmmamba.model.state import MambaState
 from mmmamba.ops.step import mixer_step, round_stochastically
 from tiny import make_config
 
@@ -31,7 +30,7 @@ def test_equals_the_models_mixer_on_one_token(k, silu, rope, qk_norm, by_positio
     activation = "silu" if silu else "none"
     delta, qk_norm = isinstance(qk_norm, str), bool(qk_norm)
     rule = "gated_delta" if delta else "ssd"
-    config = MixerConfig(rule=rule, conv_kernel=k, conv_activation=activation, rope=rope, qk_norm=qk_norm)
+    config = Mamba2Options(rule=rule, conv_kernel=k, conv_activation=activation, rope=rope, qk_norm=qk_norm)
     stack = replace(make_config().decoder, rope_theta=100.0)
     mixer = Mamba2(64, stack, config).double()
     h, p, b, pool = mixer.heads_count, mixer.head_dim, 3, 5

@@ -204,7 +204,7 @@ def tasks(
         variants: dict[What, Sequence[str]] = {"decode": [""]}
         if one.style == "engine":
             variants["prefill"] = ["text"] if config.vision is None else ["text", "images"]
-            variants["batch"] = ["float32", "bfloat16"] if config.mamba2_layers else ["cache"]
+            variants["batch"] = ["float32", "bfloat16"] if config.new_layers else ["cache"]
         found += [
             Task(series=one.label, what=what, variant=variant, context=context)
             for what in get_args(What)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mmmamba.benchmark.clock import Clock
-from mmmamba.model.config import ATTENTION, ModelConfig
+from mmmamba.model.config import ModelConfig
+from mmmamba.model.mixers import ATTENTION, MAMBA2
 from mmmamba.model.model import Model
 
 
@@ -72,7 +73,7 @@ def state_bytes(config: ModelConfig, dtype: torch.dtype, state_dtype: torch.dtyp
             per_token += dtype.itemsize * 2 * stack.num_kv_heads * stack.head_dim
         else:
             channels = (stack.num_heads + 2 * stack.num_kv_heads) * stack.head_dim
-            recurrent += dtype.itemsize * channels * (config.mixer.conv_kernel - 1)
+            recurrent += dtype.itemsize * channels * (config.options(MAMBA2).conv_kernel - 1)
             recurrent += state_dtype.itemsize * stack.num_heads * stack.head_dim**2
     return StateBytes(recurrent=recurrent, per_token=per_token)
 

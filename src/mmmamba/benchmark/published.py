@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mmmamba.model.attention import Attention
 from mmmamba.model.layer import Layer
+from mmmamba.model.mixers.attention import Attention
 from mmmamba.model.model import Model
 from mmmamba.model.rope import Rotation, rotation
 
@@ -39,7 +39,7 @@ class PublishedDecoder:
     """
 
     def __init__(self, model: Model, context: int, *, mask: bool = False) -> None:
-        if model.config.mamba2_layers:
+        if model.config.new_layers:
             raise ValueError("the published way of decoding is the teacher's: every layer must be attention")
         self.model, self.length = model, context
         weight = model.head.weight

@@ -11,9 +11,11 @@ import torch
 
 from mmmamba.checkpoints import load, read_config
 from mmmamba.errors import UserError
-from mmmamba.model.config import ATTENTION, MAMBA2, MixerConfig, ModelConfig, StackConfig, VisionConfig
+from mmmamba.model.config import ModelConfig, VisionConfig
 from mmmamba.model.geometries import geometry
+from mmmamba.model.mixers import ATTENTION, MAMBA2, Mamba2Options
 from mmmamba.model.model import Model
+from mmmamba.model.stack import StackConfig
 
 Kind = Literal["teacher", "linear", "hybrid"]
 Style = Literal["engine", "published", "published, mask", "int8"]
@@ -113,7 +115,7 @@ def series_of(subjects: Sequence[Subject]) -> list[Series]:
 
 
 def kind_of(config: ModelConfig) -> Kind:
-    if not config.mamba2_layers:
+    if not config.new_layers:
         return "teacher"
     return "hybrid" if config.attention_layers else "linear"
 
@@ -127,7 +129,7 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, 
     for parameter in model.parameters():
         scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.02
         parameter.normal_(std=scale, generator=generator)
-    for index in config.mamba2_layers:
+    for index in config.new_layers:
         mixer: Any = model.mixer(index)
         mixer.A_log.data = torch.full_like(mixer.A_log, 0.5, dtype=torch.float32)
         mixer.dt_bias.data = torch.empty_like(mixer.dt_bias, dtype=torch.float32)
@@ -144,7 +146,7 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, 
 def _random(kind: Kind, config: ModelConfig, label: str) -> Subject:
     kept = {"teacher": range(config.num_layers), "linear": (), "hybrid": range(0, config.num_layers, SOFTMAX_EVERY)}
     layer_map = tuple(ATTENTION if i in kept[kind] else MAMBA2 for i in range(config.num_layers))
-    mixer = MixerConfig(rope=True, conv_activation="none")
+    mixer = Mamba2Options(rope=True, conv_activation="none")
     image = config.img_context_token_id if config.img_context_token_id >= 0 else config.vocab_size - 1
     config = replace(config, layer_map=layer_map, mixer=mixer, img_context_token_id=image)
     return Subject(label=label, kind=kind, config=config)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mmmamba.checkpoints.section import Section
 from mmmamba.errors import UserError
-from mmmamba.model.config import ModelConfig, RopeScaling, StackConfig, VisionConfig
+from mmmamba.model.config import ModelConfig, VisionConfig
+from mmmamba.model.stack import RopeScaling, StackConfig
 
 UNUSED = "language_model.model.tok_embeddings.weight"  # stored by the published code, read by nothing
 
@@ -50,9 +51,9 @@ def write_hovle(ours: dict[str, Tensor], config: ModelConfig, part: int | None) 
     Raises:
         UserError: naming the first layer that the layout has no place for.
     """
-    if config.mamba2_layers:
+    if config.new_layers:
         raise UserError(
-            f"layer {config.mamba2_layers[0]} is mamba2: the HoVLE layout holds softmax attention only "
+            f"layer {config.new_layers[0]} is mamba2: the HoVLE layout holds softmax attention only "
             "(write our own layout or a release instead)"
         )
     out = write_common(ours, config, part)

@@ -19,7 +19,8 @@ from torch import Tensor
 from mmmamba.checkpoints.section import Section
 from mmmamba.errors import UserError
 from mmmamba.jsonfile import read_json
-from mmmamba.model.config import ModelConfig, RopeScaling, StackConfig
+from mmmamba.model.config import ModelConfig
+from mmmamba.model.stack import RopeScaling, StackConfig
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ from mmmamba.checkpoints.io import Weights, check_tensors
 from mmmamba.checkpoints.layouts import HOVLE, SEPARATE, stored_shapes
 from mmmamba.checkpoints.model_source import Source, open_source
 from mmmamba.errors import UserError
-from mmmamba.model.config import ATTENTION, MAMBA2, MixerConfig, ModelConfig
+from mmmamba.model.config import ModelConfig
+from mmmamba.model.mixers import ATTENTION, MAMBA2, Mamba2Options
 
 _QKV = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
 
@@ -40,7 +41,7 @@ def open_partial(file: str | Path, *, teacher: str | Path, stage2: str | Path | 
         raise UserError(f"{base.folder}: a stage's file is laid over a teacher in the HoVLE layout, not {base.layout}")
     trained = [Weights(Path(name), [Path(name)]) for name in (file, stage2) if name is not None]
     config = _config(base.config, trained[0])
-    prefixes = {f"{layer_prefix(config, layer)}attention.": layer for layer in config.mamba2_layers}
+    prefixes = {f"{layer_prefix(config, layer)}attention.": layer for layer in config.new_layers}
     expected = {
         name: shape
         for name, shape in stored_shapes(SEPARATE, config, file).items()
@@ -64,7 +65,7 @@ def _config(teacher: ModelConfig, trained: Weights) -> ModelConfig:
     touched = [any(name.startswith(prefix) for name in trained) for prefix in prefixes]
     if not any(touched):
         raise UserError(f"{trained.path}: has no tensor of a mixer of this teacher: not a stage's file")
-    return replace(teacher, layer_map=tuple(MAMBA2 if t else ATTENTION for t in touched), mixer=MixerConfig())
+    return replace(teacher, layer_map=tuple(MAMBA2 if t else ATTENTION for t in touched), mixer=Mamba2Options())
 
 
 @dataclass(frozen=True)

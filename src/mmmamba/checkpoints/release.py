@@ -26,7 +26,9 @@ from mmmamba.checkpoints.hovle import (
 )
 from mmmamba.checkpoints.section import Section
 from mmmamba.errors import UserError
-from mmmamba.model.config import ATTENTION, MAMBA2, MixerConfig, ModelConfig, StackConfig
+from mmmamba.model.config import ModelConfig
+from mmmamba.model.mixers import ATTENTION, MAMBA2, Mamba2Options
+from mmmamba.model.stack import StackConfig
 
 MODEL_TYPE = "mmMamba_chat"
 
@@ -169,10 +171,10 @@ def config_to_release(config: ModelConfig) -> dict[str, Any]:
 
 def refuse_options(config: ModelConfig) -> None:
     """Refuse a mixer that is not the published one, naming the first option that makes it another."""
-    if not config.mamba2_layers:
+    if not config.new_layers:
         return
-    for field in fields(MixerConfig):
-        value = getattr(config.mixer, field.name)
+    for field in fields(Mamba2Options):
+        value = getattr(config.options(MAMBA2), field.name)
         if field.name not in _START_ONLY and value != field.default:
             raise UserError(
                 f"'mixer.{field.name}' is {value!r}: the release layout holds the published mixer only "

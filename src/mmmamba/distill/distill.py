@@ -31,7 +31,7 @@ from mmmamba.distill.trainer import train
 from mmmamba.distill.training_data import TrainingData
 from mmmamba.errors import UserError
 from mmmamba.jsonfile import MAX_DATA_BYTES, read_json
-from mmmamba.model.config import ATTENTION, MAMBA2
+from mmmamba.model.mixers import ATTENTION, MAMBA2
 from mmmamba.model.model import Model
 from mmmamba.outputs import LEDGER
 from mmmamba.progress import table
@@ -116,8 +116,8 @@ def _distilled(plan: DistillRecipe, run_folder: Path, resume: bool, where: torch
     folder = resolve(plan.teacher)
     source_hash = fingerprint(folder)
     model = load(folder, dtype=plan.frozen_dtype(dtype), device=where)
-    if model.config.mamba2_layers:
-        layer = model.config.mamba2_layers[0]
+    if model.config.new_layers:
+        layer = model.config.new_layers[0]
         raise UserError(f"{folder}: layer {layer} is Mamba-2; a teacher has softmax attention in every layer")
     layer_map = plan.layer_map(model.config.num_layers)
     check_stages(plan, replace(model.config, layer_map=layer_map, mixer=plan.mixer))
@@ -289,7 +289,7 @@ def describe(stage: str, student: Model, trained: dict[str, torch.nn.Parameter])
     rows.append(["trained", "all", moved, f"{100 * moved / total:.2f} %"])
     rows.append(["frozen", "the teacher's and untouched", total - moved, f"{100 * (1 - moved / total):.2f} %"])
     table(
-        f"{stage}: {len(student.config.mamba2_layers)} Mamba-2 layers, "
+        f"{stage}: {len(student.config.new_layers)} Mamba-2 layers, "
         f"{len(student.config.attention_layers)} softmax layers",
         ("", "parameters", "count", "share"),
         rows,

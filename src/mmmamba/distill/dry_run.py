@@ -48,8 +48,9 @@ from mmmamba.distill.seeding import seed
 from mmmamba.distill.training_data import check_sources, identity_of, source_paths
 from mmmamba.distill.training_step import make_step
 from mmmamba.errors import UserError
-from mmmamba.model.config import MAMBA2, ModelConfig
+from mmmamba.model.config import ModelConfig
 from mmmamba.model.geometries import geometry as named_geometry
+from mmmamba.model.mixers import MAMBA2
 from mmmamba.model.model import Model
 from mmmamba.ops.triton import SIZES
 from mmmamba.outputs import check_folder
@@ -157,8 +158,8 @@ def teacher_config(teacher: str, geometry: str | None) -> ModelConfig:
         config = read_config(resolve(teacher))
     except UserError as error:
         raise UserError(f"{error} (--geometry hovle-2.6b reckons without the folder)") from error
-    if config.mamba2_layers:
-        layer = config.mamba2_layers[0]
+    if config.new_layers:
+        layer = config.new_layers[0]
         raise UserError(f"{teacher}: layer {layer} is Mamba-2; a teacher has softmax attention in every layer")
     return config
 

@@ -124,7 +124,7 @@ class AlignHeads(Objective):
     def __init__(self, teacher: Model, student: Model, stage: StageConfig) -> None:
         self.teacher, self.student, self.stage, self.device = teacher, student, stage, teacher.device
         self.trained = parameters_of(student, stage.train)
-        self.mixers = {i: student.mixer(i) for i in student.config.mamba2_layers}
+        self.mixers = {i: student.mixer(i) for i in student.config.new_layers}
         freeze_all_but(student, self.trained)
         if stage.compile:
             compile_layers(teacher)

@@ -10,7 +10,8 @@ from torch import nn
 
 from mmmamba.distill.recipe import ALIGNMENT, DistillRecipe
 from mmmamba.errors import UserError
-from mmmamba.model.config import MAMBA2, ModelConfig
+from mmmamba.model.config import ModelConfig
+from mmmamba.model.mixers import MAMBA2
 from mmmamba.model.model import Model
 
 EMBEDDINGS = ("vision", "text_embeddings", "special_embeddings")

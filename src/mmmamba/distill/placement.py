@@ -15,7 +15,7 @@ from mmmamba.distill.objectives import autocast, inputs, total
 from mmmamba.distill.recipe import StageConfig
 from mmmamba.distill.seeding import seed
 from mmmamba.errors import UserError
-from mmmamba.model.config import ATTENTION, MAMBA2, MixerConfig
+from mmmamba.model.mixers import ATTENTION, MAMBA2, Mamba2Options
 from mmmamba.model.model import Model
 
 
@@ -23,7 +23,7 @@ from mmmamba.model.model import Model
 def place(
     teacher: Model,
     aligned: Model,
-    mixer: MixerConfig,
+    mixer: Mamba2Options,
     count: int,
     rows: Sequence[Batch],
     stage: StageConfig,

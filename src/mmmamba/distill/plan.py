@@ -16,8 +16,10 @@ import torch
 
 from mmmamba.distill.parameters import kind_of, parameters_of
 from mmmamba.distill.recipe import KINDS, MIXER_PARAMETERS, StageConfig
-from mmmamba.model.config import MAMBA2, MixerConfig, ModelConfig, StackConfig
+from mmmamba.model.config import ModelConfig
+from mmmamba.model.mixers import MAMBA2, Mamba2Options
 from mmmamba.model.model import Model
+from mmmamba.model.stack import StackConfig
 from mmmamba.ops.kl import CHUNK as KL_CHUNK  # of the cross-entropy too
 from mmmamba.ops.layout import chunk_size
 
@@ -106,7 +108,7 @@ class Memory:
 # ---------------------------------------------------------------------------------------------- parameters
 
 
-def student_config(teacher: ModelConfig, layer_map: Sequence[str], mixer: MixerConfig) -> ModelConfig:
+def student_config(teacher: ModelConfig, layer_map: Sequence[str], mixer: Mamba2Options) -> ModelConfig:
     """The config of the teacher's student."""
     return replace(teacher, layer_map=tuple(layer_map), mixer=mixer)
 
@@ -135,7 +137,7 @@ def _held(
     once = sum(counts.trained.get(kind, 0) for kind in moved) if stage.optimizer == "muon" else 0
     with torch.device("meta"):
         weights = sum(parameter.numel() for parameter in Model(teacher).parameters())
-        aligned = Model(student_config(teacher, (MAMBA2,) * teacher.num_layers, student.mixer))
+        aligned = Model(student_config(teacher, (MAMBA2,) * teacher.num_layers, student.options(MAMBA2)))
         copied = parameters_of(Model(student), sorted({*stage.train, *owned} - {*MIXER_PARAMETERS}))
     mixers = sum(parameter.numel() for parameter in parameters_of(aligned, MIXER_PARAMETERS).values())
     return {
@@ -150,7 +152,9 @@ def _held(
 # ---------------------------------------------------------------------------------------------- activations
 
 
-def mixer_saved(d: int, stack: StackConfig, mixer: MixerConfig, stage: StageConfig, passes: Passes, tokens: int) -> int:
+def mixer_saved(
+    d: int, stack: StackConfig, mixer: Mamba2Options, stage: StageConfig, passes: Passes, tokens: int
+) -> int:
     """What a Mamba-2 mixer keeps of ``tokens`` tokens, one sequence, for its backward pass (up to W_o)."""
     w, (h, g, p) = passes.width, (stack.num_heads, stack.num_kv_heads, stack.head_dim)
     heads, channels = h * p, (h + 2 * g) * p
@@ -172,7 +176,7 @@ def mixer_saved(d: int, stack: StackConfig, mixer: MixerConfig, stage: StageConf
     return tokens * sum(values.values()) + (0 if passes.kernels else _chunked_saved(stack, mixer, tokens))
 
 
-def _chunked_saved(stack: StackConfig, mixer: MixerConfig, tokens: int) -> int:
+def _chunked_saved(stack: StackConfig, mixer: Mamba2Options, tokens: int) -> int:
     """What the recurrence keeps of a sequence in PyTorch's operators (``ops.ssd``, ``ops.delta``), by whole chunks."""
     h, g, p = stack.num_heads, stack.num_kv_heads, stack.head_dim
     q = chunk_size(tokens, p)
@@ -247,7 +251,7 @@ def student_saved(student: ModelConfig, stage: StageConfig, passes: Passes, toke
         stack = student.stack_of(layer)
         normed = gradient or "norms" in stage.train  # whether the mixer's input has one
         if kind == MAMBA2:
-            parts["mixers"] += mixer_saved(d, stack, student.mixer, stage, passes, tokens)
+            parts["mixers"] += mixer_saved(d, stack, student.options(MAMBA2), stage, passes, tokens)
         elif normed or layer in new:
             parts["softmax"] += attention_saved(stack, passes, tokens) + tokens * w * d * (layer in new)
         sizes = _matrices(d, stack)
@@ -275,7 +279,7 @@ def _recomputed(student: ModelConfig, stage: StageConfig, passes: Passes, tokens
         sizes = _matrices(d, stack)
         size = finish_saved(d, stack, stage, passes, tokens, kind) + _finish_casts(sizes, stage, passes, kind)
         if stage.recompute == "layer" and kind == MAMBA2:
-            size += mixer_saved(d, stack, student.mixer, stage, passes, tokens)
+            size += mixer_saved(d, stack, student.options(MAMBA2), stage, passes, tokens)
             size += passes.cast * _sum(sizes, MATRICES)
         elif stage.recompute == "layer":
             trained = "attention" in stage.train
@@ -336,11 +340,13 @@ def _moments(teacher: ModelConfig, student: ModelConfig, stage: StageConfig, pas
         trained = sum(count for kind, count in counts.trained.items() if kind in MATRICES)
         moments["a mixer's backward pass"] = {
             "activations of the teacher": tokens * (passes.frozen * d + w * heads),
-            "mixer, saved for backward": max(mixer_saved(d, s, student.mixer, stage, passes, tokens) for s in stacks),
+            "mixer, saved for backward": max(
+                mixer_saved(d, s, student.options(MAMBA2), stage, passes, tokens) for s in stacks
+            ),
             "error of the heads": tokens * WIDE * heads,
             "casts of weights": passes.cast * trained,
             "workspace": tokens * (2 * WIDE * heads + w * heads)
-            + max(_recurrence(s, student.mixer, passes, tokens) for s in stacks),
+            + max(_recurrence(s, student.options(MAMBA2), passes, tokens) for s in stacks),
         }
         return moments
     saved = {
@@ -353,12 +359,12 @@ def _moments(teacher: ModelConfig, student: ModelConfig, stage: StageConfig, pas
     moments["backward pass"] = {
         **shared,
         "computed anew, of a layer": _recomputed(student, stage, passes, tokens),
-        "workspace": max(mlp, *(_recurrence(s, student.mixer, passes, tokens) for s in stacks)),
+        "workspace": max(mlp, *(_recurrence(s, student.options(MAMBA2), passes, tokens) for s in stacks)),
     }
     return moments
 
 
-def _recurrence(stack: StackConfig, mixer: MixerConfig, passes: Passes, tokens: int) -> int:
+def _recurrence(stack: StackConfig, mixer: Mamba2Options, passes: Passes, tokens: int) -> int:
     """Workspace of the recurrence's backward pass: gradients of its inputs, and of states at chunk borders."""
     h, g, p = stack.num_heads, stack.num_kv_heads, stack.head_dim
     inputs = tokens * passes.width * (2 * h + 2 * g) * p

@@ -18,7 +18,7 @@ from mmmamba.data.tiling import MAX_TILES
 from mmmamba.device import MOST_WORKERS
 from mmmamba.errors import UserError
 from mmmamba.file_names import check_name
-from mmmamba.model.config import ATTENTION, MAMBA2, MixerConfig
+from mmmamba.model.mixers import ATTENTION, MAMBA2, Mamba2Options
 
 T = TypeVar("T")
 
@@ -234,7 +234,7 @@ class DistillRecipe:
     name: str
     teacher: str
     layers: str | tuple[int, ...] = "linear"
-    mixer: MixerConfig = field(default_factory=MixerConfig)
+    mixer: Mamba2Options = field(default_factory=Mamba2Options)
     init: Literal["mimic", "inherit", "scratch"] = "mimic"
     seed: int = 0
     frozen: Literal["float32", "passes"] = "float32"

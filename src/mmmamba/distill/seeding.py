@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from mmmamba.checkpoints.io import cast
-from mmmamba.model.attention import Attention
-from mmmamba.model.config import ATTENTION, MAMBA2, MixerConfig, ModelConfig
+from mmmamba.model.config import ModelConfig
 from mmmamba.model.layer import Layer
-from mmmamba.model.mamba2 import Mamba2
+from mmmamba.model.mixers import ATTENTION, MAMBA2, Mamba2Options
+from mmmamba.model.mixers.attention import Attention
+from mmmamba.model.mixers.mamba2 import Mamba2
 from mmmamba.model.model import Model
 
 Init = Literal["mimic", "inherit", "scratch"]
@@ -23,7 +24,7 @@ A_RANGE = (1.0, 16.0)  # of Mamba-2's usual start
 def seed(
     teacher: Model,
     layer_map: Sequence[str] | None = None,
-    mixer: MixerConfig | None = None,
+    mixer: Mamba2Options | None = None,
     *,
     seed: int = 0,
     init: Init = "mimic",
@@ -56,7 +57,7 @@ def seed(
             teacher has no attention to inherit from.
     """
     layer_map = tuple(layer_map) if layer_map is not None else (MAMBA2,) * teacher.config.num_layers
-    mixer = mixer or MixerConfig()
+    mixer = mixer or Mamba2Options()
     config = replace(teacher.config, layer_map=layer_map, mixer=mixer)
     with torch.device("meta"):
         student = Model(config)
@@ -91,7 +92,7 @@ def _new_mixer(
     dtype: torch.dtype | None,
 ) -> Mamba2:
     """A mixer with copies of the attention's q, k, v and its very W_o, unless it starts from scratch."""
-    new = Mamba2(config.hidden_size, config.stack_of(index), config.mixer)
+    new = Mamba2(config.hidden_size, config.stack_of(index), config.options(MAMBA2))
     new.reset_new_parameters(generator)
     if init != "mimic":
         _as_mamba2(new, generator)
@@ -124,6 +125,6 @@ def _as_mamba2(mixer: Mamba2, generator: torch.Generator) -> None:
             for parameter in layer.parameters():
                 draw(parameter, -(layer.in_features**-0.5), layer.in_features**-0.5)
     for parameter in mixer.conv.parameters():
-        draw(parameter, -(mixer.config.conv_kernel**-0.5), mixer.config.conv_kernel**-0.5)
+        draw(parameter, -(mixer.options.conv_kernel**-0.5), mixer.options.conv_kernel**-0.5)
     draw(mixer.A_log, *A_RANGE)
     mixer.A_log.log_()

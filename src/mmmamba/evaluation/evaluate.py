@@ -211,7 +211,7 @@ def compare(
         if label in int8:
             runs.append((controls[label, "int8"], its_teacher, False, (True, own[1])))
         if label in half_states:
-            if not net.config.mamba2_layers:
+            if not net.config.new_layers:
                 raise UserError(f"cannot ask '{label}' with bfloat16 states: it has no Mamba-2 layer")
             runs.append((controls[label, "bfloat16 states"], its_teacher, False, (own[0], True)))
         if label in blinded:

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from mmmamba.errors import UserError
-from mmmamba.model.attention import Attention
+from mmmamba.model.mixers.attention import Attention
+from mmmamba.model.mixers.kv_cache import KVState
 from mmmamba.model.model import Model
 from mmmamba.model.rope import Rotation
-from mmmamba.model.state import KVState, State
+from mmmamba.model.state import State
 
 
 class AttentionWeights:

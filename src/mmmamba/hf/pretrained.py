@@ -52,7 +52,7 @@ class MMMambaPreTrainedModel(PreTrainedModel):
         if isinstance(network.vision, VisionEmbedding):
             for parameter in network.vision.unused():
                 parameter.requires_grad_(False)  # it never gets a gradient, for which distributed training would wait
-        if not network.config.mamba2_layers:
+        if not network.config.new_layers:
             self._keep_in_fp32_modules_strict = []
         self._take(network)
 

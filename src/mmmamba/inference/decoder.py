@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from mmmamba.device import uncollected
 from mmmamba.errors import UserError
 from mmmamba.inference.slots import KVSlots, MambaSlots, empty_slots
-from mmmamba.model.attention import Attention
-from mmmamba.model.config import StackConfig
 from mmmamba.model.joined import joined, maps_of
 from mmmamba.model.layer import Layer, RMSNorm, SwiGLU
-from mmmamba.model.mamba2 import Conv, GatedNorm, Mamba2
+from mmmamba.model.mixers.attention import Attention
+from mmmamba.model.mixers.mamba2 import Conv, GatedNorm, Mamba2
 from mmmamba.model.model import Model
 from mmmamba.model.plain import device_of, plain, weight_of
 from mmmamba.model.rope import inverse_frequencies
+from mmmamba.model.stack import StackConfig
 from mmmamba.model.state import State
 from mmmamba.ops import attend_step, begin_step, linear_step, linear_steps, mixer_step, quantize_rows
 from mmmamba.ops.triton import why_not
@@ -102,7 +102,7 @@ class Decoder:
     def _empty(self, index: int) -> MambaSlots | KVSlots:
         """A layer's part of the pool, where the layer is and in the dtype of its projections."""
         model, layer = self.model, self.model.layers[index]
-        weight = weight_of(model.mixer(index).q_proj)
+        weight = weight_of(model.mixer(index).step_maps()[0])
         dtype = model.dtype if weight is None or not weight.is_floating_point() else weight.dtype
         wide = self.state_dtype or torch.promote_types(dtype, torch.float32)
         device = device_of(layer) or model.device
@@ -335,7 +335,7 @@ class _Mamba2Layer(_Layer):
     def __init__(self, layer: Layer, decoder: Decoder, stack: StackConfig, kept: MambaSlots | KVSlots) -> None:
         super().__init__(layer, decoder, stack, kept)
         assert isinstance(layer.mixer, Mamba2) and isinstance(kept, MambaSlots)
-        self.mixer, self.kept, config = layer.mixer, kept, layer.mixer.config
+        self.mixer, self.kept, config = layer.mixer, kept, layer.mixer.options
         h, g, p = stack.num_heads, stack.num_kv_heads, stack.head_dim
         self.sizes = [(h + 2 * g) * p, h * p, h, *([h] if config.rule == "gated_delta" else [])]
         wide, device = torch.promote_types(kept.conv.dtype, torch.float32), kept.conv.device
@@ -344,7 +344,7 @@ class _Mamba2Layer(_Layer):
         self.frequencies = inverse_frequencies(stack, self.max_length, device, wide) if config.rope else None
 
     def heads(self, projected: Tensor, slots: Tensor, at: Tensor, longest: int | None) -> dict[str, Any]:
-        mixer, eps = self.mixer, self.mixer.config.norm_eps
+        mixer, eps = self.mixer, self.mixer.options.norm_eps
         vkq, gate, dt, *beta = projected.split(self.sizes, dim=-1)
         # A single row's heads are worked on in parts, side by side: the norm waits for the map that reads them all.
         squares = self.squares if len(vkq) == 1 else None
@@ -361,8 +361,8 @@ class _Mamba2Layer(_Layer):
             ssm_state=self.kept.ssm,
             slots=slots,
             eps=eps,
-            activation=mixer.config.conv_activation,
-            qk_norm=mixer.config.qk_norm,
+            activation=mixer.options.conv_activation,
+            qk_norm=mixer.options.qk_norm,
             positions=None if self.frequencies is None else at,
             frequencies=self.frequencies,
             seed=self.seed,

@@ -33,10 +33,12 @@ from mmmamba.inference.conversation import Chat, Past
 from mmmamba.inference.model_fingerprint import fingerprint
 from mmmamba.inference.sampling import Sampling
 from mmmamba.jsonfile import parse_json
-from mmmamba.model.config import ATTENTION, MAX_POSITIONS
-from mmmamba.model.mamba2 import Mamba2
+from mmmamba.model.mixers import ATTENTION
+from mmmamba.model.mixers.kv_cache import KVState
+from mmmamba.model.mixers.mamba2 import Mamba2, MambaState
 from mmmamba.model.model import Model
-from mmmamba.model.state import KVState, LayerState, MambaState, State
+from mmmamba.model.stack import MAX_POSITIONS
+from mmmamba.model.state import State
 
 VERSION = 1
 HEADER = "mmmamba_session"  # the one key of a file's metadata
@@ -197,16 +199,14 @@ def _name(dtype: torch.dtype) -> str:
 
 def _tensors(state: State) -> dict[str, Tensor]:
     found = {
-        f"layers.{i}.{field.name}": getattr(layer, field.name)
-        for i, layer in enumerate(state.layers)
-        for field in dataclasses.fields(layer)
+        f"layers.{i}.{name}": tensor for i, layer in enumerate(state.layers) for name, tensor in layer.tensors().items()
     }
     found["positions"] = state.positions
     return found if state.embedded is None else {**found, "embedded": state.embedded}
 
 
 def _state(path: Path, tensors: Mapping[str, Tensor], model: Model, header: Header) -> State:
-    kinds: Sequence[type[LayerState]] = [KVState if k == ATTENTION else MambaState for k in model.config.layer_map]
+    kinds: Sequence[Any] = [KVState if k == ATTENTION else MambaState for k in model.config.layer_map]
     names = [[f"layers.{i}.{field.name}" for field in dataclasses.fields(kind)] for i, kind in enumerate(kinds)]
     expected = {"positions", *(["embedded"] if model.merges_late else []), *(name for layer in names for name in layer)}
     if wrong := sorted(expected ^ set(tensors)):
@@ -242,7 +242,7 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor], model: Model) -> N
             assert isinstance(mixer, Mamba2)
             channels = (mixer.heads_count + 2 * mixer.groups) * mixer.head_dim
             shapes = {
-                "conv": (1, mixer.config.conv_kernel - 1, channels),
+                "conv": (1, mixer.options.conv_kernel - 1, channels),
                 "ssm": (1, mixer.heads_count, mixer.head_dim, mixer.head_dim),
             }
         for name, shape in shapes.items():

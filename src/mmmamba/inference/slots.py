@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmmamba.model.config import MAMBA2, ModelConfig
-from mmmamba.model.state import KVState, LayerState, MambaState
+from mmmamba.model.config import ModelConfig
+from mmmamba.model.mixers import MAMBA2, LayerState
+from mmmamba.model.mixers.kv_cache import KVState
+from mmmamba.model.mixers.mamba2 import MambaState
 
 
 class MambaSlots:
@@ -74,7 +76,7 @@ def empty_slots(
     stack = config.stack_of(layer)
     h, g, p = stack.num_heads, stack.num_kv_heads, stack.head_dim
     if config.layer_map[layer] == MAMBA2:
-        conv = torch.zeros(slots, config.mixer.conv_kernel - 1, (h + 2 * g) * p, dtype=dtype, device=device)
+        conv = torch.zeros(slots, config.options(MAMBA2).conv_kernel - 1, (h + 2 * g) * p, dtype=dtype, device=device)
         return MambaSlots(conv, torch.zeros(slots, h, p, p, dtype=state_dtype, device=device))
     k, v = (torch.zeros(slots, 0, g, p, dtype=dtype, device=device) for _ in range(2))
     return KVSlots(k, v)

@@ -15,7 +15,6 @@ from mmmamba.data.packed_batch import pack
 from mmmamba.data.processor import Encoded
 from mmmamba.data.tiling import normalise
 from mmmamba.errors import UserError
-from mmmamba.model.cache import growing, settled
 from mmmamba.model.model import Model, Output
 from mmmamba.model.state import State
 from mmmamba.model.vision import check_slots
@@ -215,11 +214,11 @@ def passes(
     are to follow it.
 
     The next pass may write into the caches of the last one's state, which therefore has to be settled
-    (:func:`mmmamba.model.cache.settled`) when all is read.
+    (:func:`mmmamba.model.state.State.settled`) when all is read.
     """
     left, fixed = extent(model, encoded), fixed_for(model, [encoded], extra)
     for piece in chunks(model, encoded, size):
-        grown = None if state is None else growing(state, left)
+        grown = None if state is None else state.growing(left)
         out = model(**piece, state=grown, logits=logits, return_state=True, **fixed)
         state, left = out.state, left - out.hidden.shape[1]
         yield out
@@ -239,7 +238,7 @@ def prefill(
         read = passes(model, encodeds[0], chunk, logits="last", extra=max_new_tokens, state=state)
         (last,) = deque(read, maxlen=1)
         assert last.logits is not None and last.state is not None
-        return last.logits, settled(last.state)
+        return last.logits, last.state.settled()
     batch = pack(list(encodeds))
     out = model(
         batch.input_ids.to(model.device),

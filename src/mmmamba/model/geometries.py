@@ -6,7 +6,8 @@ import difflib
 from dataclasses import replace
 
 from mmmamba.errors import UserError
-from mmmamba.model.config import ModelConfig, StackConfig, VisionConfig
+from mmmamba.model.config import ModelConfig, VisionConfig
+from mmmamba.model.stack import StackConfig
 
 _HOVLE_STACK = StackConfig(num_layers=8, intermediate_size=8192, num_heads=16, num_kv_heads=8, head_dim=128)
 _NANO_STACK = StackConfig(

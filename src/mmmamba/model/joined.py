@@ -16,9 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from mmmamba.model.attention import Attention
 from mmmamba.model.layer import Layer, SwiGLU
-from mmmamba.model.mamba2 import Mamba2
 from mmmamba.model.plain import plain
 
 _WHOLE: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()  # by the first of the maps
@@ -26,12 +24,8 @@ _WHOLE: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()  # by the fir
 
 def maps_of(layer: Layer) -> Iterator[list[nn.Linear]]:
     """The maps of a layer that read one input: into its mixer, in the order of a step's outputs, and into its MLP."""
-    mixer = layer.mixer
-    if isinstance(mixer, Mamba2):
-        maps = [mixer.v_proj, mixer.k_proj, mixer.q_proj, mixer.gate_proj, mixer.dt_proj]
-        yield [*maps, mixer.beta_proj] if mixer.config.rule == "gated_delta" else maps
-    elif isinstance(mixer, Attention):
-        yield [mixer.q_proj, mixer.k_proj, mixer.v_proj]
+    if maps := layer.mixer.step_maps():
+        yield maps
     if isinstance(layer.mlp, SwiGLU):
         yield [layer.mlp.gate, layer.mlp.up]
 

@@ -10,12 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmmamba.model.attention import Attention
-from mmmamba.model.config import ATTENTION, ModelConfig
-from mmmamba.model.mamba2 import Mamba2
+from mmmamba.model.config import ModelConfig
+from mmmamba.model.mixers import LayerState, Mixer
 from mmmamba.model.plain import plain
 from mmmamba.model.rope import Rotation
-from mmmamba.model.state import LayerState
 from mmmamba.ops import compute_dtype, linear_add, rms_norm, swiglu
 
 Observer = Callable[[int, Tensor, Tensor, Rotation], None]
@@ -59,11 +57,7 @@ class Layer(nn.Module):
         stack = config.stack_of(index)
         self.index = index
         self.input_norm = RMSNorm(config.hidden_size, stack.rms_norm_eps)
-        self.mixer: Attention | Mamba2 = (
-            Attention(config.hidden_size, stack)
-            if config.layer_map[index] == ATTENTION
-            else Mamba2(config.hidden_size, stack, config.mixer)
-        )
+        self.mixer = config.build_mixer(index)
         self.mlp_norm = RMSNorm(config.hidden_size, stack.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, stack.intermediate_size)
         self.finish = finish_layer
@@ -80,14 +74,13 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, LayerState | None]:
         """x (b, l, d) → (b, l, d) and the layer's new state."""
         u = self.input_norm(x)
-        mixer: Any = self.mixer  # whose state is of its own kind
         seen = None if observe is None else partial(_observed, observe, self.index, u, rotation)
-        options = {"rotation": rotation, "cu_seqlens": cu_seqlens, "keep_state": keep_state}
-        if not plain(Mamba2, mixer) and not plain(Attention, mixer):
-            mixed, new = mixer(u, state, observe=seen, **options)
+        options: dict[str, Any] = {"rotation": rotation, "cu_seqlens": cu_seqlens, "keep_state": keep_state}
+        if not plain(Mixer, self.mixer):
+            mixed, new = self.mixer(u, state, observe=seen, **options)
             x = x + mixed
             return x + self.mlp(self.mlp_norm(x)), new
-        heads, new = mixer.heads(u, state, **options)
+        heads, new = self.mixer.heads(u, state, **options)
         if seen is not None:
             seen(heads)
         return self.rest(x, heads), new

@@ -11,14 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmmamba.errors import UserError
-from mmmamba.model.attention import Attention, project
 from mmmamba.model.config import ModelConfig
 from mmmamba.model.joined import join, joined, maps_of
 from mmmamba.model.layer import Layer, Observer, RMSNorm, finish_layer
-from mmmamba.model.mamba2 import Mamba2
+from mmmamba.model.mixers import LayerState, Mixer
 from mmmamba.model.plain import device_of, weight_of
 from mmmamba.model.rope import Rotation, rotation
-from mmmamba.model.state import LayerState, State
+from mmmamba.model.state import State
 from mmmamba.model.vision import PatchEmbedding, PatchRow, VisionEmbedding, check_slots
 from mmmamba.ops import compute_dtype, layout_of
 from mmmamba.ops.layout import DeviceLayout
@@ -40,7 +39,7 @@ class Output:
 
 
 class Model(nn.Module):
-    """Decoder-only multimodal network; ``config.layer_map`` says which layers are attention and which Mamba-2."""
+    """Decoder-only multimodal network; ``config.layer_map`` says of which kind each layer is."""
 
     layer_class: type[Layer] = Layer
 
@@ -62,10 +61,10 @@ class Model(nn.Module):
         self.int8_steps = False  # whether decoding steps read the matrices rounded to int8, half the bytes
         self.half_states = False  # whether they keep the SSM states in bfloat16, half the bytes
 
-    def mixer(self, layer: int) -> Attention | Mamba2:
+    def mixer(self, layer: int) -> Mixer[Any]:
         """The mixer of global layer ``layer``."""
         found: Any = self.layers[layer]
-        mixer: Attention | Mamba2 = found.mixer
+        mixer: Mixer[Any] = found.mixer
         return mixer
 
     @property
@@ -331,12 +330,11 @@ def compile_layers(model: Model) -> Model:
 
     Values change by rounding only. Row lengths stay dynamic.
     """
-    finish, qkv = torch.compile(finish_layer, dynamic=True), torch.compile(project, dynamic=True)
+    finish = torch.compile(finish_layer, dynamic=True)
     for layer in model.layers:
         assert isinstance(layer, Layer)
         layer.finish = finish
-        if isinstance(layer.mixer, Attention):
-            layer.mixer.project = qkv
+        layer.mixer.compile_parts()
     return model
 
 
@@ -367,6 +365,6 @@ def initialise(model: Model, seed: int = 0) -> Model:
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
         elif isinstance(module, VisionEmbedding):
             module.position_embedding.copy_(torch.randn(module.position_embedding.shape, generator=generator))
-        elif isinstance(module, Mamba2):
+        elif isinstance(module, Mixer):
             module.reset_new_parameters(generator)
     return model

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmmamba.model.config import RopeScaling, StackConfig
+from mmmamba.model.stack import RopeScaling, StackConfig
 from mmmamba.ops import rotate
 
 

@@ -1,4 +1,4 @@
-"""What a sequence leaves behind: per layer a key/value cache or a conv + SSM state, as one value.
+"""What sequences leave behind: the state of each layer, of whatever kind, as one value.
 
 States are never changed in place: a pass takes one and returns another, so a state can be kept, branched and stored.
 """
@@ -6,46 +6,13 @@ States are never changed in place: a pass takes one and returns another, so a st
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from mmmamba.device import to_host
-
-
-@dataclass(frozen=True)
-class KVState:
-    """A softmax layer's cache for s sequences: rotated keys and values (s, L, g, p), which slots are filled (s, L)."""
-
-    k: Tensor
-    v: Tensor
-    filled: Tensor
-
-    def to(self, device: torch.device | str | int | None) -> KVState:
-        return _map(self, lambda t: t.to(device))
-
-
-@dataclass(frozen=True)
-class MambaState:
-    """A Mamba-2 layer's state: the last inputs of the convolution (s, k-1, c) and the SSM state (s, h, p, n)."""
-
-    conv: Tensor
-    ssm: Tensor
-
-    def to(self, device: torch.device | str | int | None) -> MambaState:
-        return _map(self, lambda t: t.to(device))
-
-
-LayerState = KVState | MambaState
-Kept = TypeVar("Kept", bound=LayerState)
-
-
-def _map(layer: Kept, change: Callable[[Tensor], Tensor]) -> Kept:
-    values = {f.name: getattr(layer, f.name) for f in fields(layer)}
-    changed: dict[str, Any] = {k: change(v) if isinstance(v, Tensor) else v for k, v in values.items()}
-    return replace(layer, **changed)
+from mmmamba.model.mixers.contract import LayerState
 
 
 @dataclass(frozen=True)
@@ -98,15 +65,30 @@ class State:
             return self._map(lambda _: next(found))
         return self._map(lambda t: t.to(device))
 
+    def growing(self, more: int) -> State:
+        """The state with room for ``more`` tokens in every cache, which passes fill in place; see :meth:`settled`.
+
+        For passes without gradients. A state whose sequences have gaps (padded rows) stays as it is; to know that, the
+        host waits for the device once.
+        """
+        gapless = [flag for layer in self.layers if (flag := layer.gapless()) is not None]
+        if more < 1 or not gapless or not bool(torch.stack(gapless).all()):
+            return self
+        return replace(self, layers=tuple(layer.growing(more) for layer in self.layers))
+
+    def settled(self) -> State:
+        """The state as a value again, which no pass changes."""
+        return replace(self, layers=tuple(layer.settled() for layer in self.layers))
+
     def _tensors(self) -> list[Tensor]:
         """All tensors, in the order in which :meth:`_map` goes through them."""
-        found = [getattr(layer, f.name) for layer in self.layers for f in fields(layer)]
+        found = [tensor for layer in self.layers for tensor in layer.tensors().values()]
         return [*found, self.positions] if self.embedded is None else [*found, self.positions, self.embedded]
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> State:
         return replace(
             self,
-            layers=tuple(_map(layer, change) for layer in self.layers),
+            layers=tuple(layer.map(change) for layer in self.layers),
             positions=change(self.positions),
             embedded=None if self.embedded is None else change(self.embedded),
         )

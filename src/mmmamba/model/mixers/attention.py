@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, Final, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
-from mmmamba.model.cache import GrowingKV
-from mmmamba.model.config import StackConfig
+from mmmamba.model.mixers.contract import Mixer, Options, register
+from mmmamba.model.mixers.kv_cache import GrowingKV, KVState
+from mmmamba.model.mixers.softmax import LONG, attend, merge
 from mmmamba.model.plain import plain
 from mmmamba.model.rope import Rotation
-from mmmamba.model.softmax import LONG, attend, merge
-from mmmamba.model.state import KVState
+from mmmamba.model.stack import StackConfig
 from mmmamba.ops import Layout, compute_dtype, layout_of, rotate
 
 # A packed row is attended as a right-padded rectangle while that wastes at most this factor, else one by one.
@@ -24,13 +26,25 @@ MAX_PADDING = 2.0
 # Query heads share keys. torch 2.11 takes that as it is, later versions want to be told.
 GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
+ATTENTION: Final = "attention"
 
-class Attention(nn.Module):
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionOptions(Options):
+    """The options of a softmax layer: it has none."""
+
+    kind: Literal["attention"] = ATTENTION
+
+
+@register
+class Attention(Mixer[KVState | GrowingKV]):
     """Multi-head causal attention, RoPE on queries and keys, g key/value heads shared by h query heads."""
 
-    def __init__(self, hidden_size: int, stack: StackConfig) -> None:
-        super().__init__()
-        self.heads_count, self.groups, self.head_dim = stack.num_heads, stack.num_kv_heads, stack.head_dim
+    name, options_class = ATTENTION, AttentionOptions
+    seeded, grows = False, True
+
+    def __init__(self, hidden_size: int, stack: StackConfig, options: AttentionOptions) -> None:
+        super().__init__(hidden_size, stack, options)
         self.q_proj = nn.Linear(hidden_size, self.heads_count * self.head_dim, bias=stack.qkv_bias)
         self.k_proj = nn.Linear(hidden_size, self.groups * self.head_dim, bias=stack.qkv_bias)
         self.v_proj = nn.Linear(hidden_size, self.groups * self.head_dim, bias=stack.qkv_bias)
@@ -67,24 +81,15 @@ class Attention(nn.Module):
         q, k, v = (one(x).unflatten(-1, (-1, self.head_dim)) for one in projections)
         return rotation(q), rotation(k), v
 
-    def forward(
-        self,
-        x: Tensor,
-        state: KVState | GrowingKV | None = None,
-        *,
-        rotation: Rotation,
-        cu_seqlens: Tensor | None = None,
-        keep_state: bool = False,
-        observe: Callable[[Tensor], None] | None = None,
-    ) -> tuple[Tensor, KVState | GrowingKV | None]:
-        """x (b, l, d) → (b, l, d) and the new cache; packed rows with ``cu_seqlens`` (s+1,) have b = 1.
+    def compile_parts(self) -> None:
+        self.project = _compiled_project()
 
-        ``observe`` is called with the heads.
-        """
-        y, new = self.heads(x, state, rotation=rotation, cu_seqlens=cu_seqlens, keep_state=keep_state)
-        if observe is not None:
-            observe(y)
-        return self.o_proj(y.flatten(-2)), new
+    def empty_state(self, rows: int, *, dtype: torch.dtype, wide: torch.dtype, device: torch.device | str) -> KVState:
+        k, v = (torch.zeros(rows, 0, self.groups, self.head_dim, dtype=dtype, device=device) for _ in range(2))
+        return KVState(k, v, torch.ones(rows, 0, dtype=torch.bool, device=device))
+
+    def step_maps(self) -> list[nn.Linear]:
+        return [self.q_proj, self.k_proj, self.v_proj]
 
 
 def project(
@@ -100,6 +105,11 @@ def project(
         for weight, bias in ((q, q_bias), (k, k_bias), (v, v_bias))
     )
     return rotate(queries, cos, sin), rotate(keys, cos, sin), values
+
+
+@functools.cache
+def _compiled_project() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    return torch.compile(project, dynamic=True)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:

@@ -1,23 +1,41 @@
-"""The caches of softmax layers while a long prompt is read: room is made once, and every pass writes behind the last.
+"""The cache of a softmax layer: a value, and while a long prompt is read, tensors with room that grow in place.
 
 States are values, so a pass that goes on from one copies its caches. A prompt that is read in many pieces would copy
 them with each. Whoever holds the only reference to a state may let its caches grow in place instead, and settle them
-when all is read.
+when all is read: :meth:`mmmamba.model.state.State.growing`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mmmamba.model.state import KVState, State
+from mmmamba.model.mixers.contract import LayerState
+
+
+@dataclass(frozen=True)
+class KVState(LayerState):
+    """The cache of s sequences: rotated keys and values (s, L, g, p), and which slots are filled (s, L)."""
+
+    k: Tensor
+    v: Tensor
+    filled: Tensor
+
+    def gapless(self) -> Tensor:
+        return self.filled.all()
+
+    def growing(self, more: int) -> GrowingKV:
+        rows, length, *heads = self.k.shape
+        k, v = (kept.new_empty(rows, length + more, *heads) for kept in (self.k, self.v))
+        found = GrowingKV(k, v, 0)
+        found.append(self.k, self.v)
+        return found
 
 
 @dataclass
-class GrowingKV:
+class GrowingKV(LayerState):
     """The cache of s sequences without gaps, in tensors (s, room, g, p); the first ``length`` tokens are filled.
 
     A pass that goes on from it changes it, and gives the same object as its new state.
@@ -46,34 +64,6 @@ class GrowingKV:
         part = slice(start, self.length if end is None else end)
         return self.k[:, part], self.v[:, part]
 
-
-def growing(state: State, more: int) -> State:
-    """The state with room for ``more`` tokens in every cache, which passes fill in place; see :func:`settled`.
-
-    For passes without gradients. A state whose sequences have gaps (padded rows) stays as it is; to know that, the host
-    waits for the device once.
-    """
-    caches = [layer for layer in state.layers if isinstance(layer, KVState)]
-    if more < 1 or not caches or not bool(torch.stack([cache.filled.all() for cache in caches]).all()):
-        return state
-    layers: Any = tuple(_with_room(layer, more) if isinstance(layer, KVState) else layer for layer in state.layers)
-    return replace(state, layers=layers)
-
-
-def settled(state: State) -> State:
-    """The state as a value again, which no pass changes."""
-    layers: Any = tuple(_value(layer) if isinstance(layer, GrowingKV) else layer for layer in state.layers)
-    return replace(state, layers=layers)
-
-
-def _with_room(cache: KVState, more: int) -> GrowingKV:
-    rows, length, *heads = cache.k.shape
-    k, v = (kept.new_empty(rows, length + more, *heads) for kept in (cache.k, cache.v))
-    found = GrowingKV(k, v, 0)
-    found.append(cache.k, cache.v)
-    return found
-
-
-def _value(cache: GrowingKV) -> KVState:
-    k, v = cache.read()
-    return KVState(k, v, torch.ones(k.shape[:2], dtype=torch.bool, device=k.device))
+    def settled(self) -> KVState:
+        k, v = self.read()
+        return KVState(k, v, torch.ones(k.shape[:2], dtype=torch.bool, device=k.device))

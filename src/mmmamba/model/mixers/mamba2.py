@@ -3,63 +3,124 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmmamba.model.config import MixerConfig, StackConfig
+from mmmamba.model.mixers.contract import LayerState, Mixer, Options, register
 from mmmamba.model.plain import plain, weight_of
 from mmmamba.model.rope import Rotation
-from mmmamba.model.state import MambaState
+from mmmamba.model.stack import StackConfig
 from mmmamba.ops import causal_conv, gated_delta, gated_norm, joined_linear, linear_wide, ssd, unit_norm
 
+MAMBA2 = "mamba2"
 GATE_GAIN = 2**-2.5  # the published gain of the gate's Xavier-uniform start
 OPEN_GATE = 1.2784645  # SiLU(1.2784645) = 1
 
 
-class Mamba2(nn.Module):
+@dataclass(frozen=True, kw_only=True)
+class Mamba2Options(Options):
+    """The options of a Mamba-2 layer. The published mixer is this class with every default.
+
+    Attributes:
+        rule: how the state takes a token in. ``ssd`` as published: v k^T is added, as much of it as dt says.
+            ``gated_delta``: what the state holds under the key gives way first, as much as a learned beta says (the
+            gated delta rule, arXiv 2412.06464); it needs keys of unit length: ``qk_norm``.
+        conv_kernel: width of the depthwise causal convolution over v | k | q.
+        conv_activation: what follows the convolution: ``silu`` as published, or ``none``, which keeps the inherited
+            attention features exactly.
+        rope: rotate B (k) and C (q) after conv and activation, as the teacher's layer rotates k and q.
+        qk_norm: normalise B and C of each head to unit length before the rotation.
+        qkv_bias: keep the teacher's q/k/v biases (the published mixer drops them).
+        gate_bias: give the gate a bias that opens it at the start (the published gate starts near zero).
+        decay: how A and dt start. ``published``: A = -e and dt log-uniform in [dt_min, dt_max], drawn per head.
+            ``spread``: A = -1 and dt log-spaced over the heads, so that their memories last from 1/dt_max to 1/dt_min
+            tokens.
+        dt_min, dt_max: range of the initial step size dt.
+        norm_eps: epsilon of the per-head RMSNorm.
+    """
+
+    rule: Literal["ssd", "gated_delta"] = "ssd"
+    conv_kernel: int = 2
+    conv_activation: Literal["silu", "none"] = "silu"
+    rope: bool = False
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    gate_bias: bool = False
+    decay: Literal["published", "spread"] = "published"
+    dt_min: float = 1e-3
+    dt_max: float = 0.1
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.rule not in ("ssd", "gated_delta"):
+            raise ValueError(f"rule must be 'ssd' or 'gated_delta', got {self.rule!r}")
+        if self.rule == "gated_delta" and not self.qk_norm:
+            raise ValueError("rule 'gated_delta' needs keys of unit length: set qk_norm to true")
+        if not 2 <= self.conv_kernel <= 4:
+            raise ValueError(f"conv_kernel must be 2, 3 or 4, got {self.conv_kernel}")
+        if not 0 < self.dt_min <= self.dt_max < math.inf:
+            raise ValueError(f"dt_min ({self.dt_min}) and dt_max ({self.dt_max}) must satisfy 0 < dt_min <= dt_max")
+        if not 0 < self.norm_eps < math.inf:
+            raise ValueError(f"norm_eps must be positive, got {self.norm_eps}")
+
+
+@dataclass(frozen=True)
+class MambaState(LayerState):
+    """The last inputs of the convolution (s, k-1, c) and the state of the recurrence (s, h, p, n)."""
+
+    conv: Tensor
+    ssm: Tensor
+
+
+@register
+class Mamba2(Mixer[MambaState]):
     """q, k, v as in attention; depthwise conv + activation on v | k | q; a recurrence over v, k and q with an
     input-dependent step size, SSD (x = v, B = k, C = q) or the gated delta rule; per-head RMSNorm times a SiLU gate;
     W_o.
 
     Follows the published modelling code (q/k/v projections, conv kernel 2, no D skip, norm before gate); see
-    :class:`MixerConfig` for what our recipes may switch on.
+    :class:`Mamba2Options` for what our recipes may switch on.
     """
 
-    def __init__(self, hidden_size: int, stack: StackConfig, config: MixerConfig) -> None:
-        super().__init__()
+    name, options_class = MAMBA2, Mamba2Options
+    float32 = ("A_log", "dt_bias")  # they set decays close to 1, which bfloat16 can't tell apart
+
+    options: Mamba2Options
+
+    def __init__(self, hidden_size: int, stack: StackConfig, options: Mamba2Options) -> None:
+        super().__init__(hidden_size, stack, options)
         h, g, p = stack.num_heads, stack.num_kv_heads, stack.head_dim
-        self.heads_count, self.groups, self.head_dim, self.config = h, g, p, config
-        bias = config.qkv_bias and stack.qkv_bias
+        bias = options.qkv_bias and stack.qkv_bias
         self.q_proj = nn.Linear(hidden_size, h * p, bias=bias)
         self.k_proj = nn.Linear(hidden_size, g * p, bias=bias)
         self.v_proj = nn.Linear(hidden_size, g * p, bias=bias)
-        self.conv = Conv((h + 2 * g) * p, config.conv_kernel, config.conv_activation)
+        self.conv = Conv((h + 2 * g) * p, options.conv_kernel, options.conv_activation)
         self.dt_proj = nn.Linear(hidden_size, h, bias=False)
         self.dt_bias = nn.Parameter(torch.empty(h))
         self.A_log = nn.Parameter(torch.empty(h))
-        if config.rule == "gated_delta":
+        if options.rule == "gated_delta":
             self.beta_proj = nn.Linear(hidden_size, h, bias=False)
-        self.norm = GatedNorm(p, config.norm_eps)
-        self.gate_proj = nn.Linear(hidden_size, h * p, bias=config.gate_bias)
+        self.norm = GatedNorm(p, options.norm_eps)
+        self.gate_proj = nn.Linear(hidden_size, h * p, bias=options.gate_bias)
         self.o_proj = nn.Linear(h * p, hidden_size, bias=stack.o_bias)
         self.reset_new_parameters()
 
     @torch.no_grad()
     def reset_new_parameters(self, generator: torch.Generator | None = None) -> None:
         """Start everything that attention does not have (facts of the published seeding; options of the config)."""
-        config, h = self.config, self.heads_count
+        options, h = self.options, self.heads_count
         self.conv.weight.zero_()
         self.conv.weight[:, -1] = 1.0  # the current token passes through
         self.conv.bias.zero_()
         self.dt_proj.weight.zero_()
-        if config.rule == "gated_delta":
+        if options.rule == "gated_delta":
             self.beta_proj.weight.zero_()  # beta is 1/2
-        low, high = math.log(config.dt_min), math.log(config.dt_max)
-        if config.decay == "published":
+        low, high = math.log(options.dt_min), math.log(options.dt_max)
+        if options.decay == "published":
             self.A_log.fill_(1.0)
             spread = torch.rand(h, generator=generator)
         else:
@@ -95,10 +156,10 @@ class Mamba2(nn.Module):
             initial_state=None if state is None else state.conv,
             cu_seqlens=cu_seqlens,
             return_final_state=keep_state,
-            rotation=(rotation.cos, rotation.sin) if self.config.rope else None,  # it has k and q in hand
+            rotation=(rotation.cos, rotation.sin) if self.options.rope else None,  # it has k and q in hand
             rotate_from=g * p,
         )
-        if self.config.qk_norm:  # behind the rotation, which leaves lengths alone
+        if self.options.qk_norm:  # behind the rotation, which leaves lengths alone
             v, kq = vkq.split([g * p, (g + h) * p], dim=-1)
             k, q = unit_norm(kq.unflatten(-1, (g + h, p))).split([g, h], dim=-2)
         else:
@@ -107,15 +168,15 @@ class Mamba2(nn.Module):
         v = v.unflatten(-1, (g, p))
         dt = self.step_size(x)
         A = -torch.exp(self.A_log.to(dt.dtype))
-        options: dict[str, Any] = {
+        carried: dict[str, Any] = {
             "initial_state": None if state is None else state.ssm,
             "cu_seqlens": cu_seqlens,
             "return_final_state": keep_state,
         }
-        if self.config.rule == "gated_delta":
-            y, ssm = gated_delta(v, dt, A, k, q, self.strength(x), **options)
+        if self.options.rule == "gated_delta":
+            y, ssm = gated_delta(v, dt, A, k, q, self.strength(x), **carried)
         else:
-            y, ssm = ssd(v, dt, A, k, q, **options)
+            y, ssm = ssd(v, dt, A, k, q, **carried)
         gate = self.gate_proj(x).unflatten(-1, (h, p))
         y = self.norm(y, gate)
         if not keep_state:
@@ -134,24 +195,18 @@ class Mamba2(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return _wide(self.beta_proj, x).sigmoid()
 
-    def forward(
-        self,
-        x: Tensor,
-        state: MambaState | None = None,
-        *,
-        rotation: Rotation,
-        cu_seqlens: Tensor | None = None,
-        keep_state: bool = False,
-        observe: Callable[[Tensor], None] | None = None,
-    ) -> tuple[Tensor, MambaState | None]:
-        """x (b, l, d) → (b, l, d) and the new state; packed rows with ``cu_seqlens`` (s+1,) have b = 1.
+    def empty_state(
+        self, rows: int, *, dtype: torch.dtype, wide: torch.dtype, device: torch.device | str
+    ) -> MambaState:
+        h, g, p, width = self.heads_count, self.groups, self.head_dim, self.options.conv_kernel - 1
+        return MambaState(
+            torch.zeros(rows, width, (h + 2 * g) * p, dtype=dtype, device=device),
+            torch.zeros(rows, h, p, p, dtype=wide, device=device),
+        )
 
-        ``observe`` is called with the heads.
-        """
-        y, new = self.heads(x, state, rotation=rotation, cu_seqlens=cu_seqlens, keep_state=keep_state)
-        if observe is not None:
-            observe(y)
-        return self.o_proj(y.flatten(-2)), new
+    def step_maps(self) -> list[nn.Linear]:
+        maps = [self.v_proj, self.k_proj, self.q_proj, self.gate_proj, self.dt_proj]
+        return [*maps, self.beta_proj] if self.options.rule == "gated_delta" else maps
 
 
 def _wide(projection: nn.Linear, x: Tensor) -> Tensor:

@@ -1,0 +1,35 @@
+"""The kinds of layers, one file each; :mod:`mmmamba.model.mixers.contract` says what a kind is."""
+
+from mmmamba.model.mixers.attention import ATTENTION, Attention, AttentionOptions
+from mmmamba.model.mixers.contract import (
+    LayerState,
+    Mixer,
+    Options,
+    default_options,
+    float32_names,
+    kind_named,
+    kind_of,
+    kinds,
+    options_for,
+    register,
+)
+from mmmamba.model.mixers.mamba2 import MAMBA2, Mamba2, Mamba2Options
+
+__all__ = [
+    "ATTENTION",
+    "MAMBA2",
+    "Attention",
+    "AttentionOptions",
+    "LayerState",
+    "Mamba2",
+    "Mamba2Options",
+    "Mixer",
+    "Options",
+    "default_options",
+    "float32_names",
+    "kind_named",
+    "kind_of",
+    "kinds",
+    "options_for",
+    "register",
+]

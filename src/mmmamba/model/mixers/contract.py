@@ -1,0 +1,233 @@
+"""The contract of a kind of layer, and the register of all kinds.
+
+A kind is a class: a :class:`Mixer` with its :class:`Options` and its :class:`LayerState`. Everything that differs
+between kinds is a method or an attribute of that class. No other package compares the names of kinds: it asks the
+mixer, or :func:`kind_named` for the class of an entry of the layer map.
+
+A new kind is one file::
+
+    @register
+    class Retention(Mixer[RetentionState]):
+        name, options_class = "retention", RetentionOptions
+        …
+
+It has to define ``heads`` and ``empty_state``. All else has defaults that are right for any mixer whose state has a
+fixed size, and that a kind overrides to be faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mmmamba.model.rope import Rotation
+from mmmamba.model.stack import StackConfig
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+UNNAMED = "mamba2"  # the kind of options that do not say whose they are
+
+
+@dataclass(frozen=True)
+class Options:
+    """The named options of a kind of layer: a frozen dataclass, with a default for each.
+
+    In files, options are a mapping with the name of their kind under ``kind``, so a subclass has a field ``kind`` with
+    that default. The options of Mamba-2 were there before there were other kinds, and have no such field.
+    """
+
+    @classmethod
+    def resolve(cls, data: Mapping[str, Any]) -> tuple[type[Options], dict[str, Any]]:
+        """Whose options a mapping of a file holds, and the mapping without that name.
+
+        Raises:
+            ValueError: there is no such kind.
+        """
+        rest = dict(data)
+        return kind_named(rest.pop("kind", UNNAMED)).options_class, rest
+
+
+class LayerState:
+    """What a layer keeps of the tokens seen: a frozen dataclass of tensors, each with one row a sequence (s, …).
+
+    It is a value: a pass takes one and returns another. Its fields are the names of its tensors in session files.
+    """
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The state with each tensor changed, in the order of :meth:`tensors`."""
+        changed: Any = {name: change(tensor) for name, tensor in self.tensors().items()}
+        return replace(self, **changed)  # type: ignore[type-var]
+
+    def to(self, device: torch.device | str | int | None) -> Self:
+        return self.map(lambda tensor: tensor.to(device))
+
+    def gapless(self) -> Tensor | None:
+        """Whether no sequence has gaps (a scalar on the device), of a state that can grow in place; None of others."""
+        return None
+
+    def growing(self, more: int) -> LayerState:
+        """A state that ``more`` tokens can be added to in place, by passes that return the same object."""
+        return self
+
+    def settled(self) -> LayerState:
+        """The state as a value again, which no pass changes."""
+        return self
+
+
+S = TypeVar("S", bound=LayerState)
+
+
+class Mixer(nn.Module, Generic[S]):
+    """The part of a layer in which tokens see each other.
+
+    It reads the layer's normed input and gives h heads of p channels, which W_o (``o_proj``) maps back to the hidden
+    size. Stages 1 and 2 compare these heads with those of the teacher's attention.
+
+    Args:
+        hidden_size: d, the width of the layer's input.
+        stack: the geometry of the stack that the layer is in.
+        options: those of this kind.
+
+    Attributes:
+        name: of the kind in layer maps.
+        options_class: of the kind's options.
+        seeded: whether distillation makes such layers from a teacher's attention. False for softmax attention itself:
+            a layer of that kind is the teacher's own.
+        grows: whether the state of a sequence grows with its length.
+        float32: the names of the parameters that stay in float32 wherever they are kept.
+    """
+
+    name: ClassVar[str]
+    options_class: ClassVar[type[Options]]
+    seeded: ClassVar[bool] = True
+    grows: ClassVar[bool] = False
+    float32: ClassVar[tuple[str, ...]] = ()
+
+    o_proj: nn.Linear
+
+    def __init__(self, hidden_size: int, stack: StackConfig, options: Options) -> None:
+        super().__init__()
+        self.hidden_size, self.stack, self.options = hidden_size, stack, options
+        self.heads_count, self.groups, self.head_dim = stack.num_heads, stack.num_kv_heads, stack.head_dim
+
+    # ------------------------------------------------------------------------------------------ passes
+
+    def heads(
+        self,
+        x: Tensor,
+        state: S | None = None,
+        *,
+        rotation: Rotation,
+        cu_seqlens: Tensor | None = None,
+        keep_state: bool = False,
+    ) -> tuple[Tensor, S | None]:
+        """The heads before W_o, and the new state if ``keep_state``.
+
+        A sequence may be cut into passes anywhere: each goes on from the state of the last one.
+
+        Args:
+            x: (b, l, d), normed; a packed row has b = 1.
+            state: what the sequences left behind; None at their start.
+            rotation: RoPE at the positions of these tokens.
+            cu_seqlens: (s+1,) borders of the sequences of a packed row. States then have s rows.
+            keep_state: whether the state is wanted.
+
+        Returns:
+            (b, l, h, p), and the state or None.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no heads()")
+
+    def forward(
+        self,
+        x: Tensor,
+        state: S | None = None,
+        *,
+        rotation: Rotation,
+        cu_seqlens: Tensor | None = None,
+        keep_state: bool = False,
+        observe: Callable[[Tensor], None] | None = None,
+    ) -> tuple[Tensor, S | None]:
+        """x (b, l, d) → (b, l, d) and the new state: :meth:`heads`, then W_o. ``observe`` is called with the heads."""
+        y, new = self.heads(x, state, rotation=rotation, cu_seqlens=cu_seqlens, keep_state=keep_state)
+        if observe is not None:
+            observe(y)
+        return self.o_proj(y.flatten(-2)), new
+
+    def reset_new_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Start what attention does not have, where :func:`~mmmamba.model.initialise` would start it otherwise."""
+
+    def compile_parts(self) -> None:
+        """Compile what surrounds the kernels of :meth:`heads` (torch.compile); one compilation serves all layers."""
+
+    # ------------------------------------------------------------------------------------------ state
+
+    def empty_state(self, rows: int, *, dtype: torch.dtype, wide: torch.dtype, device: torch.device | str) -> S:
+        """The state of ``rows`` sequences before their first token.
+
+        Args:
+            dtype: of what holds activations, such as keys and values.
+            wide: of what sums over the whole sequence; float32, where nothing else is asked for.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no empty_state()")
+
+    # ------------------------------------------------------------------------------------------ decoding
+
+    def step_maps(self) -> list[nn.Linear]:
+        """The maps that read the mixer's input, where a decoding step reads their matrices as one, in this order."""
+        return []
+
+
+# ---------------------------------------------------------------------------------------------- register
+
+_KINDS: dict[str, type[Mixer[Any]]] = {}
+M = TypeVar("M", bound=type[Mixer[Any]])
+
+
+def register(mixer: M) -> M:
+    """Make a kind known under its name, so that layer maps, recipes and files can have it: a class decorator."""
+    named = {field.name: field.default for field in fields(mixer.options_class)}.get("kind", UNNAMED)
+    if named != mixer.name:
+        raise ValueError(f"{mixer.options_class.__name__} needs a field 'kind' with the default {mixer.name!r}")
+    _KINDS[mixer.name] = mixer
+    return mixer
+
+
+def kinds() -> Mapping[str, type[Mixer[Any]]]:
+    """Every kind of layer, by name."""
+    return _KINDS
+
+
+def kind_named(name: str) -> type[Mixer[Any]]:
+    """The class of a kind; ValueError where there is none of this name."""
+    if name not in _KINDS:
+        raise ValueError(f"there is no kind of layer {name!r} (known: {', '.join(_KINDS)})")
+    return _KINDS[name]
+
+
+def options_for(name: str, given: Sequence[Options]) -> Options:
+    """The options of a kind among those given, or its defaults."""
+    wanted = kind_named(name).options_class
+    return next((options for options in given if type(options) is wanted), wanted())
+
+
+def kind_of(options: Options) -> type[Mixer[Any]]:
+    """The kind that some options are of."""
+    return next(mixer for mixer in _KINDS.values() if mixer.options_class is type(options))
+
+
+def default_options() -> Options:
+    """The published options of the kind that distillation makes where nothing is said."""
+    return kind_named(UNNAMED).options_class()
+
+
+def float32_names() -> tuple[str, ...]:
+    """The names of parameters that stay in float32 in a mixer of any kind."""
+    return tuple(dict.fromkeys(name for mixer in _KINDS.values() for name in mixer.float32))
