@@ -55,7 +55,7 @@ def found(module: str, name: str) -> Function | None:
 
 
 def ours(module: str, name: str) -> Function | None:
-    return found(f"mmmamba.ops.triton.{module}", name)
+    return found(f"mmmamba.ops.{module}", name)
 
 
 # ---------------------------------------------------------------------------------------------- measuring
@@ -269,7 +269,7 @@ def ssd_peers(bench: Bench) -> dict[str, Function]:
 
 
 def run_ssd(bench: Bench) -> None:
-    ssd = ours("ssd", "ssd")
+    ssd = ours("ssd.launch", "ssd")
     if ssd is None:
         return
     peers = ssd_peers(bench)
@@ -357,7 +357,7 @@ def delta_inputs(lengths: Sequence[int], h: int = HEADS, g: int = GROUPS, p: int
 
 
 def run_delta(bench: Bench) -> None:
-    delta, ssd = ours("delta", "gated_delta"), ours("ssd", "ssd")
+    delta, ssd = ours("gated_delta.launch", "gated_delta"), ours("ssd.launch", "ssd")
     if delta is None or ssd is None:
         return
     fla = bench.peer("fla.ops.gated_delta_rule", "chunk_gated_delta_rule")
@@ -460,7 +460,7 @@ def step_peers(update: Function | None, recurrent: Function | None, pools: Tenso
 
 
 def run_step(bench: Bench) -> None:
-    step = ours("step", "mixer_step")
+    step = ours("mixer_step.kernels", "mixer_step")
     if step is None:
         return
     h, g, p = (HEADS, GROUPS, DIM) if not bench.tiny else (2, 1, 32)
@@ -519,7 +519,7 @@ def run_step(bench: Bench) -> None:
 
 
 def run_linear(bench: Bench) -> None:
-    linear = ours("linear", "linear_step")
+    linear = ours("linear.kernels", "linear_step")
     if linear is None:
         return
     width, inner, words = bench.size(2048, 40), bench.size(8192, 64), bench.size(92_553, 70)
@@ -564,7 +564,7 @@ def run_linear(bench: Bench) -> None:
 
 
 def run_attend(bench: Bench) -> None:
-    attend = ours("attend", "attend_step")
+    attend = ours("attention.kernels", "attention_step")
     if attend is None:
         return
     h, g, p = HEADS, GROUPS, DIM
@@ -585,18 +585,18 @@ def run_attend(bench: Bench) -> None:
             values = {"y": function(*own, *args[3:])}
             return {**values, "k": own[1], "v": own[2]}
 
-        truth = run(ops.attend_step_torch, True)
+        truth = run(ops.attention_step_torch, True)
         with poisoned():
             values = run(attend, False)
-        bench.check("attend_step", str(dtype)[6:], values, truth, torch=run(ops.attend_step_torch, False))
+        bench.check("attention_step", str(dtype)[6:], values, truth, torch=run(ops.attention_step_torch, False))
 
     for dtype in (torch.float32, BF16):
-        bench.attempt("attend_step", lambda dtype=dtype: check(dtype))
+        bench.attempt("attention_step", lambda dtype=dtype: check(dtype))
     for batch, length in ((1, 103_424), (4, 16_384), (64, 1_024)) if not bench.tiny else ((2, 70),):
         args = inputs(batch, length, BF16)
         q, k, v = args[0].unflatten(1, (-1, p))[:, :h, None], args[1].transpose(1, 2), args[2].transpose(1, 2)
         bench.time(
-            "attend_step", f"batch {batch}, {length:,} cached",
+            "attention_step", f"batch {batch}, {length:,} cached",
             lambda args=args: bench.replayed(lambda: attend(*args)),
             {"SDPA (attention alone)": lambda q=q, k=k, v=v: bench.replayed(
                 lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True))},
@@ -608,7 +608,7 @@ def run_attend(bench: Bench) -> None:
 
 
 def run_conv(bench: Bench) -> None:
-    conv = ours("conv", "causal_conv")
+    conv = ours("causal_conv.launch", "causal_conv")
     if conv is None:
         return
     channels = bench.size((HEADS + 2 * GROUPS) * DIM, 64)
@@ -662,7 +662,7 @@ def run_conv(bench: Bench) -> None:
 
 
 def run_norm(bench: Bench) -> None:
-    norm = ours("norm", "gated_norm")
+    norm = ours("gated_norm.kernels", "gated_norm")
     if norm is None:
         return
 
@@ -763,7 +763,7 @@ def extra_memory(call: Callable[[], object]) -> float:
 
 
 def run_kl(bench: Bench) -> None:
-    kl = ours("kl", "chunked_kl")
+    kl = ours("kl.kernels", "chunked_kl")
     if kl is None:
         return
     for dtype in (torch.float32, BF16):

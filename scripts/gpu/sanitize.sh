@@ -11,7 +11,7 @@
 set -eu
 cd "$(dirname "$0")/../.."
 export PYTHONPATH="$PWD/src:$PWD/tests:${PYTHONPATH:-}"
-tests="python3 -m pytest -q -m gpu -p no:cacheprovider tests/ops/triton"
+tests="python3 -m pytest -q -m gpu -p no:cacheprovider tests/ops"
 without="not long_rows and not full_size and not compiled and not chain_of_launches"
 command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer (part of the CUDA toolkit) is not on the path" >&2; exit 2; }
 $tests -k "$without"

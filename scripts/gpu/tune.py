@@ -33,8 +33,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
 from mmmamba import ops
-from mmmamba.ops.triton import ssd as ssd_kernels
-from mmmamba.ops.triton.ssd import Launch, Tiles, Tuning
+from mmmamba.ops.ssd import launch as ssd_launch
+from mmmamba.ops.ssd.tuning import Launch, Tiles, Tuning
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -138,7 +138,7 @@ class Case:
 class SSD:
     """Cases, candidates and calls of the state space recurrence."""
 
-    module = ssd_kernels
+    module = ssd_launch
     #: The launches whose settings each entry of :class:`Tuning` is.
     launches: ClassVar[dict[str, tuple[str, ...]]] = {
         "states": ("states", "backward states", "backward chunks"),
@@ -209,15 +209,15 @@ class SSD:
 
     def base(self, key: tuple[int, int], case: Case) -> Settings:
         """The settings of the table as it is."""
-        entry = ssd_kernels.TUNED[key]
+        entry = ssd_launch.TUNED[key]
         segments = max(entry.programs // (case.h * -(-case.size // entry.output.p)), 1)
         return {"chunk": entry.chunk, "segments": segments, **{name: getattr(entry, name) for name in self.launches}}
 
     def name(self, kernel: str, options: dict[str, Any]) -> str:
-        if kernel == "_scan_kernel":
+        if kernel == "scan_kernel":
             part = "states" if options["LOCAL"] else "chunks" if self.direction else "output"
         else:
-            part = kernel.strip("_").removesuffix("_kernel")
+            part = kernel.removesuffix("_kernel")
         return self.direction + part
 
     direction = ""  # of the pass whose launches come
@@ -240,7 +240,7 @@ class SSD:
     def call(self, inputs: dict[str, Tensor], borders: Tensor | None, settings: Settings, key: tuple[int, int],
              case: Case, dy: Tensor) -> list[Tensor]:  # fmt: skip
         """y, and the gradients of x, dt, A, B and C where the case wants them."""
-        with tuned(ssd_kernels.TUNED, key, self.tuning(settings, case)):
+        with tuned(ssd_launch.TUNED, key, self.tuning(settings, case)):
             chunk, segments = settings["chunk"], settings["segments"]
             table = None if borders is None else ops.layout_of(borders).cuts(chunk)
             values = tuple(inputs.values())
@@ -259,10 +259,10 @@ class SSD:
     def whole(self, inputs: dict[str, Tensor], borders: Tensor | None, case: Case, dy: Tensor) -> Callable[[], object]:
         """The call as a user makes it, with its dispatch and its autograd."""
         if not case.backward:
-            return torch.no_grad()(lambda: ssd_kernels.ssd(**inputs, cu_seqlens=borders))
+            return torch.no_grad()(lambda: ssd_launch.ssd(**inputs, cu_seqlens=borders))
         leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in inputs.items()}
         return lambda: torch.autograd.grad(
-            ssd_kernels.ssd(**leaves, cu_seqlens=borders)[0], list(leaves.values()), dy
+            ssd_launch.ssd(**leaves, cu_seqlens=borders)[0], list(leaves.values()), dy
         )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ from mmmamba.errors import UserError
 from mmmamba.model import Mamba2Options, Model, ModelConfig
 from mmmamba.model.geometries import GEOMETRIES, geometry
 from mmmamba.model.mixers import ATTENTION, MAMBA2
-from mmmamba.ops import layout
+from mmmamba.ops import packing
 from small_run import STAGE1, STAGE2
 from tiny import make_config
 
@@ -135,9 +135,9 @@ def on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The operators are the GPU's kernels, of which only shapes are asked."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("needs Triton")
-    for name in ("ssd", "delta", "conv", "norm", "rope", "kl", "swiglu"):
+    for name in ("ssd", "gated_delta", "causal_conv", "norm", "gated_norm", "rotary", "kl", "swiglu"):
         monkeypatch.setattr(importlib.import_module(f"mmmamba.ops.{name}"), "serves", lambda *_, **__: True)
-    monkeypatch.setattr("mmmamba.ops.linear.splits", lambda x: True)
+    monkeypatch.setattr("mmmamba.ops.linear.wide.splits", lambda x: True)
     for name in ("model.mixers.attention", "model.layer", "model.mixers.mamba2", "distill.losses"):
         # Parameters that only say their shapes stand for ordinary ones.
         monkeypatch.setattr(f"mmmamba.{name}.plain", lambda *_: True)
@@ -155,7 +155,7 @@ def traced(
 
     Of ``more`` than the mixers (``o_proj``, ``mlp``) the student has its own.
     """
-    known = layout.Layout([tokens], torch.device("cpu"))
+    known = packing.Layout([tokens], torch.device("cpu"))
     for name in ("sizes", "starts", "sequence", "offset", "last"):
         getattr(known, name)
     for size in (16, 32, 64, 128):
@@ -171,7 +171,7 @@ def traced(
         for layer in range(config.num_layers) if "mlp" in more else ():
             student.layers[layer].mlp = own.layers[layer].mlp
         row = packed(tokens)
-        layout._LAYOUTS[row.cu_seqlens] = known
+        packing._LAYOUTS[row.cu_seqlens] = known
         return kept_bytes(make(teacher, student), row, torch.bfloat16, teacher, own)
 
 
@@ -236,9 +236,9 @@ def test_what_more_is_trained_keeps_what_is_reckoned_on_a_gpu(
 def test_the_constants_are_the_kernels_own() -> None:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("needs Triton")
-    kernel = importlib.import_module("mmmamba.ops.triton.kl")
+    kernel = importlib.import_module("mmmamba.ops.kl.tuning")
     assert (LOGITS, BLOCK) == (kernel.MEMORY, kernel.BLOCK)
-    tuned = importlib.import_module("mmmamba.ops.triton.delta").TUNED
+    tuned = importlib.import_module("mmmamba.ops.gated_delta.tuning").TUNED
     assert tuned[64, 2].chunk == tuned[128, 2].chunk == DELTA_CHUNK
 
 

@@ -15,7 +15,7 @@ from mmmamba.distill.seeding import seed
 from mmmamba.distill.training_step import PIECE, ReplayedStep, Room, Step, copy_row, make_step
 from mmmamba.errors import UserError
 from mmmamba.model import Model, RopeScaling, StackConfig, initialise
-from mmmamba.ops.layout import remember_bounds, remember_lengths
+from mmmamba.ops.packing import remember_bounds, remember_lengths
 from tiny import make_config
 
 CPU = torch.device("cpu")

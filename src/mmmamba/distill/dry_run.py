@@ -52,7 +52,7 @@ from mmmamba.model.config import ModelConfig
 from mmmamba.model.geometries import geometry as named_geometry
 from mmmamba.model.mixers import MAMBA2
 from mmmamba.model.model import Model
-from mmmamba.ops.triton import SIZES
+from mmmamba.ops.dispatch import SIZES
 from mmmamba.outputs import check_folder
 from mmmamba.progress import Progress, table
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmmamba.model.plain import plain
 from mmmamba.ops import chunked_kl, squared_error
-from mmmamba.ops.kl import CHUNK
+from mmmamba.ops.kl.tuning import CHUNK
 
 
 def token_weights(labels: Tensor, prompt_weight: float, real: Tensor | None = None) -> Tensor:

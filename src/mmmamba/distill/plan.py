@@ -20,12 +20,12 @@ from mmmamba.model.config import ModelConfig
 from mmmamba.model.mixers import MAMBA2, Mamba2Options
 from mmmamba.model.model import Model
 from mmmamba.model.stack import StackConfig
-from mmmamba.ops.kl import CHUNK as KL_CHUNK  # of the cross-entropy too
-from mmmamba.ops.layout import chunk_size
+from mmmamba.ops.kl.tuning import CHUNK as KL_CHUNK  # of the cross-entropy too
+from mmmamba.ops.packing import chunk_size
 
 WIDE = 4  # bytes of a trained weight, its gradient, a moment of AdamW
-SSD_CHUNK, DELTA_CHUNK = 64, 64  # tokens a chunk of the recurrences' kernels (mmmamba.ops.triton)
-LOGITS = 800_000_000  # bytes of logits that the KL's kernel has alive at once (mmmamba.ops.triton.kl.MEMORY)
+SSD_CHUNK, DELTA_CHUNK = 64, 64  # tokens a chunk of the recurrences' kernels (ops.ssd.tuning, ops.gated_delta.tuning)
+LOGITS = 800_000_000  # bytes of logits that the KL's kernel has alive at once (ops.kl.tuning.MEMORY)
 BLOCK = 2048  # and the multiple that it rounds the vocabulary up to
 MATRICES = ("q_proj", "k_proj", "v_proj", "gate_proj")  # which autocast casts, once a row while they are trained
 REST = ("o_proj", "mlp")  # the matrices behind the heads
@@ -177,7 +177,7 @@ def mixer_saved(
 
 
 def _chunked_saved(stack: StackConfig, mixer: Mamba2Options, tokens: int) -> int:
-    """What the recurrence keeps of a sequence in PyTorch's operators (``ops.ssd``, ``ops.delta``), by whole chunks."""
+    """What the recurrence keeps of a sequence in PyTorch (``ops.ssd``, ``ops.gated_delta``), by whole chunks."""
     h, g, p = stack.num_heads, stack.num_kv_heads, stack.head_dim
     q = chunk_size(tokens, p)
     if mixer.rule == "gated_delta":

@@ -3,7 +3,7 @@
 A pass launches some thousand kernels, and where they are small the host takes longer to launch them than the GPU to
 run them. A graph launches them all at once, but only with the shapes and addresses that it was captured with. So each
 row is laid into tensors that stay, with padding behind it that no loss counts, and its layout is worked out on the
-device (:class:`~mmmamba.ops.layout.DeviceLayout`).
+device (:class:`~mmmamba.ops.packing.DeviceLayout`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mmmamba.distill import processes
 from mmmamba.distill.objectives import Objective
 from mmmamba.distill.optimizers import Optimizers
 from mmmamba.distill.recipe import TrainConfig
-from mmmamba.ops.layout import remember_bounds, remember_lengths
+from mmmamba.ops.packing import remember_bounds, remember_lengths
 
 PIECE = 512  # padding lies in sequences of at most this many tokens: attention over one longer row would cost more
 

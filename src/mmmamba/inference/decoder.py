@@ -32,8 +32,8 @@ from mmmamba.model.plain import device_of, plain, weight_of
 from mmmamba.model.rope import inverse_frequencies
 from mmmamba.model.stack import StackConfig
 from mmmamba.model.state import State
-from mmmamba.ops import attend_step, begin_step, linear_step, linear_steps, mixer_step, quantize_rows
-from mmmamba.ops.triton import why_not
+from mmmamba.ops import attention_step, embed_step, linear_step, linear_steps, mixer_step, quantize_rows
+from mmmamba.ops.dispatch import why_not
 
 WARM_UP = 2  # steps of a batch size before it is captured
 PARTS = 8  # of a head of a single row
@@ -195,7 +195,7 @@ class Decoder:
     def _step(self, tokens: Tensor, slots: Tensor) -> Tensor:
         model = self.model
         special = None if model.special_embeddings is None else model.special_embeddings.weight
-        x, at = begin_step(tokens, slots, model.text_embeddings.weight, self.counts, special=special)
+        x, at = embed_step(tokens, slots, model.text_embeddings.weight, self.counts, special=special)
         # The host knows how long the longest sequence is, but a graph is made for all lengths.
         longest = None if self.graph else self.longest
         for layer in self.layers:
@@ -385,7 +385,7 @@ class _AttentionLayer(_Layer):
 
     def heads(self, projected: Tensor, slots: Tensor, at: Tensor, longest: int | None) -> dict[str, Any]:
         pool = self.kept.k, self.kept.v
-        return {"x": attend_step(projected, *pool, slots, at, self.frequencies, longest=longest, chained=True)}
+        return {"x": attention_step(projected, *pool, slots, at, self.frequencies, longest=longest, chained=True)}
 
 
 def quantized(maps: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:

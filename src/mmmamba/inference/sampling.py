@@ -15,7 +15,7 @@ import torch
 
 from mmmamba.errors import UserError
 from mmmamba.inference.philox import uniforms
-from mmmamba.ops import pick_greedy
+from mmmamba.ops import greedy_tokens
 
 AHEAD = 16  # picks whose random numbers are made together where nobody says how many there will be
 
@@ -97,7 +97,7 @@ class Sampler:
             barred = torch.zeros(logits.shape[-1], dtype=torch.bool).index_fill(0, self.banned, True)
             self._barred = barred.to(logits.device)
         if self.sampling.temperature == 0 and self.sampling.repetition_penalty == 1:
-            tokens, logprobs = pick_greedy(logits, self._barred)
+            tokens, logprobs = greedy_tokens(logits, self._barred)
         else:
             tokens, logprobs = self._pick(logits.float())
         self._steps += np.uint64(1)

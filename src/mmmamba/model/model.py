@@ -20,7 +20,7 @@ from mmmamba.model.rope import Rotation, rotation
 from mmmamba.model.state import State
 from mmmamba.model.vision import PatchEmbedding, PatchRow, VisionEmbedding, check_slots
 from mmmamba.ops import compute_dtype, layout_of
-from mmmamba.ops.layout import DeviceLayout
+from mmmamba.ops.packing import DeviceLayout
 
 log = logging.getLogger(__name__)
 
