@@ -30,7 +30,8 @@ from mmmamba.checkpoints.student import same_bits
 from mmmamba.errors import UserError
 from mmmamba.jsonfile import read_json
 from mmmamba.model import ModelConfig, StackConfig, VisionConfig
-from mmmamba.progress import Progress, table
+from mmmamba.progress import Progress
+from mmmamba.report.table import show, table_of
 
 SPARE = 1.05  # of the disk space worked out
 GIB = 1 << 30
@@ -199,7 +200,11 @@ def check(source: Path, limit: int, keep: bool) -> bool:
         (name, round(seconds, 1), round(peak / GIB, 2), "yes" if peak <= limit else "NO")
         for name, (seconds, peak) in took.items()
     ]
-    table(f"{source}: {parameters:,} parameters", ("step", "seconds", "peak GiB", f"≤ {limit / GIB:g} GiB"), rows)
+    show(
+        table_of(
+            f"{source}: {parameters:,} parameters", ("step", "seconds", "peak GiB", f"≤ {limit / GIB:g} GiB"), rows
+        )
+    )
     print(
         f"{len(wrong)} tensors differ: {', '.join(wrong[:3])}" if wrong else "every tensor is the source's, bit for bit"
     )

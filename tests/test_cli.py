@@ -18,7 +18,8 @@ from rich.console import Console
 import mmmamba
 from mmmamba import cli
 from mmmamba.errors import UserError
-from mmmamba.progress import Progress, table, track
+from mmmamba.progress import Progress, track
+from mmmamba.report.table import show, table_of
 
 LEAVES = {
     " ".join(["mmmamba", *words]): verb
@@ -309,7 +310,7 @@ def test_progress_is_a_bar_on_a_terminal() -> None:
 
 
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
-    table("nano [x]", ["ability", "score", "n"], [["read [b]", 0.98765, 1000], ["recall" * 30, None, 2]])
+    show(table_of("nano [x]", ["ability", "score", "n"], [["read [b]", 0.98765, 1000], ["recall" * 30, None, 2]]))
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert lines[0].strip() == "nano [x]"
     assert lines[1].split() == ["ability", "score", "n"]

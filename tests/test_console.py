@@ -19,9 +19,10 @@ from mmmamba.evaluation.evaluate import compare
 from mmmamba.evaluation.plots import Curve, ability_bars, loss_curves
 from mmmamba.evaluation.suite import own_suite
 from mmmamba.evaluation.tables import print_report
-from mmmamba.figures import label, new_figure, render
 from mmmamba.inference import chat
-from mmmamba.progress import Progress, Terminal, table
+from mmmamba.progress import Progress, Terminal
+from mmmamba.report.plot_style import label, new_figure, render
+from mmmamba.report.table import show, table_of
 
 SOURCES = Path(__file__).parents[1] / "src" / "mmmamba"
 # What must never mean anything: to a terminal, to rich, to matplotlib, to whoever reads lines.
@@ -62,7 +63,7 @@ def test_tables_and_progress_show_text_as_it_is():
     for text in HOSTILE:
         file = io.StringIO()
         console = Terminal(file=file, force_terminal=True, color_system=None, width=4000)
-        table(text, ("", text), [(text, 1), (text, None)], console=console)
+        show(table_of(text, ("", text), [(text, 1), (text, None)]), console)
         with Progress(text, 2, console=console, interval=0) as bar:
             bar.note(text)
             bar.update(1, what=text)

@@ -55,7 +55,7 @@ from mmmamba.errors import UserError
 from mmmamba.jsonfile import read_json
 from mmmamba.model import ModelConfig
 from mmmamba.model.geometries import GEOMETRIES, geometry
-from mmmamba.progress import table
+from mmmamba.report.table import show, table_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = {"hovle-2.6b": "hovle-2.6b-linear", "nano": "nano-linear"}
@@ -431,7 +431,7 @@ def main() -> None:
         if failed:
             break
     rows = [(step, results[step]["seconds"], results[step]["seen"]) for step in DO if step in results]
-    table(f"{arguments.geometry}, {way.recipe}, {name}", ("step", "seconds", "seen"), rows)
+    show(table_of(f"{arguments.geometry}, {way.recipe}, {name}", ("step", "seconds", "seen"), rows))
     if failed:
         sys.exit(failed)
 

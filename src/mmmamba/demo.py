@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mmmamba.ablation.measure import logged
+from mmmamba.ablation.experiment import logged
 from mmmamba.ablation.schedule import workers
 from mmmamba.checkpoints import builtin_names
 from mmmamba.device import cores

@@ -23,7 +23,7 @@ from mmmamba.jsonfile import read_json
 from mmmamba.model.config import ModelConfig
 from mmmamba.model.mixers import ATTENTION, MAMBA2, Mamba2Options
 from mmmamba.model.stack import StackConfig
-from mmmamba.progress import table
+from mmmamba.report.table import show, table_of
 
 LONG = 103_424  # tokens: the 103K of the paper's efficiency figures
 SIZES = ((448, 448), (1920, 1080), (768, 1024))  # (width, height) of pictures that stand for common ones
@@ -227,7 +227,7 @@ def _print(found: dict[str, Any]) -> None:
         "vocabulary": f"{found['vocab_size']:,} tokens, {'tied' if found['tied_head'] else 'untied'}",
         "mixer": "as published" if MAMBA2 in layer_map and not found["mixer"] else None,
     }
-    table("Model", ("", found["model"]), [(name, value) for name, value in about.items() if value is not None])
+    show(table_of("Model", ("", found["model"]), [(name, value) for name, value in about.items() if value is not None]))
 
     columns: dict[str, Callable[[dict[str, Any]], Any]] = {
         "layers": lambda stack: stack["num_layers"],
@@ -243,13 +243,13 @@ def _print(found: dict[str, Any]) -> None:
         "biases": lambda stack: _biases(stack),
     }
     rows = [(name, *(read(stack) for read in columns.values())) for name, stack in found["stacks"].items()]
-    table("Stacks", ("stack", *columns), rows)
+    show(table_of("Stacks", ("stack", *columns), rows))
 
     kinds = {kind: [i for i, here in enumerate(layer_map) if here == kind] for kind in dict.fromkeys(layer_map)}
-    table("Layers", ("mixer", "count", "layers"), [(kind, len(at), _ranges(at)) for kind, at in kinds.items()])
+    show(table_of("Layers", ("mixer", "count", "layers"), [(kind, len(at), _ranges(at)) for kind, at in kinds.items()]))
 
     rows = [(kind, count, f"{100 * count / total:.1f} %") for kind, count in found["parameters"].items() if count]
-    table("Parameters", ("kind", "parameters", "share"), [*rows[1:], rows[0]])
+    show(table_of("Parameters", ("kind", "parameters", "share"), [*rows[1:], rows[0]]))
 
     state = found["state"]
     both = (state["model"], state["all_softmax"])
@@ -259,7 +259,7 @@ def _print(found: dict[str, Any]) -> None:
         f"both, at {state['tokens']:,} tokens": "at_tokens",
     }
     rows = [(line, *(_bytes(one[key]) for one in both)) for line, key in lines.items()]
-    table("Memory of one sequence", ("", "this model", "all softmax"), rows)
+    show(table_of("Memory of one sequence", ("", "this model", "all softmax"), rows))
 
     if found["pictures"]:
         rows = [
@@ -267,10 +267,10 @@ def _print(found: dict[str, Any]) -> None:
              p["tiles"], p["tokens"])
             for p in found["pictures"]
         ]  # fmt: skip
-        table("Pictures", ("picture", "pixels", "grid", "tiles", "tokens"), rows)
+        show(table_of("Pictures", ("picture", "pixels", "grid", "tiles", "tokens"), rows))
     if found["mixer"]:
         rows = [(name, str(option["here"]), str(option["published"])) for name, option in found["mixer"].items()]
-        table("Mixer options", ("option", "here", "published"), rows)
+        show(table_of("Mixer options", ("option", "here", "published"), rows))
 
 
 def _scaling(scaling: dict[str, Any] | None) -> str:

@@ -1,25 +1,21 @@
-"""How long work is shown: a live bar on a terminal, plain lines at intervals anywhere else; and tables."""
+"""How long work is shown: a live bar on a terminal, plain lines at intervals anywhere else."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sized
 from types import TracebackType
 from typing import Any, TypeVar
 
-from rich import box, progress
+from rich import progress
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from mmmamba.errors import LONGEST, printable
-from mmmamba.markdown import text
+from mmmamba.report.number_format import shown
 
 T = TypeVar("T")
 
-PLAIN_WIDTH = 1000  # a log file has no width: tables are as wide as what they hold
 LABEL = 200  # characters of what is being done
-CELL = 1000  # characters of a cell of a table
 
 
 class Terminal(Console):
@@ -114,8 +110,8 @@ class Progress:
         """
         self.done = done
         self.tokens += tokens or 0
-        shown = (f"{name} {printable(_number(value), LABEL)}" for name, value in fields.items())
-        self.info = "  ".join([*shown, *self._rates()])
+        known = (f"{name} {printable(shown(value), LABEL)}" for name, value in fields.items())
+        self.info = "  ".join([*known, *self._rates()])
         if self._bar is not None:
             self._bar.update(self._task, completed=done, info=self.info)
         elif self._printed is None or time.monotonic() - self._printed_at >= self.interval:
@@ -134,9 +130,9 @@ class Progress:
         elapsed, units = time.monotonic() - self._began, self.done - self.start
         if elapsed <= 0 or units <= 0:
             return []
-        rates = [f"{_number(units / elapsed)}/s"]
+        rates = [f"{shown(units / elapsed)}/s"]
         if self.tokens:
-            rates.append(f"{_number(round(self.tokens / elapsed))} tokens/s")
+            rates.append(f"{shown(round(self.tokens / elapsed))} tokens/s")
         if self.total is None or self.done >= self.total:
             return [*rates, f"took {_duration(elapsed)}"]
         return [*rates, f"{_duration(elapsed / units * (self.total - self.done))} left"]
@@ -157,38 +153,6 @@ def track(
         for item in iterable:
             yield item
             bar.advance()
-
-
-def table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, console: Terminal | None = None
-) -> None:
-    """Print a table, on stdout unless ``console`` is given: numbers to the right, None as an empty cell."""
-    if console is None:
-        console = Terminal() if Terminal().file.isatty() else Terminal(width=PLAIN_WIDTH)
-    cells = [[*row] for row in rows]
-    drawn = Table(title=Text(printable(title, CELL)), title_justify="left", box=box.SIMPLE_HEAD)
-    for i, name in enumerate(columns):
-        numeric = bool(cells) and all(row[i] is None or isinstance(row[i], (int, float)) for row in cells)
-        drawn.add_column(Text(printable(name, CELL)), justify="right" if numeric else "left", overflow="fold")
-    for row in cells:
-        drawn.add_row(*(Text("" if cell is None else printable(_number(cell), CELL)) for cell in row))
-    console.print(drawn)
-
-
-def markdown(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """The table that :func:`table` prints, as Markdown under a heading."""
-    cells = [["" if cell is None else text(_number(cell)) for cell in row] for row in rows]
-    lines = ["| " + " | ".join(row) + " |" for row in ([*columns], ["---"] * len(columns), *cells)]
-    return "\n".join([f"## {text(title)}", "", *lines]) + "\n"
-
-
-def _number(value: Any) -> str:
-    """Four significant digits of a float, thousands of an int apart, anything else as it is."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}" if abs(value) < 1e9 else f"{value:.3e}"
 
 
 def _duration(seconds: float) -> str:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import small_run
+from mmmamba.ablation.journal import Ability, Journal, Result
 from mmmamba.ablation.plan import Plan
-from mmmamba.ablation.results import Ability, Journal, Result
 from mmmamba.config_files import from_dict
 
 ABILITIES = ["easy", "read", "recall-4x"]

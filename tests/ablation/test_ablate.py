@@ -19,8 +19,8 @@ import torch
 import small_run
 from mmmamba import cli
 from mmmamba.ablation.ablate import ablate
-from mmmamba.ablation.page import filled
-from mmmamba.ablation.results import Result, read
+from mmmamba.ablation.journal import Result, read
+from mmmamba.ablation.report import filled
 from mmmamba.errors import UserError
 from mmmamba.locks import alone_in
 

@@ -14,9 +14,9 @@ import torch
 from made_up import plan_data
 
 from mmmamba.ablation import schedule
-from mmmamba.ablation.measure import Setting
+from mmmamba.ablation.experiment import Setting
+from mmmamba.ablation.journal import Result
 from mmmamba.ablation.plan import Cell, Plan, cells_of, load_plan
-from mmmamba.ablation.results import Result
 from mmmamba.ablation.schedule import Unit, run, shard, units
 from mmmamba.config_files import from_dict
 from mmmamba.device import cores

@@ -7,10 +7,8 @@ from dataclasses import replace
 import pytest
 
 from mmmamba.benchmark.cells import change, number, times
-from mmmamba.benchmark.clock import timing
-from mmmamba.benchmark.headline import growth, optimised, protocol
+from mmmamba.benchmark.claims import growth, optimised, protocol
 from mmmamba.benchmark.limits import Rates
-from mmmamba.benchmark.machine import commit
 from mmmamba.benchmark.measure import Measured, prompt
 from mmmamba.benchmark.paper import CONTEXT, POINTS, same_size
 from mmmamba.benchmark.plots import PLOTS, draw, short
@@ -18,9 +16,11 @@ from mmmamba.benchmark.report import markdown, write_report
 from mmmamba.benchmark.results import Point, Results, Task
 from mmmamba.benchmark.subjects import random_subjects, series_of
 from mmmamba.benchmark.tables import tables
+from mmmamba.benchmark.timing import timing
 from mmmamba.config_files import from_dict, to_dict
-from mmmamba.figures import render
 from mmmamba.model.geometries import GEOMETRIES
+from mmmamba.report.environment import commit
+from mmmamba.report.plot_style import render
 
 CONTEXTS = (1024, CONTEXT, 2**20)
 

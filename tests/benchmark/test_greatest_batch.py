@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from mmmamba.benchmark import measure
-from mmmamba.benchmark.clock import timing
 from mmmamba.benchmark.limits import state_bytes
 from mmmamba.benchmark.measure import Measured, greatest_batch
+from mmmamba.benchmark.timing import timing
 from mmmamba.model import MAMBA2
 
 

@@ -16,10 +16,10 @@ from question_files import record
 from mmmamba.data.processor import Encoded, Processor
 from mmmamba.errors import UserError
 from mmmamba.evaluation import predict
+from mmmamba.evaluation.aggregate import Report
 from mmmamba.evaluation.evaluate import compare, evaluate
 from mmmamba.evaluation.predict import Loaded, answer
 from mmmamba.evaluation.report import write_report
-from mmmamba.evaluation.results import Report
 from mmmamba.evaluation.suite import Suite, nano_suite, own_suite
 from mmmamba.inference.engine import Generated
 

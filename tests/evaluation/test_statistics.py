@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmmamba.evaluation import results, statistics, tables
+from mmmamba.evaluation import aggregate, report, statistics, tables
 from mmmamba.evaluation.predict import Cost
+from mmmamba.report.number_format import EMPTY, number, percent
 
 RIGHT_WRONG = st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=30)
 PAIRS = st.lists(st.tuples(st.sampled_from([0.0, 1.0]), st.sampled_from([0.0, 1.0])), min_size=1, max_size=30)
@@ -122,8 +123,8 @@ def test_unpaired_scores_are_refused() -> None:
 
 def test_what_is_made_of_nothing_is_shown_as_nothing() -> None:
     nothing = statistics.wilson(0, 0)
-    assert tables._percent(nothing) == tables.EMPTY == tables._number(math.nan) == tables._number(None)
+    assert percent(tables._value(nothing)) == EMPTY == number(math.nan) == number(None)
     assert tables._range(nothing) == "" and tables._value(nothing) is None
-    assert tables._interval_data("accuracy", nothing) == {"accuracy": None, "accuracy_interval": [0.0, 1.0]}
-    assert tables._rate(Cost().tokens_per_second) == tables.EMPTY
-    assert math.isnan(results._exp(math.nan))
+    assert report._interval_data("accuracy", nothing) == {"accuracy": None, "accuracy_interval": [0.0, 1.0]}
+    assert number(Cost().tokens_per_second) == EMPTY
+    assert math.isnan(aggregate._exp(math.nan))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Callable
@@ -14,13 +15,15 @@ from question_files import picture
 from mmmamba.data.sample import Sample, Turn
 from mmmamba.errors import UserError
 from mmmamba.evaluation import plots, webpage
+from mmmamba.evaluation.aggregate import Report, Row, assemble
 from mmmamba.evaluation.predict import Answers
-from mmmamba.evaluation.report import markdown, write_html
-from mmmamba.evaluation.results import Report, Row, assemble
+from mmmamba.evaluation.report import markdown, to_data, write_html
 from mmmamba.evaluation.suite import Item, Suite
-from mmmamba.evaluation.tables import plain, tables, to_data
-from mmmamba.figures import render
+from mmmamba.evaluation.tables import tables
 from mmmamba.inference.likelihood import Score
+from mmmamba.progress import Terminal
+from mmmamba.report.plot_style import render
+from mmmamba.report.table import show
 
 
 def made_report(image: Path, says: dict[str, Callable[[int], str]]) -> Report:
@@ -113,7 +116,10 @@ def test_markdown_and_plain_tables_say_the_same(report: Report) -> None:
     assert score.columns == ["model", "read", "count", "mean"]
     assert retention.rows[0] == ["linear", "teacher", "50.0", "50.0", "50.0"]
     assert "| linear | teacher | 50.0 [" in retention.markdown()
-    assert plain(score).splitlines()[3].split() == ["linear", "50.0", "50.0", "50.0", "[31.4,", "68.6]"]
+    file = io.StringIO()
+    show(score, Terminal(file=file, width=200))
+    lines = [line.split() for line in file.getvalue().splitlines()]
+    assert ["linear", "50.0", "50.0", "50.0", "31.4–68.6"] in lines
     assert all(table.title in markdown(report) for table in tables(report))
 
 

@@ -8,21 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from mmmamba.ablation.measure import Setting, forget, prepare
-from mmmamba.ablation.page import blocks, filled, plot_name
+from mmmamba.ablation.experiment import Setting, forget, prepare
+from mmmamba.ablation.journal import RESULTS, Journal, Result, Results, read
+from mmmamba.ablation.journal import merge as merge_files
 from mmmamba.ablation.plan import Cell, Plan, cells_of, load_plan, overlaid, select
 from mmmamba.ablation.plots import dots
-from mmmamba.ablation.results import RESULTS, Journal, Result, Results, read
-from mmmamba.ablation.results import merge as merge_files
+from mmmamba.ablation.report import blocks, filled, plot_name
 from mmmamba.ablation.schedule import Unit, run, shard, units
 from mmmamba.ablation.tables import Measured, markdown
 from mmmamba.checkpoints import resolve
 from mmmamba.checkpoints.io import write_atomically
 from mmmamba.device import MOST_WORKERS, pick_device
 from mmmamba.errors import UserError
-from mmmamba.figures import render
 from mmmamba.locks import alone_in
 from mmmamba.outputs import LEDGER, Ledger, check_folder
+from mmmamba.report.plot_style import render
 
 VERB, TABLES = "ablate", "tables.md"
 FORMS: tuple[Literal["svg", "png"], ...] = ("svg", "png")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mmmamba.ablation.plan import MEAN
 from mmmamba.ablation.tables import Measured
-from mmmamba.figures import GRID, INK, PALETTE, TITLE, Theme, label, new_figure, style
+from mmmamba.report.plot_style import GRID, INK, PALETTE, TITLE, Theme, label, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from mmmamba.ablation.measure import Setting, align, measure
+from mmmamba.ablation.experiment import Setting, align, measure
+from mmmamba.ablation.journal import Result
 from mmmamba.ablation.plan import Cell
-from mmmamba.ablation.results import Result
 from mmmamba.device import cores
 from mmmamba.errors import UserError
 from mmmamba.progress import Progress, Terminal

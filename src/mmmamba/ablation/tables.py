@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mmmamba.ablation.intervals import difference, t_interval, t_quantile, verdict
+from mmmamba.ablation.journal import Result, Results, of_table
 from mmmamba.ablation.plan import ABOUT, BASE, MEAN, Plan, flow
-from mmmamba.ablation.results import Result, Results, of_table
 from mmmamba.errors import UserError
 from mmmamba.evaluation.statistics import Interval
 

@@ -13,7 +13,6 @@ import torch
 
 from mmmamba.benchmark.compare import comparison
 from mmmamba.benchmark.limits import measure_rates, prefill_cost, state_bytes
-from mmmamba.benchmark.machine import environment
 from mmmamba.benchmark.measure import (
     Measured,
     decode,
@@ -24,10 +23,10 @@ from mmmamba.benchmark.measure import (
     wide,
 )
 from mmmamba.benchmark.memory import attempt, release
+from mmmamba.benchmark.pages import fill
 from mmmamba.benchmark.paper import same_size
 from mmmamba.benchmark.report import check_report, write_report
 from mmmamba.benchmark.results import Point, Results, Task, What, earlier, read, save
-from mmmamba.benchmark.results_page import fill
 from mmmamba.benchmark.subjects import Series, Subject, given_subjects, random_subjects, series_of
 from mmmamba.benchmark.tables import print_results
 from mmmamba.device import pick_device, pick_dtype
@@ -37,6 +36,7 @@ from mmmamba.locks import alone_in
 from mmmamba.model.model import Model
 from mmmamba.outputs import LEDGER, check_folder
 from mmmamba.progress import Progress, Terminal
+from mmmamba.report.environment import environment
 
 CONTEXTS = {"cpu": "1k,4k,16k", "cuda": "1k,8k,32k,103424,262144,1m"}
 POINT_SECONDS = {"cpu": 8.0, "cuda": 30.0}

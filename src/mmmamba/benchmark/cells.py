@@ -8,7 +8,7 @@ from mmmamba.benchmark.limits import Cost
 from mmmamba.benchmark.measure import Measured
 from mmmamba.benchmark.results import Point, Results, What
 from mmmamba.benchmark.subjects import Series
-from mmmamba.evaluation.tables import EMPTY
+from mmmamba.report.number_format import EMPTY
 
 FULL = "out of memory"
 SKIPPED = "skipped"

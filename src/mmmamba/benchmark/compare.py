@@ -8,7 +8,8 @@ from dataclasses import replace
 from mmmamba.benchmark.cells import FULL, SKIPPED, held, number
 from mmmamba.benchmark.results import Point, Results
 from mmmamba.benchmark.tables import title
-from mmmamba.evaluation.tables import EMPTY, Table
+from mmmamba.report.number_format import EMPTY
+from mmmamba.report.table import Table
 
 CLOSE = 0.05
 #: The published styles launch operators one by one and so are as fast as the host is, which varies.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mmmamba.benchmark.clock import Clock
+from mmmamba.benchmark.timing import Clock
 from mmmamba.model.config import ModelConfig
 from mmmamba.model.mixers import ATTENTION, MAMBA2
 from mmmamba.model.model import Model

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from mmmamba.benchmark import memory
-from mmmamba.benchmark.clock import Clock, Timing
 from mmmamba.benchmark.limits import Cost, StateBytes, int8_bytes, prefill_cost, state_bytes, step_cost
 from mmmamba.benchmark.published import PublishedDecoder
 from mmmamba.benchmark.search import greatest
+from mmmamba.benchmark.timing import Clock, Timing
 from mmmamba.data.processor import Encoded
 from mmmamba.inference.decoder import Decoder
 from mmmamba.inference.engine import BLOCK

@@ -7,8 +7,8 @@ from html import escape
 from mmmamba.benchmark.plots import PLOTS, draw
 from mmmamba.benchmark.results import Results
 from mmmamba.benchmark.tables import HEADLINE, TABLES, notes, tables
-from mmmamba.evaluation.page import facts, figure, listed, page, table
-from mmmamba.figures import THEMES
+from mmmamba.report.html import facts, figure, listed, page, table
+from mmmamba.report.plot_style import THEMES
 
 
 def html(results: Results, title: str, summary: str) -> str:

@@ -11,7 +11,7 @@ from mmmamba.benchmark.measure import Measured
 from mmmamba.benchmark.paper import CONTEXT, DEVICE, POINTS
 from mmmamba.benchmark.results import Results, Task, What
 from mmmamba.benchmark.subjects import Series
-from mmmamba.figures import GRID, INK, PALETTE, TITLE, Theme, label, new_figure, style
+from mmmamba.report.plot_style import GRID, INK, PALETTE, TITLE, Theme, label, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,9 +9,9 @@ from mmmamba.benchmark.page import html
 from mmmamba.benchmark.plots import PLOTS, draw
 from mmmamba.benchmark.results import Results
 from mmmamba.benchmark.tables import notes, tables
-from mmmamba.figures import render
-from mmmamba.markdown import code, text
 from mmmamba.outputs import Ledger
+from mmmamba.report.markdown import code, text
+from mmmamba.report.plot_style import render
 
 VERB = "bench"
 PAGE = "report.html"

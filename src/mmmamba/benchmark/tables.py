@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from mmmamba.benchmark.cells import absent, held, limit_ms, measured_points, number
-from mmmamba.benchmark.headline import growth, optimised, protocol
+from mmmamba.benchmark.claims import growth, optimised, protocol
 from mmmamba.benchmark.measure import Measured
 from mmmamba.benchmark.results import Point, Results
-from mmmamba.evaluation.tables import EMPTY, Table
-from mmmamba.progress import Terminal, table
+from mmmamba.progress import Terminal
+from mmmamba.report.number_format import EMPTY
+from mmmamba.report.table import Table, show
 
 
 def notes(results: Results) -> list[str]:
@@ -32,7 +33,7 @@ def title(point: Point) -> str:
 def print_results(results: Results, console: Terminal) -> None:
     """The short form: the students beside the published way of running the teacher, and beside the best."""
     for one in tables(results, HEADLINE[:2]):
-        table(one.title, one.columns, one.rows, console=console if console.is_terminal else None)
+        show(one, console if console.is_terminal else None)
 
 
 # ---------------------------------------------------------------------------------------------- one by one

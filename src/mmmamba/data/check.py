@@ -29,10 +29,11 @@ from mmmamba.data.tiling import check_tiles
 from mmmamba.data.workers import ordered
 from mmmamba.device import MOST_WORKERS, cores
 from mmmamba.errors import UserError
-from mmmamba.figures import PALETTE, new_figure, render, style
 from mmmamba.locks import alone_in
 from mmmamba.outputs import Ledger, check_folder
-from mmmamba.progress import Progress, markdown, table
+from mmmamba.progress import Progress
+from mmmamba.report.plot_style import PALETTE, new_figure, render, style
+from mmmamba.report.table import Table, show, table_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -99,8 +100,8 @@ def check(
             "max_tiles": max_tiles,
             **survey(source, bad, cores() if workers is None else workers),
         }
-        for title, columns, rows in tables(found, bad):
-            table(title, columns, rows)
+        for table in tables(found, bad):
+            show(table)
         if out is not None:
             write_report(found, bad, out)
     if bad.count:
@@ -364,7 +365,6 @@ def histogram(counts: Mapping[int, int], bins: int = BINS) -> list[tuple[int, in
 
 # ---------------------------------------------------------------------------------------------- the report
 
-Table = tuple[str, Sequence[str], list[Sequence[Any]]]
 NONE = "–"  # in place of a figure that would be made of nothing
 PANELS = {"lengths": "Tokens of a sample, before cutting", "tiles": "Tiles of a sample", "cut": "Tokens cut off"}
 
@@ -379,7 +379,7 @@ def _spread(lengths: Mapping[str, Any]) -> str:
 
 
 def tables(found: Mapping[str, Any], bad: BadList) -> list[Table]:
-    """What a survey found, as (title, columns, rows); the first :data:`SHOWN` bad samples come last."""
+    """What a survey found, as tables; the first :data:`SHOWN` bad samples come last."""
     lengths, cut, speed, twice = found["lengths"], found["cut"], found["speed"], found["duplicates"]
     limit = "the teacher's own" if found["max_tiles"] is None else found["max_tiles"]
     rows: list[Sequence[Any]] = [
@@ -401,7 +401,7 @@ def tables(found: Mapping[str, Any], bad: BadList) -> list[Table]:
         ),
         ("slowest", ", ".join(f"line {one['line']} ({one['seconds']:.3g} s)" for one in speed["slowest"])),
     ]  # fmt: skip
-    shown: list[Table] = [(str(found["file"]), ("", "found"), rows)]
+    shown = [table_of(str(found["file"]), ("", "found"), rows)]
     for key, title in PANELS.items():
         bars = found[key]["histogram"]
         if bars:
@@ -415,12 +415,12 @@ def tables(found: Mapping[str, Any], bad: BadList) -> list[Table]:
                 )
                 for bar in bars
             ]
-            shown.append((title, (key, "samples", "share", ""), rows))
+            shown.append(table_of(title, (key, "samples", "share", ""), rows))
     if bad.count:
-        shown.append(("What is wrong", ("reason", "samples"), list(found["bad_kinds"].items())))
+        shown.append(table_of("What is wrong", ("reason", "samples"), found["bad_kinds"].items()))
         more = "" if bad.count <= SHOWN else f", the first {SHOWN} of {bad.count:,}"
         rows = [(f"{found['file']}:{line}", reason) for line, reason in bad.first]
-        shown.append((f"Bad samples{more}", ("where", "reason"), rows))
+        shown.append(table_of(f"Bad samples{more}", ("where", "reason"), rows))
     return shown
 
 
@@ -437,7 +437,7 @@ def write_report(found: Mapping[str, Any], bad: BadList, out: Path) -> None:
 
     page = "\n".join(
         ["# What is in the data, and what is wrong with it", "", "![Histograms](check.svg)", ""]
-        + [markdown(*shown) for shown in tables(found, bad)]
+        + [table.markdown(level=2) for table in tables(found, bad)]
         + ([] if bad.count <= SHOWN else ["`check.json` lists every bad sample.", ""])
     )
     figure = plot(found)

@@ -34,7 +34,7 @@ from mmmamba.jsonfile import MAX_DATA_BYTES, read_json
 from mmmamba.model.mixers import ATTENTION, MAMBA2
 from mmmamba.model.model import Model
 from mmmamba.outputs import LEDGER
-from mmmamba.progress import table
+from mmmamba.report.table import show, table_of
 
 ORDERS = {"stage1": 0, "stage2": 1, "stage3": 2, "placing": 3, "stage4": 4}  # each takes its samples in its own
 
@@ -288,12 +288,11 @@ def describe(stage: str, student: Model, trained: dict[str, torch.nn.Parameter])
     moved = sum(counts.values())
     rows.append(["trained", "all", moved, f"{100 * moved / total:.2f} %"])
     rows.append(["frozen", "the teacher's and untouched", total - moved, f"{100 * (1 - moved / total):.2f} %"])
-    table(
+    title = (
         f"{stage}: {len(student.config.new_layers)} Mamba-2 layers, "
-        f"{len(student.config.attention_layers)} softmax layers",
-        ("", "parameters", "count", "share"),
-        rows,
+        f"{len(student.config.attention_layers)} softmax layers"
     )
+    show(table_of(title, ("", "parameters", "count", "share"), rows))
 
 
 def seeded(recipe: str, *, teacher: str | None = None, out: Path) -> Path:

@@ -54,7 +54,8 @@ from mmmamba.model.mixers import MAMBA2
 from mmmamba.model.model import Model
 from mmmamba.ops.dispatch import SIZES
 from mmmamba.outputs import check_folder
-from mmmamba.progress import Progress, table
+from mmmamba.progress import Progress
+from mmmamba.report.table import Table, show, table_of
 
 SAMPLED = 256  # samples of each source that are looked at
 CPU_WORK, CPU_MEMORY = 1e12, 4e9  # FLOP and bytes up to which a CPU takes real steps: about half a minute
@@ -134,8 +135,8 @@ def dry_run(
     check_run(out, plan, identity, resume=resume)
     data = data_size(plan)
     stages = plan_stages(plan, teacher, data, gpu)
-    for title, columns, rows in tables(stages, gpu):
-        table(title, columns, rows)
+    for table in tables(stages, gpu):
+        show(table)
     named = GPUS[gpu]
     print(f"Samples: {data.source}; {data.mean:,.0f} tokens on average.")
     frozen = "float32" if plan.frozen_dtype(torch.bfloat16) == torch.float32 else "bfloat16"
@@ -248,11 +249,9 @@ def passes_of(
 
 # ---------------------------------------------------------------------------------------------- tables
 
-Table = tuple[str, Sequence[str], list[Sequence[Any]]]
-
 
 def tables(stages: Sequence[StagePlan], gpu: str) -> list[Table]:
-    """Parameters, memory, and tokens with hours, as (title, columns, rows) with a column a stage."""
+    """Parameters, memory, and tokens with hours, each with a column a stage."""
     names = [stage.name for stage in stages]
     kinds = [kind for kind in KINDS if any(kind in stage.counts.trained for stage in stages)]
     parameters: list[Sequence[Any]] = [(label(k), *(s.counts.trained.get(k) for s in stages)) for k in kinds]
@@ -291,9 +290,9 @@ def tables(stages: Sequence[StagePlan], gpu: str) -> list[Table]:
         ("hours", *hours, sum(hours)),
     ]
     return [
-        ("Parameters", ("", *names), parameters),
-        (f"Memory, {name}", ("", *names), memory),
-        (f"Work on one {gpu}", ("", *names, "all"), work),
+        table_of("Parameters", ("", *names), parameters),
+        table_of(f"Memory, {name}", ("", *names), memory),
+        table_of(f"Work on one {gpu}", ("", *names, "all"), work),
     ]
 
 
@@ -354,7 +353,7 @@ def rehearse(
     name = torch.cuda.get_device_name(device) if on_gpu else "this CPU"
     columns = ("stage", "tokens of a row", f"reckoned peak, {unit_name}", f"measured, {unit_name}", "difference",
                "seconds a row", "hours of the stage")  # fmt: skip
-    table(f"First steps on {name}, random weights and tokens", columns, rows)
+    show(table_of(f"First steps on {name}, random weights and tokens", columns, rows))
     if failed is not None:
         total = total_memory(device)
         most = greatest_row(

@@ -13,9 +13,9 @@ import torch
 
 from mmmamba.checkpoints import fingerprint, resolve
 from mmmamba.errors import UserError
+from mmmamba.evaluation.aggregate import Report, Row, assemble
 from mmmamba.evaluation.predict import Loaded, answer, load_model
 from mmmamba.evaluation.report import check_results, write_report
-from mmmamba.evaluation.results import Report, Row, assemble
 from mmmamba.evaluation.scoring import Metric
 from mmmamba.evaluation.suite import NANO_DATA, NANO_FILES, NANO_LIMIT, OnBadSample, Suite, nano_suite, own_suite
 from mmmamba.evaluation.tables import print_report
@@ -128,9 +128,8 @@ def evaluate(
             request=request,
         )  # fmt: skip
         results = write_report(report, folder)
-    console = Terminal()
-    print_report(report, console)
-    console.print(f"results: {results}", soft_wrap=True)
+    print_report(report)
+    Terminal().print(f"results: {results}", soft_wrap=True)
     return report
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mmmamba.evaluation.results import Report
-from mmmamba.figures import GRID, INK, PALETTE, Theme, label, new_figure, style
+from mmmamba.evaluation.aggregate import Report
+from mmmamba.report.plot_style import GRID, INK, PALETTE, Theme, label, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

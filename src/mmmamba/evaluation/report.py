@@ -6,6 +6,7 @@ The one-file web page is `write_html` in `webpage.py`.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,14 +14,15 @@ from typing import Any
 
 from mmmamba.errors import UserError
 from mmmamba.evaluation import plots
-from mmmamba.evaluation.results import Report
-from mmmamba.evaluation.tables import tables, to_data
+from mmmamba.evaluation.aggregate import AbilityResult, Report
+from mmmamba.evaluation.statistics import Interval
+from mmmamba.evaluation.tables import tables
 from mmmamba.evaluation.webpage import Answer, Example, pick_examples, write_html
-from mmmamba.figures import render
 from mmmamba.file_names import file_labels
 from mmmamba.jsonfile import read_json
-from mmmamba.markdown import code, text
 from mmmamba.outputs import Ledger
+from mmmamba.report.markdown import code, text
+from mmmamba.report.plot_style import render
 
 __all__ = ["Answer", "Example", "check_results", "markdown", "pick_examples", "write_html", "write_report"]
 
@@ -96,3 +98,51 @@ def markdown(report: Report) -> str:
     lines += ["### How this was made", "", "```", json.dumps(report.request, ensure_ascii=False), "```", ""]
     lines += [f"- {name}: {text(value)}" for name, value in report.environment.items()]
     return "\n".join(lines) + "\n"
+
+
+def to_data(report: Report) -> dict[str, Any]:
+    """The report as JSON can hold it: no NaN, no infinity."""
+    return {
+        "suite": report.suite,
+        "metric": report.metric,
+        "source": report.source,
+        "questions": {ability: sum(i.ability == ability for i in report.items) for ability in report.abilities},
+        "models": [
+            {
+                "label": model.label,
+                "path": model.path,
+                "layers": model.layers,
+                "against": model.against,
+                "blind": model.blind,
+                "mean": _ability_data(model.mean),
+                "abilities": {ability: _ability_data(result) for ability, result in model.abilities.items()},
+            }
+            for model in report.models
+        ],
+        "bad_samples": list(report.bad_samples),
+        "request": report.request,
+        "environment": report.environment,
+    }
+
+
+def _ability_data(result: AbilityResult) -> dict[str, Any]:
+    data: dict[str, Any] = {"n": result.n, "correct": result.correct}
+    data |= _interval_data("accuracy", result.score)
+    data |= _interval_data("retention", result.retention)
+    data |= {
+        "retention_over_chance": result.retention_over_chance,
+        "chance": result.chance,
+        "chance_from": result.chance_from,
+    }
+    data |= _interval_data("agreement", result.agreement)
+    numbers = asdict(result)
+    for key in ("nll", "perplexity", "seconds", "tokens_per_second"):
+        data[key] = numbers[key] if math.isfinite(numbers[key]) else None
+    return data | ({"metric": result.extra} if result.extra else {})
+
+
+def _interval_data(name: str, interval: Interval | None) -> dict[str, Any]:
+    if interval is None:
+        return {name: None, f"{name}_interval": None}
+    value = interval.value if math.isfinite(interval.value) else None  # of no question
+    return {name: value, f"{name}_interval": [interval.low, interval.high]}

@@ -16,12 +16,14 @@ from PIL import Image
 from mmmamba.checkpoints.io import write_atomically
 from mmmamba.data.image_decoding import load_image
 from mmmamba.errors import UserError
-from mmmamba.evaluation import page, plots
+from mmmamba.evaluation import plots
+from mmmamba.evaluation.aggregate import ModelResult, Report
 from mmmamba.evaluation.plots import Curve
-from mmmamba.evaluation.results import ModelResult, Report
-from mmmamba.evaluation.tables import Table, tables
-from mmmamba.figures import THEMES
+from mmmamba.evaluation.tables import tables
 from mmmamba.jsonfile import read_lines
+from mmmamba.report import html
+from mmmamba.report.plot_style import THEMES
+from mmmamba.report.table import Table
 
 PICTURE_SIDE = 384  # larger pictures are shrunk to this
 PIXEL_ART = 200  # pictures smaller than this are shown enlarged with hard pixels
@@ -82,20 +84,20 @@ def write_html(
         body += [_tiles(report), _bars(report)]
     own = tables(report) if report is not None else []
     if own or extra_tables:
-        body += ["<h2>Results</h2>", *map(page.table, [*own[:TABLES_OPEN], *extra_tables])]
-        body += [page.table(table, folded=True) for table in own[TABLES_OPEN:]]
+        body += ["<h2>Results</h2>", *map(html.table, [*own[:TABLES_OPEN], *extra_tables])]
+        body += [html.table(table, folded=True) for table in own[TABLES_OPEN:]]
     lines = [curve for label, file in (curves or {}).items() for curve in read_curves(label, file)]
     if lines:
         body += ["<h2>Loss curves</h2>", _curves(lines)]
     if examples:
         body += ["<h2>Pictures and answers</h2>", '<div class="examples">', *map(_example, examples), "</div>"]
     if notes:
-        body += page.listed("Notes", notes)
+        body += html.listed("Notes", notes)
     if environment is None and report is not None:
         environment = report.environment
     if environment:
-        body += page.facts("Environment", environment)
-    whole = page.page(title, body)
+        body += html.facts("Environment", environment)
+    whole = html.page(title, body)
     return write_atomically(path, lambda temporary: temporary.write_text(whole, encoding="utf-8"))
 
 
@@ -169,12 +171,12 @@ def _tile(model: ModelResult, colour: str, abilities: int) -> str:
 
 def _bars(report: Report) -> str:
     light, dark = (plots.ability_bars(report, theme) for theme in THEMES)
-    return page.figure(light, dark, "Scores by ability, and retention against each model's teacher")
+    return html.figure(light, dark, "Scores by ability, and retention against each model's teacher")
 
 
 def _curves(curves: Sequence[Curve]) -> str:
     light, dark = (plots.loss_curves(curves, theme) for theme in THEMES)
-    return page.figure(light, dark, "Loss by step of each stage: the running mean over the raw values")
+    return html.figure(light, dark, "Loss by step of each stage: the running mean over the raw values")
 
 
 def _example(example: Example) -> str:
@@ -217,4 +219,4 @@ def _picture(path: str | Path) -> str:
     # Small synthetic pictures stay exact; photographs are lighter as JPEG.
     kind = "PNG" if pixels else "JPEG"
     image.save(buffer, kind, **({"optimize": True} if pixels else {"quality": 85}))
-    return f'<img{pixels} alt="" loading="lazy" src="{page.data_url(f"image/{kind.lower()}", buffer.getvalue())}">'
+    return f'<img{pixels} alt="" loading="lazy" src="{html.data_url(f"image/{kind.lower()}", buffer.getvalue())}">'

@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmmamba.evaluation.tables import Table
-from mmmamba.markdown import code, text
-from mmmamba.progress import markdown
+from mmmamba.report.markdown import code, text
+from mmmamba.report.table import Table, table_of
 
 EVIL = "<script>alert(1)</script> [x](javascript:alert(1)) ![p](http://x/y.png) | `c` *b*\n\n# head\u2028\x1b[31m"
 
@@ -20,7 +19,7 @@ EVIL = "<script>alert(1)</script> [x](javascript:alert(1)) ![p](http://x/y.png) 
     [
         text(EVIL),
         Table(title=EVIL, columns=[EVIL, "n"], rows=[[EVIL, EVIL]], details=[["", EVIL]]).markdown(),
-        markdown(EVIL, ("", "found"), [(EVIL, EVIL)]),
+        table_of(EVIL, ("", "found"), [(EVIL, EVIL)]).markdown(),
     ],
 )
 def test_markup_of_a_users_text_does_nothing(page: str) -> None:

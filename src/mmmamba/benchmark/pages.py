@@ -36,8 +36,8 @@ from mmmamba.benchmark.results import Results, read
 from mmmamba.benchmark.tables import TABLES, notes
 from mmmamba.checkpoints.io import write_atomically
 from mmmamba.errors import UserError
-from mmmamba.figures import render
-from mmmamba.markdown import text as as_text
+from mmmamba.report.markdown import text as as_text
+from mmmamba.report.plot_style import render
 
 OPEN, END, SECOND = "<!-- bench", "<!-- /bench -->", "second-run"
 _BLOCK = re.compile(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mmmamba.ablation.results import Results, read
+from mmmamba.ablation.journal import Results, read
 from mmmamba.ablation.tables import markdown
 from mmmamba.errors import UserError
 

@@ -11,7 +11,8 @@ from mmmamba.benchmark.measure import Measured
 from mmmamba.benchmark.paper import CONTEXT, DEVICE, POINTS
 from mmmamba.benchmark.results import Point, Results, What
 from mmmamba.benchmark.subjects import Series, Style
-from mmmamba.evaluation.tables import EMPTY, Table
+from mmmamba.report.number_format import EMPTY
+from mmmamba.report.table import Table
 
 
 def protocol(results: Results) -> Table:

@@ -10,15 +10,15 @@ from pathlib import Path
 import made_up
 import pytest
 
-from mmmamba.ablation.page import blocks, filled
+from mmmamba.ablation.journal import Result, Results, read
 from mmmamba.ablation.plan import Cell
 from mmmamba.ablation.plots import dots
-from mmmamba.ablation.results import Result, Results, read
+from mmmamba.ablation.report import blocks, filled
 from mmmamba.ablation.tables import Measured, markdown
 from mmmamba.config_files import to_dict
 from mmmamba.distill.recipe import DistillRecipe, load_recipe
 from mmmamba.errors import UserError
-from mmmamba.figures import render
+from mmmamba.report.plot_style import render
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 WITH_BLOCKS = [page for page in sorted(DOCS.rglob("*.md")) if blocks(page)]

@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
+from mmmamba.ablation.journal import Ability, Result
 from mmmamba.ablation.plan import Cell, Questions, aligned
-from mmmamba.ablation.results import Ability, Result
-from mmmamba.benchmark.machine import commit
 from mmmamba.checkpoints import fingerprint, resolve
 from mmmamba.checkpoints.io import write_atomically
 from mmmamba.device import pick_device, pick_precision, release
@@ -25,12 +24,13 @@ from mmmamba.distill.distill import distill
 from mmmamba.distill.run_folder import digest, versions
 from mmmamba.distill.training_data import prepare_root
 from mmmamba.errors import UserError
+from mmmamba.evaluation.aggregate import Row, assemble
 from mmmamba.evaluation.predict import Answers, answer, load_model
-from mmmamba.evaluation.results import Row, assemble
 from mmmamba.evaluation.suite import Suite, nano_suite
 from mmmamba.inference.likelihood import Score
 from mmmamba.jsonfile import read_json, read_lines
 from mmmamba.progress import Progress
+from mmmamba.report.environment import commit
 
 ALIGNED = "aligned"
 

@@ -9,8 +9,8 @@ from typing import Any
 import made_up
 import pytest
 
+from mmmamba.ablation.journal import Journal, Result, merge, of_table, read
 from mmmamba.ablation.plan import Cell, Plan, cells_of
-from mmmamba.ablation.results import Journal, Result, merge, of_table, read
 from mmmamba.config_files import from_dict, to_dict
 from mmmamba.errors import UserError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmmamba.benchmark.clock import MOST, Clock, quantile, timing
+from mmmamba.benchmark.timing import MOST, Clock, quantile, timing
 
 
 class Counted(Clock):

@@ -13,8 +13,8 @@ from mmmamba import cli
 from mmmamba.benchmark import bench as verb
 from mmmamba.benchmark.bench import bench
 from mmmamba.benchmark.compare import comparison
+from mmmamba.benchmark.pages import beyond, fill, filled, wrong_figures
 from mmmamba.benchmark.results import Results, read
-from mmmamba.benchmark.results_page import beyond, fill, filled, wrong_figures
 from mmmamba.errors import UserError
 from mmmamba.model.geometries import GEOMETRIES
 from tiny import make_config

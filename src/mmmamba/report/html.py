@@ -8,8 +8,8 @@ from html import escape
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from mmmamba.evaluation.tables import Table
-from mmmamba.figures import render
+from mmmamba.report.plot_style import render
+from mmmamba.report.table import Table, unbracketed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +35,7 @@ _PAGE = """<!DOCTYPE html>
 
 def page(title: str, body: Sequence[str]) -> str:
     """The whole page around the pieces of its body."""
-    style = files("mmmamba.evaluation").joinpath("report.css").read_text(encoding="utf-8")
+    style = files("mmmamba.report").joinpath("page.css").read_text(encoding="utf-8")
     return _PAGE.format(title=escape(title), style=style, body="\n".join(body))
 
 
@@ -58,7 +58,7 @@ def table(given: Table, folded: bool = False) -> str:
             shade = given.shades[i][j] if given.shades else None
             detail = given.details[i][j] if given.details else ""
             style = "" if shade is None else f' style="background:rgb(47 158 119 / {0.42 * shade**2:.3f})"'
-            small = f"<small>{escape(detail.strip('[]').replace(', ', '–'))}</small>" if detail else ""
+            small = f"<small>{escape(unbracketed(detail))}</small>" if detail else ""
             cells.append(f"<td{style}>{escape(cell)}{small}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
     note = f'<p class="note">{escape(given.note)}</p>' if given.note else ""
