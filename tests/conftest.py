@@ -60,8 +60,8 @@ def tiny_model():
 @pytest.fixture(scope="session")
 def tiny_processor():
     """A processor of the tiny geometry with a small byte-level BPE."""
+    from mmmamba.data.bpe_training import train_bpe
     from mmmamba.data.processor import Processor
-    from mmmamba.data.tokenizer import train_bpe
 
     return Processor(train_bpe(WORDS * 4, 320, SPECIALS), make_config())
 

@@ -15,7 +15,7 @@ import torch
 import mmmamba
 from mmmamba.checkpoints import read_config
 from mmmamba.checkpoints.hovle import config_to_hovle
-from mmmamba.data.encoded_cache import EncodedSource
+from mmmamba.data.encoded_source import EncodedSource
 from mmmamba.data.jsonl import JsonlDataset
 from mmmamba.data.processor import Processor
 from mmmamba.data.tokenizer import Tokenizer

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "mmmamba"
-MENDED_SOON = {frozenset({"mmmamba.data.export", "mmmamba.data.processor"})}
+MENDED_SOON = {frozenset({"mmmamba.data.transformers_files", "mmmamba.data.processor"})}
 
 
 def module_of(file: Path) -> str:

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 
-from mmmamba.data.chat_template import JinjaTemplate
+from mmmamba.data.bpe_training import train_bpe
 from mmmamba.data.processor import Processor
 from mmmamba.data.sample import Sample, Turn
-from mmmamba.data.tokenizer import Tokenizer, train_bpe
+from mmmamba.data.tokenizer import Tokenizer
+from mmmamba.data.tokenizer_template import JinjaTemplate
 from mmmamba.errors import UserError
 from mmmamba.model import ModelConfig, StackConfig
 from tiny import SPECIALS

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from mmmamba import cli
-from mmmamba.data.check import BINS, KINDS, MAX_LENGTH, SHOWN, BadList, check, histogram, kind, quantile, survey
-from mmmamba.data.encoded_cache import EncodedSource
+from mmmamba.data.check import MAX_LENGTH, check
+from mmmamba.data.check_survey import BINS, KINDS, SHOWN, BadList, histogram, kind, quantile, survey
+from mmmamba.data.encoded_source import EncodedSource
 from mmmamba.data.jsonl import JsonlDataset
 from mmmamba.distill.recipe import DataConfig, SourceConfig
 from mmmamba.errors import UserError

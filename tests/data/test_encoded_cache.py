@@ -14,13 +14,16 @@ import pytest
 from PIL import Image
 
 from mmmamba.data import encoded_cache as cache_module
-from mmmamba.data.encoded_cache import EncodedCache, EncodedSource, fingerprint
+from mmmamba.data import encoded_cache_writing as writing
+from mmmamba.data.bpe_training import train_bpe
+from mmmamba.data.encoded_cache import EncodedCache
+from mmmamba.data.encoded_source import EncodedSource, fingerprint
 from mmmamba.data.jsonl import JsonlDataset
 from mmmamba.data.loader import Loader
 from mmmamba.data.processor import Processor
 from mmmamba.data.sample import BadSample
 from mmmamba.data.sample_order import Order
-from mmmamba.data.tokenizer import Tokenizer, train_bpe
+from mmmamba.data.tokenizer import Tokenizer
 from mmmamba.errors import UserError
 from mmmamba.model.config import ModelConfig, VisionConfig
 from mmmamba.model.stack import StackConfig
@@ -61,7 +64,7 @@ def assert_same(a, b) -> None:
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(cache_module, "_CHUNK_ROWS", 4)
+    monkeypatch.setattr(writing, "_CHUNK_ROWS", 4)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -90,7 +93,7 @@ def test_found_again_and_keyed_by_everything(tmp_path, monkeypatch):
     data = write(tmp_path / "data")
     first = EncodedCache(data, PROCESSOR, tmp_path / "cache")
     with monkeypatch.context() as patch:
-        patch.setattr(cache_module, "_build", lambda *args: pytest.fail("made again"))
+        patch.setattr(cache_module, "write_cache", lambda *args: pytest.fail("made again"))
         assert EncodedCache(data, PROCESSOR, tmp_path / "cache").path == first.path
     other_text = Processor(TOKENIZER, replace(CONFIG, system_message="Hi"))
     other_tiles = Processor(TOKENIZER, replace(CONFIG, max_dynamic_patch=1))
@@ -167,7 +170,7 @@ def test_failing_disk(tmp_path, monkeypatch):
     def full(self, values):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache_module._Growing, "append", full)
+    monkeypatch.setattr(writing._Growing, "append", full)
     with pytest.raises(UserError, match=r"cannot write the cache: .*No space left"):
         EncodedCache(data, PROCESSOR, tmp_path / "cache")
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
@@ -177,8 +180,8 @@ def test_failing_disk(tmp_path, monkeypatch):
 
 def _build_and_report(folder: Path, queue) -> None:
     built = []
-    original = cache_module._build
-    cache_module._build = lambda *args: (built.append(1), original(*args))
+    original = cache_module.write_cache
+    cache_module.write_cache = lambda *args: (built.append(1), original(*args))
     cache = EncodedCache(JsonlDataset(folder / "data" / "data.jsonl"), PROCESSOR, folder / "cache")
     queue.put((len(built), len(cache)))
 

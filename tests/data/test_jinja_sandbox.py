@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from mmmamba.data.bpe_training import train_bpe
 from mmmamba.data.jinja_chat import ChatJinja
 from mmmamba.data.jinja_sandbox import MAX_SOURCE
-from mmmamba.data.tokenizer import Tokenizer, train_bpe
+from mmmamba.data.tokenizer import Tokenizer
 from mmmamba.errors import UserError
 
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]

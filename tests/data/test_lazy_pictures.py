@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from mmmamba.data import lazy_pictures as module
+from mmmamba.data.bpe_training import SPECIALS, train_bpe
 from mmmamba.data.lazy_pictures import PictureFile, Tiles
 from mmmamba.data.processor import Processor
 from mmmamba.data.sample import BadSample, Turn
-from mmmamba.data.tokenizer import SPECIALS, train_bpe
 from mmmamba.data.video import choose_frames, frame_marks, read_frames
 from mmmamba.errors import UserError
 from mmmamba.model import VisionConfig

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from mmmamba.data.bpe_training import train_bpe
 from mmmamba.data.patches import fitted_size, patch_marks, patch_rows
 from mmmamba.data.processor import Processor
 from mmmamba.data.sample import GPT, HUMAN, SYSTEM, BadSample, Sample, Turn
-from mmmamba.data.tokenizer import train_bpe
 from mmmamba.errors import UserError
 from mmmamba.model import VisionConfig
 from tiny import WORDS, make_config

@@ -10,11 +10,12 @@ from random import Random
 import numpy as np
 import pytest
 
+from mmmamba.data.bpe_training import train_bpe
 from mmmamba.data.sources.primer import ABILITIES, GROUPS, SPLITS, Example, Meter, corpus_texts, make, split_of
 from mmmamba.data.sources.primer.lettering import CONTRAST, MARGIN, TILE, Lettering, load_font, luminance
 from mmmamba.data.sources.primer.recall import SPANS
 from mmmamba.data.sources.primer.scene import COLOURS, KINDS, SHAPES, Scene, Thing, big_shape
-from mmmamba.data.tokenizer import Tokenizer, train_bpe
+from mmmamba.data.tokenizer import Tokenizer
 
 RECORDS = {"recall-4x": 25, "recall-16x": 12, "recall-1x": 80}
 DEFAULT_RECORDS = 400

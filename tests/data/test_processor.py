@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmmamba.checkpoints import save_hovle
+from mmmamba.data.bpe_training import SPECIALS, train_bpe
 from mmmamba.data.processor import Processor
 from mmmamba.data.sample import BadSample, Sample, Turn
-from mmmamba.data.tokenizer import MAX_STRETCH, SPECIALS, Tokenizer, train_bpe
+from mmmamba.data.tokenizer import MAX_STRETCH, Tokenizer
 from mmmamba.errors import UserError
 from mmmamba.model import Model
 from mmmamba.model.config import ModelConfig, VisionConfig

@@ -11,7 +11,8 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmmamba.data.tokenizer import MAX_STRETCH, SPECIALS, Tokenizer, train_bpe
+from mmmamba.data.bpe_training import SPECIALS, train_bpe
+from mmmamba.data.tokenizer import MAX_STRETCH, Tokenizer
 from mmmamba.errors import UserError
 
 TEXTS = ["What colour is the cat?", "How many red circles are there? 12", "图里有什么？"] * 4

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from mmmamba.data.bpe_training import train_bpe
 from mmmamba.data.chat_template import OF_TOKENIZER, render
 from mmmamba.data.processor import Processor
 from mmmamba.data.sample import GPT, HUMAN, SYSTEM, Turn
-from mmmamba.data.tokenizer import Tokenizer, train_bpe
+from mmmamba.data.tokenizer import Tokenizer
 from mmmamba.data.transformers_files import chat_template, generation_settings, image_settings
 from tiny import SPECIALS, WORDS, make_config
 

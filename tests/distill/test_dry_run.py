@@ -12,7 +12,7 @@ import torch
 import small_run
 from mmmamba import cli
 from mmmamba.checkpoints import load
-from mmmamba.data.encoded_cache import EncodedSource
+from mmmamba.data.encoded_source import EncodedSource
 from mmmamba.data.jsonl import JsonlDataset
 from mmmamba.data.processor import Processor
 from mmmamba.distill import dry_run

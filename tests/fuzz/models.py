@@ -15,9 +15,10 @@ from fuzz import mutate
 from fuzz.files import write
 from mmmamba.checkpoints import load, save_hovle, save_student
 from mmmamba.checkpoints.model_source import read_config
+from mmmamba.data.bpe_training import train_bpe
 from mmmamba.data.processor import Processor
 from mmmamba.data.sample import Turn
-from mmmamba.data.tokenizer import Tokenizer, train_bpe
+from mmmamba.data.tokenizer import Tokenizer
 from mmmamba.model import MAMBA2, Model, initialise
 from tiny import SPECIALS, WORDS, make_config
 

@@ -17,11 +17,12 @@ from transformers import AutoProcessor, PreTrainedTokenizerFast
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from wrapped import picture, user
 
+from mmmamba.data.bpe_training import train_bpe
 from mmmamba.data.chat_template import OF_TOKENIZER
 from mmmamba.data.processor import UNSCORED, Processor
 from mmmamba.data.sample import GPT, HUMAN, SYSTEM, Sample, Turn
 from mmmamba.data.tiling import normalise
-from mmmamba.data.tokenizer import Tokenizer, train_bpe
+from mmmamba.data.tokenizer import Tokenizer
 from mmmamba.errors import UserError
 from mmmamba.hf import MMMambaImageProcessor, MMMambaProcessor
 from mmmamba.model.config import VisionConfig

@@ -19,8 +19,6 @@ from mmmamba.data.chat_template import (
     IMAGE_END,
     IMAGE_START,
     OF_TOKENIZER,
-    PLAIN,
-    JinjaTemplate,
     Piece,
     Template,
     add_missing_marks,
@@ -33,6 +31,7 @@ from mmmamba.data.patches import PATCH, PATCH_END, fitted_size, patch_marks, pat
 from mmmamba.data.sample import GPT, HUMAN, BadSample, NothingScored, Sample, Turn
 from mmmamba.data.tiling import check_tiles, grid, tile
 from mmmamba.data.tokenizer import Tokenizer
+from mmmamba.data.tokenizer_template import PLAIN, JinjaTemplate
 from mmmamba.data.transformers_files import write_transformers_files
 from mmmamba.data.video import Frame
 from mmmamba.errors import UserError

@@ -11,17 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mmmamba.data import sentencepiece
-from mmmamba.data.added_tokens import ADDED_FILE, CONFIG_FILE, NAMES_FILE, ROLES, declared, if_any, merged
-from mmmamba.data.chat_template import IMAGE_CONTEXT, IMAGE_END, IMAGE_START
+from mmmamba.data.added_tokens import ADDED_FILE, CONFIG_FILE, NAMES_FILE, ROLES, declared, if_any
+from mmmamba.data.bpe_training import BOS, EOS, UNK
+from mmmamba.data.tokenizer_definition import parts_of, with_added, without_first_space
 from mmmamba.errors import UserError
 from mmmamba.foreign_links import refuse_foreign_link
 from mmmamba.jsonfile import MAX_TOKENIZER_BYTES, parse, read_bytes, read_json, read_text
-
-UNK, BOS, EOS = "<unk>", "<s>", "</s>"
-SPECIALS = (UNK, BOS, EOS, "<|im_start|>", "<|im_end|>", IMAGE_START, IMAGE_END, IMAGE_CONTEXT)
 
 TOKENIZER_FILE = "tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -32,29 +29,6 @@ STRETCH = 1 << 16
 MAX_STRETCH = 1 << 20
 """Characters that are tokenised at once, where a text cannot be cut: the library takes up to 600 bytes for each."""
 WORD_END = re.compile(r"[A-Za-z](?=[ \n][A-Za-z])")
-
-
-def train_bpe(texts: Iterable[str], vocab_size: int, specials: Sequence[str] = SPECIALS) -> tokenizers.Tokenizer:
-    """Train a byte-level BPE with digits split one by one; ``specials`` take the first ids, in their order.
-
-    All 256 bytes are in the vocabulary, so every text round-trips, seen in training or not.
-    """
-    smallest = 256 + len(specials)
-    if vocab_size < smallest:
-        raise UserError(f"vocab_size {vocab_size} is too small: 256 bytes and {len(specials)} specials take {smallest}")
-    bpe = tokenizers.Tokenizer(models.BPE(unk_token=None))
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(specials),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    return bpe
 
 
 class Tokenizer:
@@ -91,7 +65,7 @@ class Tokenizer:
 
     @classmethod
     def from_bpe(cls, bpe: tokenizers.Tokenizer) -> Tokenizer:
-        """Wrap a freshly trained one (see :func:`train_bpe`)."""
+        """Wrap one that was just trained (see :func:`mmmamba.data.bpe_training.train_bpe`)."""
         return cls(bpe.to_str())
 
     @classmethod
@@ -115,7 +89,7 @@ class Tokenizer:
             names = if_any(path.with_name(NAMES_FILE))
             if names and not (config or {}).get("added_tokens_decoder"):  # an older folder: the roles stand there
                 config = {**(config or {}), **names}
-            found = cls(_with_added(path, config or {}), config, str(path))
+            found = cls(with_added(path, config or {}), config, str(path))
         template = Path(folder) / TEMPLATE_FILE
         if template.is_file():
             own = found._config if found._config is not None else found._default_config()
@@ -280,7 +254,7 @@ class Tokenizer:
     def _libraries(self, allow_special: bool) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
         """The library's tokenizer, and the same that puts no space before a text; both read special tokens or not."""
         if allow_special not in self._pairs:
-            bare = _without_first_space(parse(self._definition))
+            bare = without_first_space(parse(self._definition))
             same = bare == parse(self._definition)
             whole = self._build(self._definition, allow_special) if allow_special else self._tokenizer
             self._pairs[allow_special] = (whole, whole if same else self._build(json.dumps(bare), allow_special))
@@ -298,7 +272,7 @@ class Tokenizer:
                 token["special"] = token["special"] or token["content"] in self._special_names
             tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
             # The library also takes a part as the list of its values, which nothing writes.
-            if not all(isinstance(part, dict) for part in _parts(content)):
+            if not all(isinstance(part, dict) for part in parts_of(content)):
                 raise TypeError("a normalizer or pre-tokenizer is no mapping")
         except Exception as error:  # the library raises bare Exception on a malformed definition
             raise UserError(f"{self._where}: not a usable tokenizer definition: {error}") from error
@@ -309,7 +283,7 @@ class Tokenizer:
 
     @cached_property
     def _space_at_start_only(self) -> bool:
-        return any(part.get("prepend_scheme") == "first" for part in _parts(parse(self._definition)))
+        return any(part.get("prepend_scheme") == "first" for part in parts_of(parse(self._definition)))
 
     @property
     def chat_template(self) -> str | None:
@@ -381,38 +355,3 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             "model_max_length": 1_000_000,
         }
-
-
-def _parts(definition: dict[str, Any]) -> list[dict[str, Any]]:
-    """The normalizers and pre-tokenizers of a definition, those of a sequence one by one."""
-    found: list[dict[str, Any]] = []
-    for kind, members in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
-        part = definition.get(kind) or {}
-        sequence = isinstance(part, dict) and part.get("type") == "Sequence"
-        found += part[members] if sequence else [part]
-    return found
-
-
-def _without_first_space(definition: dict[str, Any]) -> dict[str, Any]:
-    """``definition``, changed so that nothing is put before a text."""
-    for part in _parts(definition):
-        if part.get("type") == "Prepend":
-            part["prepend"] = ""
-        elif part.get("type") == "Metaspace":
-            part["prepend_scheme"] = "never"
-        elif part.get("type") == "ByteLevel":
-            part["add_prefix_space"] = False
-    return definition
-
-
-def _with_added(path: Path, config: dict[str, Any]) -> str:
-    """The text of a ``tokenizer.json``, with the added tokens that the files beside it say; itself where they agree."""
-    text = read_text(path, limit=MAX_TOKENIZER_BYTES)
-    try:
-        content = parse(text)
-        changed = merged(content, path.parent, config)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a definition of another form leads to
-        raise UserError(f"{path}: not a usable tokenizer definition: {error}") from error
-    return json.dumps(content, ensure_ascii=False) if changed else text

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from mmmamba.config_files import to_dict
-from mmmamba.data.chat_template import PLAIN, JinjaTemplate, Template
+from mmmamba.data.added_tokens import CONFIG_FILE
+from mmmamba.data.chat_template import Template
 from mmmamba.data.sample import IMAGE_MARK
 from mmmamba.data.tiling import IMAGENET_MEAN, IMAGENET_STD
-from mmmamba.data.tokenizer import CONFIG_FILE, Tokenizer
+from mmmamba.data.tokenizer import Tokenizer
+from mmmamba.data.tokenizer_template import PLAIN, JinjaTemplate
 from mmmamba.jsonfile import read_json
 from mmmamba.model.config import ModelConfig
 

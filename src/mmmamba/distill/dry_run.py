@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mmmamba.checkpoints import fingerprint, read_config, resolve
-from mmmamba.data.encoded_cache import EncodedSource
+from mmmamba.data.encoded_source import EncodedSource
 from mmmamba.data.jsonl import JsonlDataset
 from mmmamba.data.packed_batch import Batch
 from mmmamba.data.processor import UNSCORED, Processor

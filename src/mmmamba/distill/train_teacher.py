@@ -10,9 +10,10 @@ import torch
 
 from mmmamba.checkpoints import save_hovle
 from mmmamba.config_files import from_dict
+from mmmamba.data.bpe_training import SPECIALS, train_bpe
 from mmmamba.data.processor import Processor
 from mmmamba.data.sources.primer.corpus import corpus_texts
-from mmmamba.data.tokenizer import SPECIALS, Tokenizer, train_bpe
+from mmmamba.data.tokenizer import Tokenizer
 from mmmamba.device import pick_device, pick_precision
 from mmmamba.distill import processes
 from mmmamba.distill.checked_tensors import restore

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from mmmamba.data.encoded_cache import EncodedCache, EncodedSource
+from mmmamba.data.encoded_cache import EncodedCache
+from mmmamba.data.encoded_source import EncodedSource
 from mmmamba.data.jsonl import JsonlDataset
 from mmmamba.data.loader import Concatenated, Loader, Skipped
 from mmmamba.data.packed_batch import Batch

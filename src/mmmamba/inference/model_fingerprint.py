@@ -9,8 +9,8 @@ from weakref import WeakKeyDictionary
 
 from mmmamba.checkpoints.tensor_hashes import digest_lines, lines_of
 from mmmamba.config_files import to_dict
-from mmmamba.data.chat_template import JinjaTemplate
 from mmmamba.data.processor import Processor
+from mmmamba.data.tokenizer_template import JinjaTemplate
 from mmmamba.model.model import Model
 
 

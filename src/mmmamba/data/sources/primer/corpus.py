@@ -55,7 +55,7 @@ BEFORE_CAPITAL = re.compile(r" (?=[A-Z])")
 
 
 def corpus_texts(seed: int = 0, n: int = 6000) -> Iterator[str]:
-    """``n`` texts for :func:`mmmamba.data.tokenizer.train_bpe`: questions, answers, filler, roles and general lines.
+    """``n`` texts for :func:`mmmamba.data.bpe_training.train_bpe`: questions, answers, filler, roles and general lines.
 
     They hold no word in capitals and no space before a capital, so that nothing merges with the letters of the words
     that a model must spell. Only training records are drawn from.

@@ -103,7 +103,7 @@ def write(
 
 def train_tokenizer() -> str:
     """The definition of the tokenizer that a recipe trains unless it says otherwise."""
-    from mmmamba.data.tokenizer import train_bpe
+    from mmmamba.data.bpe_training import train_bpe
 
     return train_bpe(corpus_texts(), VOCABULARY).to_str()
 

@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from mmmamba.data.chat_template import JinjaTemplate, render
+from mmmamba.data.bpe_training import train_bpe
+from mmmamba.data.chat_template import render
 from mmmamba.data.processor import UNSCORED, Processor
 from mmmamba.data.sample import BadSample, Sample, Turn
-from mmmamba.data.tokenizer import Tokenizer, train_bpe
+from mmmamba.data.tokenizer import Tokenizer
+from mmmamba.data.tokenizer_template import JinjaTemplate
 from mmmamba.errors import UserError
 from mmmamba.model import ModelConfig, StackConfig
 
