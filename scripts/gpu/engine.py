@@ -2,6 +2,7 @@
 
     python scripts/gpu/engine.py --out engine.json                 # linear, hybrid, teacher
     python scripts/gpu/engine.py --kinds linear --only decode int8 batch
+    python scripts/gpu/engine.py --rule gated_delta --kinds linear hybrid
     python scripts/gpu/engine.py --geometry nano --device cpu      # tries this script itself
 
 A look at a few points while the engine is worked on: the whole report is ``mmmamba bench``, whose measuring this is.
@@ -16,9 +17,10 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -28,11 +30,12 @@ from mmmamba.benchmark.limits import Cost, Rates, measure_rates
 from mmmamba.benchmark.measure import decode, greatest_batch, read_prompt, weight_bytes
 from mmmamba.benchmark.memory import attempt, release
 from mmmamba.benchmark.sessions import time_session
-from mmmamba.benchmark.subjects import KINDS, random_subjects
+from mmmamba.benchmark.subjects import KINDS, Subject, random_subjects
 from mmmamba.config_files import to_dict
 from mmmamba.inference.decoder import Decoder
 from mmmamba.model import Model
 
+Rule = Literal["ssd", "gated_delta"]
 PARTS = ("check", "decode", "int8", "batch", "prefill", "session")
 
 
@@ -69,10 +72,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--geometry", default="hovle-2.6b")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["linear", "hybrid", "teacher"])
+    parser.add_argument("--rule", choices=get_args(Rule), default="ssd", help="the recurrence of the students")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--chunk", type=int, default=8192, help="tokens of a piece of a prompt")
     parser.add_argument("--out", type=Path, help="a JSON file for all numbers")
     return parser.parse_args()
+
+
+def with_rule(subject: Subject, rule: Rule) -> Subject:
+    """Return the subject with another recurrence in its Mamba-2 layers."""
+    if rule == "ssd":
+        return subject
+    mixer = replace(subject.config.mixer, rule=rule, qk_norm=True)
+    return replace(subject, config=replace(subject.config, mixer=mixer))
 
 
 def measurements(model: Model, kind: str, args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -92,7 +104,8 @@ def measurements(model: Model, kind: str, args: argparse.Namespace) -> Iterator[
         label, budget = f"decode, greatest batch, context {length:,}", None if on_gpu else 10**9
         yield label, partial(greatest_batch, model, context=length, budget=budget)
     if "prefill" in what:
-        yield f"prefill of {length:,}", partial(read_prompt, model, length=length, chunk=args.chunk, seconds=3.0)
+        for tokens in (64,) if small else (1024, length):
+            yield f"prefill of {tokens:,}", partial(read_prompt, model, length=tokens, chunk=args.chunk, seconds=3.0)
     if "session" in what and kind == "linear":
         yield f"session of {length:,}", partial(time_session, model, length=length, chunk=args.chunk)
     if "int8" in what:  # the last: its copies of the weights stay as long as the model
@@ -125,7 +138,7 @@ def main() -> None:
     subjects = {subject.kind: subject for subject in random_subjects(args.geometry)}
     with torch.no_grad():
         for kind in args.kinds:
-            model = subjects[kind].open(device, dtype, seed=0)
+            model = with_rule(subjects[kind], args.rule).open(device, dtype, seed=0)
             weights = weight_bytes(model)
             for label, call in measurements(model, kind, args):
                 found = attempt(call, device)

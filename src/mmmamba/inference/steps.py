@@ -15,6 +15,7 @@ from mmmamba.data.packed_batch import pack
 from mmmamba.data.processor import Encoded
 from mmmamba.data.tiling import normalise
 from mmmamba.errors import UserError
+from mmmamba.inference.prefill_graphs import replayed_pass
 from mmmamba.model.model import Model, Output
 from mmmamba.model.state import State
 from mmmamba.model.vision import check_slots
@@ -219,7 +220,11 @@ def passes(
     left, fixed = extent(model, encoded), fixed_for(model, [encoded], extra)
     for piece in chunks(model, encoded, size):
         grown = None if state is None else state.growing(left)
-        out = model(**piece, state=grown, logits=logits, return_state=True, **fixed)
+        out = None
+        if logits == "last" and "inputs_embeds" in piece:
+            out = replayed_pass(model, piece["inputs_embeds"], grown, fixed["max_length"])
+        if out is None:
+            out = model(**piece, state=grown, logits=logits, return_state=True, **fixed)
         state, left = out.state, left - out.hidden.shape[1]
         yield out
 

@@ -48,22 +48,22 @@ class State:
     @property
     def nbytes(self) -> int:
         """Bytes that the state holds."""
-        return sum(t.nbytes for t in self._tensors())
+        return sum(t.nbytes for t in self.tensors())
 
     def select(self, rows: Tensor) -> State:
         """The state of some of the sequences: ``rows`` are indices (or a boolean mask) over s."""
         if rows.dtype == torch.bool:
             rows = rows.nonzero()[:, 0]
-        return self._map(lambda t: t.index_select(0, rows.to(t.device)))
+        return self.map(lambda t: t.index_select(0, rows.to(t.device)))
 
     def to(self, device: torch.device | str | int | None) -> State:
         """The state on a device; None is where it is, as for a tensor."""
         if device is None:
             return self
         if torch.device(device).type == "cpu" and self.positions.device.type != "cpu":
-            found = iter(to_host(self._tensors()))
-            return self._map(lambda _: next(found))
-        return self._map(lambda t: t.to(device))
+            found = iter(to_host(self.tensors()))
+            return self.map(lambda _: next(found))
+        return self.map(lambda t: t.to(device))
 
     def growing(self, more: int) -> State:
         """The state with room for ``more`` tokens in every cache, which passes fill in place; see :meth:`settled`.
@@ -80,12 +80,12 @@ class State:
         """The state as a value again, which no pass changes."""
         return replace(self, layers=tuple(layer.settled() for layer in self.layers))
 
-    def _tensors(self) -> list[Tensor]:
-        """All tensors, in the order in which :meth:`_map` goes through them."""
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in the order in which :meth:`map` goes through them."""
         found = [tensor for layer in self.layers for tensor in layer.tensors().values()]
         return [*found, self.positions] if self.embedded is None else [*found, self.positions, self.embedded]
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> State:
+    def map(self, change: Callable[[Tensor], Tensor]) -> State:
         return replace(
             self,
             layers=tuple(layer.map(change) for layer in self.layers),

@@ -199,7 +199,7 @@ class DeviceLayout(Layout):
     def cuts(self, size: int) -> Tensor:
         """As :meth:`Layout.cuts`, padded to as many chunks as such a row may have: with empty sequences behind its own.
 
-        Those have no row of their own in any state: they are of use where no states are given or asked for.
+        Those have the last sequence's row in a state. So where states are given or asked for, that one must be empty.
         """
         if size not in self._cuts:
             chunks = ((self.sizes + size - 1) // size).clamp(min=1)
@@ -208,7 +208,7 @@ class DeviceLayout(Layout):
             row = torch.searchsorted(ends, chunk, right=True)
             real, known = row < self.sequences, row.clamp(max=self.sequences - 1)
             table = [
-                row,
+                known,
                 torch.where(real, (ends - chunks)[known], chunk),
                 torch.where(real, self.starts[known], self.total),
                 torch.where(real, self.sizes[known], 0),

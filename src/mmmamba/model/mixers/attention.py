@@ -41,7 +41,7 @@ class Attention(Mixer[KVState | GrowingKV]):
     """Multi-head causal attention, RoPE on queries and keys, g key/value heads shared by h query heads."""
 
     name, options_class = ATTENTION, AttentionOptions
-    seeded, grows = False, True
+    seeded, grows, capturable = False, True, True
 
     def __init__(self, hidden_size: int, stack: StackConfig, options: AttentionOptions) -> None:
         super().__init__(hidden_size, stack, options)

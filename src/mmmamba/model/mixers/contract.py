@@ -81,6 +81,10 @@ class LayerState:
         """The state as a value again, which no pass changes."""
         return self
 
+    def trimmed(self, length: int) -> Self:
+        """The state without its room for more than ``length`` tokens: no sequence is longer."""
+        return self
+
 
 S = TypeVar("S", bound=LayerState)
 
@@ -102,6 +106,8 @@ class Mixer(nn.Module, Generic[S]):
         seeded: whether distillation makes such layers from a teacher's attention. False for softmax attention itself:
             a layer of that kind is the teacher's own.
         grows: whether the state of a sequence grows with its length.
+        capturable: whether ``heads`` can be part of a CUDA graph: with kernels for it, it waits for no answer of the
+            device, and takes borders that only the device knows (:class:`~mmmamba.ops.packing.DeviceLayout`).
         float32: the names of the parameters that stay in float32 wherever they are kept.
     """
 
@@ -109,6 +115,7 @@ class Mixer(nn.Module, Generic[S]):
     options_class: ClassVar[type[Options]]
     seeded: ClassVar[bool] = True
     grows: ClassVar[bool] = False
+    capturable: ClassVar[bool] = False
     float32: ClassVar[tuple[str, ...]] = ()
 
     o_proj: nn.Linear

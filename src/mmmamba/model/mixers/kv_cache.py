@@ -26,6 +26,9 @@ class KVState(LayerState):
     def gapless(self) -> Tensor:
         return self.filled.all()
 
+    def trimmed(self, length: int) -> KVState:
+        return self.map(lambda t: t[:, :length])
+
     def growing(self, more: int) -> GrowingKV:
         rows, length, *heads = self.k.shape
         k, v = (kept.new_empty(rows, length + more, *heads) for kept in (self.k, self.v))

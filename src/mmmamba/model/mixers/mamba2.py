@@ -87,6 +87,7 @@ class Mamba2(Mixer[MambaState]):
     """
 
     name, options_class = MAMBA2, Mamba2Options
+    capturable = True
     float32 = ("A_log", "dt_bias")  # they set decays close to 1, which bfloat16 can't tell apart
 
     options: Mamba2Options
