@@ -33,11 +33,11 @@ from mmmamba.distill.recipe import (
     RECIPES,
     DataConfig,
     DistillRecipe,
-    StageConfig,
     TeachRecipe,
     find_recipe,
     load_recipe,
 )
+from mmmamba.distill.train_config import StageConfig
 from mmmamba.evaluation.suite import NANO_ABILITIES
 from mmmamba.inference.conversation import Chat
 from mmmamba.inference.session import save_session

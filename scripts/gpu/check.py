@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
 from mmmamba.data.packed_batch import Batch
 from mmmamba.distill.objectives import AlignHeads, MatchLogits, PredictAnswers
-from mmmamba.distill.recipe import StageConfig
 from mmmamba.distill.seeding import seed
+from mmmamba.distill.train_config import StageConfig
 from mmmamba.model import Mamba2Options, Model, ModelConfig, StackConfig, VisionConfig, initialise
 
 DEVICE = "cuda"

@@ -41,20 +41,25 @@ from mmmamba.data.loader import Skipped
 from mmmamba.data.packed_batch import Batch
 from mmmamba.data.processor import UNSCORED
 from mmmamba.device import pick_device, pick_precision, release
+from mmmamba.distill.allocated import Allocated
 from mmmamba.distill.checked_tensors import TENSORS
-from mmmamba.distill.dry_run import Allocated, passes_of, random_models
-from mmmamba.distill.objectives import AlignHeads, MatchLogits
-from mmmamba.distill.plan import GPUS, stage_memory, step_work, student_config
-from mmmamba.distill.recipe import DistillRecipe, StageConfig, load_recipe
+from mmmamba.distill.first_steps import random_models
+from mmmamba.distill.gpus import GPUS
+from mmmamba.distill.memory_estimate import stage_memory
+from mmmamba.distill.recipe import DistillRecipe, load_recipe
 from mmmamba.distill.run_folder import RunFolder
 from mmmamba.distill.seeding import seed
+from mmmamba.distill.stage_estimate import passes_of
+from mmmamba.distill.stages import STAGES
+from mmmamba.distill.time_estimate import step_work
+from mmmamba.distill.train_config import StageConfig
 from mmmamba.distill.trainer import train
 from mmmamba.distill.training_step import Step, make_step
+from mmmamba.distill.workload import Workload
 from mmmamba.model.config import ModelConfig
 from mmmamba.model.geometries import GEOMETRIES, geometry
-from mmmamba.model.mixers import MAMBA2
 
-STAGES = ("stage1", "stage2", "stage3")
+TIMED_STAGES = ("stage1", "stage2", "stage3")
 TIMED = 8192  # the greatest row of one sequence that is timed
 WARM_UP, SAMPLES = 3, 12
 ROWS = 4  # over which the loss is lowered
@@ -78,19 +83,14 @@ class Trial:
         if self.teacher.img_context_token_id < 0:  # which a tokenizer would say
             self.teacher = replace(self.teacher, img_context_token_id=1)
         plan = load_recipe(DistillRecipe, arguments.recipe, arguments.set)
-        self.local, self.stage = stage != "stage3", stage
+        self.name, self.local = stage, STAGES[stage].layer_local
         self.config: StageConfig = getattr(plan, stage)
-        layer_map = (MAMBA2,) * self.teacher.num_layers if self.local else plan.layer_map(self.teacher.num_layers)
-        self.student = student_config(self.teacher, layer_map, plan.mixer)
+        self.student = plan.student_config(self.teacher, softmax=() if self.local else None)
         self.frozen = plan.frozen_dtype(self.precision)
         torch.manual_seed(0)
         model, aligned = random_models(plan, self.teacher, self.device, self.frozen)
-        self.objective: AlignHeads | MatchLogits
-        if self.local:
-            self.objective = AlignHeads(model, aligned, self.config)
-        else:
-            student = seed(model, layer_map, plan.mixer, aligned=aligned)
-            self.objective = MatchLogits(model, student, self.config)
+        student = aligned if self.local else seed(model, self.student.layer_map, plan.mixer, aligned=aligned)
+        self.objective = STAGES[stage].make_objective(model, student, self.config)
 
     def step(self) -> Step:
         return make_step(self.objective, self.config, self.device, self.precision)
@@ -131,12 +131,16 @@ class Trial:
     def reckoned(self, tokens: int) -> int:
         """The peak that a dry run says, in bytes."""
         passes = passes_of(self.teacher, self.precision, self.device.type == "cuda", self.frozen)
-        return stage_memory(self.teacher, self.student, self.config, passes, tokens, layer_local=self.local).peak
+        return stage_memory(self.work(passes=passes), tokens).peak
 
     def flop(self, tokens: int) -> float:
         """Of a forward and a backward pass over a row."""
-        config = replace(self.config, recompute="none")
-        return tokens * step_work(self.teacher, self.student, config, tokens, layer_local=self.local)[0]
+        return tokens * step_work(self.work(config=replace(self.config, recompute="none")), tokens)[0]
+
+    def work(self, **changes: Any) -> Workload:
+        """The stage, as its costs depend on it."""
+        given = {"teacher": self.teacher, "student": self.student, "stage": STAGES[self.name], "config": self.config}
+        return Workload(**{**given, **changes})
 
 
 def main() -> None:
@@ -144,7 +148,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="hovle-2.6b-linear")
     parser.add_argument("--geometry", default="hovle-2.6b", choices=sorted(GEOMETRIES))
     parser.add_argument("--set", nargs="*", default=[], help="recipe keys to change, e.g. stage3.recompute=mlp")
-    parser.add_argument("--only", nargs="*", default=STAGES, choices=STAGES, help="stages")
+    parser.add_argument("--only", nargs="*", default=TIMED_STAGES, choices=TIMED_STAGES, help="stages")
     parser.add_argument("--lengths", nargs="*", type=int, default=[2048, 4096, 8192, 16384, 32768])
     parser.add_argument("--sequence", type=int, default=0, help="rows of texts of so many tokens; 0: one sequence")
     parser.add_argument("--steps", type=int, default=20, help="that must lower the loss; 0: none")
@@ -262,7 +266,7 @@ def profile(trial: Trial, tokens: int) -> None:
         step(rows, 0.0)
         synchronize(trial.device)
     key = "self_cuda_time_total" if trial.device.type == "cuda" else "self_cpu_time_total"
-    print(f"{trial.stage}, {tokens} tokens", seen.key_averages().table(sort_by=key, row_limit=45), sep="\n")
+    print(f"{trial.name}, {tokens} tokens", seen.key_averages().table(sort_by=key, row_limit=45), sep="\n")
 
 
 def synchronize(device: torch.device) -> None:
@@ -333,7 +337,7 @@ class Results:
         device = pick_device(arguments.device)
         self.entries: dict[str, dict[str, Any]] = kept.get("entries", {})
         plan = load_recipe(DistillRecipe, arguments.recipe, arguments.set)
-        self.variant = {stage: getattr(plan, stage) for stage in STAGES}
+        self.variant = {stage: getattr(plan, stage) for stage in TIMED_STAGES}
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         self.about = {"device": name, "torch": torch.__version__, "recipe": arguments.recipe, "set": arguments.set,
                       "geometry": arguments.geometry}  # fmt: skip

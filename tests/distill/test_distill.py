@@ -18,9 +18,10 @@ from mmmamba.distill.checked_tensors import TENSORS
 from mmmamba.distill.distill import distill, seeded
 from mmmamba.distill.objectives import AlignHeads, MatchLogits
 from mmmamba.distill.optimizers import Optimizers
-from mmmamba.distill.recipe import DataConfig, SourceConfig, StageConfig
+from mmmamba.distill.recipe import DataConfig, SourceConfig
 from mmmamba.distill.run_folder import RunFolder
 from mmmamba.distill.seeding import seed
+from mmmamba.distill.train_config import StageConfig
 from mmmamba.distill.training_data import TrainingData
 from mmmamba.errors import UserError
 from mmmamba.inference.decoder import Decoder
@@ -195,7 +196,7 @@ def test_the_teachers_tensors_are_the_same_after_every_step(kind, teacher_folder
     objective = (AlignHeads if kind == "align" else MatchLogits)(teacher, student, config)
     data = DataConfig(sources=(SourceConfig(path=str(small_data)),), workers=0)
     encoded = TrainingData(data, Processor.from_folder(teacher_folder), 0)
-    optimizer = Optimizers(objective.trained, config, torch.device("cpu"))
+    optimizer = Optimizers(objective.trained, objective.rules, config, torch.device("cpu"))
     for rows in encoded.rows(config, 0)(0):
         start = {name: p.detach().clone() for name, p in objective.trained.items()}
         optimizer.zero_grad()

@@ -15,13 +15,14 @@ from mmmamba.checkpoints import load
 from mmmamba.data.encoded_source import EncodedSource
 from mmmamba.data.jsonl import JsonlDataset
 from mmmamba.data.processor import Processor
-from mmmamba.distill import dry_run
+from mmmamba.distill import first_steps
 from mmmamba.distill.distill import distill
-from mmmamba.distill.dry_run import DataSize, data_size, plan_stages
+from mmmamba.distill.gpus import GPUS, LAUNCH
 from mmmamba.distill.parameters import parameters_of
-from mmmamba.distill.plan import GPUS, LAUNCH
 from mmmamba.distill.recipe import DistillRecipe, load_recipe
+from mmmamba.distill.sample_lengths import SampleLengths, sample_lengths
 from mmmamba.distill.seeding import seed
+from mmmamba.distill.stage_estimate import estimate_stages
 from mmmamba.errors import UserError
 from mmmamba.model.geometries import geometry
 
@@ -85,12 +86,12 @@ def test_recipes_of_hovles_size_need_no_folder(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_teacher_says_how_to_reckon_without(
+def test_a_missing_teacher_says_how_to_estimate_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.main(["distill", "hovle-2.6b-linear", "--dry-run", "--device", "cpu"]) == 2
-    assert "(--geometry hovle-2.6b reckons without the folder)" in capsys.readouterr().err
+    assert "(--geometry hovle-2.6b estimates without the folder)" in capsys.readouterr().err
 
 
 def test_a_config_alone_is_enough(recipe: Path, teacher_folder: Path, tmp_path: Path) -> None:
@@ -110,14 +111,14 @@ def test_what_a_dry_run_alone_takes(recipe: Path) -> None:
 
 
 def test_a_student_is_no_teacher(recipe: Path) -> None:
-    with pytest.raises(UserError, match="layer 0 is Mamba-2; a teacher has softmax attention in every layer"):
+    with pytest.raises(UserError, match="layer 0 is mamba2; a teacher has softmax attention in every layer"):
         distill(str(recipe), teacher="pico-linear", dry_run=True, device="cpu")
 
 
 def test_lengths_are_those_of_the_samples(recipe: Path, teacher_folder: Path, small_data: Path) -> None:
     source = EncodedSource(JsonlDataset(small_data), Processor.from_folder(teacher_folder))
     lengths = [len(source.encode(i).input_ids) for i in range(len(source))]
-    size = data_size(load_recipe(DistillRecipe, recipe))
+    size = sample_lengths(load_recipe(DistillRecipe, recipe))
     assert size.mean == pytest.approx(sum(lengths) / 6)
     assert size.length == pytest.approx(sum(n * n for n in lengths) / sum(lengths))
     assert size.longest == max(lengths)
@@ -126,29 +127,29 @@ def test_lengths_are_those_of_the_samples(recipe: Path, teacher_folder: Path, sm
 def test_bad_samples_are_passed_over(recipe: Path, tmp_path: Path) -> None:
     file = small_run.make_data(tmp_path / "data")
     file.write_text(file.read_text() + "{}\n")
-    size = data_size(load_recipe(DistillRecipe, recipe, [f"data.sources=[{{path: {file}}}]"]))
+    size = sample_lengths(load_recipe(DistillRecipe, recipe, [f"data.sources=[{{path: {file}}}]"]))
     assert "6 samples" in size.source and "1 more are bad" in size.source
     file.write_text("{}\n")
     with pytest.raises(UserError, match="none of the samples that were looked at is good"):
-        data_size(load_recipe(DistillRecipe, recipe, [f"data.sources=[{{path: {file}}}]"]))
+        sample_lengths(load_recipe(DistillRecipe, recipe, [f"data.sources=[{{path: {file}}}]"]))
 
 
 def test_without_data_every_sample_is_full(recipe: Path) -> None:
     plan = load_recipe(DistillRecipe, recipe, ["data.sources=[{path: none.jsonl}]", "data.max_length=100"])
-    size = data_size(plan)
+    size = sample_lengths(plan)
     assert (size.mean, size.longest) == (100, 100) and "none.jsonl: no such data file" in size.source
 
 
 def test_rows_hold_what_micro_tokens_lets_them() -> None:
     plan = load_recipe(DistillRecipe, "nano-linear")
-    data = DataSize(mean=90.0, length=120.0, longest=3200, source="")
-    aligned, _, matched = plan_stages(plan, geometry("nano"), data, "h100")
+    data = SampleLengths(mean=90.0, length=120.0, longest=3200, source="")
+    aligned, _, matched = estimate_stages(plan, geometry("nano"), data, "h100")
     assert aligned.row == plan.stage1.micro_tokens
     assert (aligned.tokens, aligned.rows) == (128 * 90.0, 1.0)
-    assert matched.layer_local is False and aligned.layer_local
-    short = DataSize(mean=90.0, length=120.0, longest=200, source="")
-    assert plan_stages(plan, geometry("nano"), short, "h100")[0].row == 128 * 200  # no step has more
-    assert plan_stages(plan, geometry("nano"), data, "rtx4090")[0].seconds < 8 * LAUNCH
+    assert matched.work.stage.layer_local is False and aligned.work.stage.layer_local
+    short = SampleLengths(mean=90.0, length=120.0, longest=200, source="")
+    assert estimate_stages(plan, geometry("nano"), short, "h100")[0].row == 128 * 200  # no step has more
+    assert estimate_stages(plan, geometry("nano"), data, "rtx4090")[0].seconds < 8 * LAUNCH
 
 
 @pytest.mark.parametrize("where", ["step", "models"])
@@ -158,8 +159,8 @@ def test_what_does_not_fit_is_an_error(
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(dry_run, "make_step" if where == "step" else "seed", full)
-    monkeypatch.setattr(dry_run, "total_memory", lambda device: GPUS["h100"].memory)
+    monkeypatch.setattr(first_steps, "make_step" if where == "step" else "seed", full)
+    monkeypatch.setattr(first_steps, "total_memory", lambda device: GPUS["h100"].memory)
     message = r"stage1: rows of \d+ tokens do not fit" if where == "step" else "mixers alone do not fit into this GPU"
     with pytest.raises(UserError, match=message):
         distill(str(recipe), dry_run=True, device="cpu")
@@ -179,7 +180,7 @@ def refusals(recipe: Path, tmp_path: Path) -> dict[str, tuple[dict[str, Any], st
     for picture in good.parent.glob("*.png"):
         (tmp_path / picture.name).write_bytes(picture.read_bytes())
     return {
-        "not a teacher": ({"teacher": "pico-linear"}, "layer 0 is Mamba-2; a teacher has softmax"),
+        "not a teacher": ({"teacher": "pico-linear"}, "layer 0 is mamba2; a teacher has softmax"),
         "layers": ({"set": ("layers=[9]",)}, "layers names layer 9"),
         "kinds": ({"set": ("layers=linear", "stage3.train=[attention]")}, "the student has no 'attention' of its own"),
         "no data": ({"data": (tmp_path / "none.jsonl",)}, "none.jsonl: no such data file"),

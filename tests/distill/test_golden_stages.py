@@ -13,8 +13,8 @@ from mmmamba.data.packed_batch import Batch
 from mmmamba.distill import objectives
 from mmmamba.distill.losses import divergence
 from mmmamba.distill.objectives import AlignHeads, MatchLogits
-from mmmamba.distill.recipe import StageConfig
 from mmmamba.distill.seeding import seed
+from mmmamba.distill.train_config import StageConfig
 from mmmamba.model import MAMBA2, Model
 
 STAGE1 = ("A_log", "dt_bias", "dt_proj", "conv", "gate_proj", "norm")

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from mmmamba.data.packed_batch import pack
 from mmmamba.data.processor import Encoded
 from mmmamba.distill import losses
-from mmmamba.distill.dry_run import Allocated
+from mmmamba.distill.allocated import Allocated
 from mmmamba.distill.losses import answer_loss, divergence, heads_error, token_weights
 from mmmamba.distill.objectives import AlignHeads, MatchLogits, Objective, PredictAnswers
-from mmmamba.distill.recipe import StageConfig
 from mmmamba.distill.seeding import seed
+from mmmamba.distill.train_config import StageConfig
 from mmmamba.model import ATTENTION, MAMBA2, Mamba2Options
 
 TRAINED = ("A_log", "dt_bias", "dt_proj", "conv", "gate_proj", "norm", "q_proj", "k_proj", "v_proj")

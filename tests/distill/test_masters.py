@@ -16,9 +16,9 @@ from mmmamba.data.packed_batch import pack
 from mmmamba.distill.checked_tensors import ABOUT, TENSORS
 from mmmamba.distill.distill import distill
 from mmmamba.distill.objectives import AlignHeads, MatchLogits
-from mmmamba.distill.recipe import TrainConfig
 from mmmamba.distill.run_folder import RunFolder
 from mmmamba.distill.seeding import seed
+from mmmamba.distill.train_config import TrainConfig
 from mmmamba.distill.training_step import make_step
 
 CPU = torch.device("cpu")

@@ -12,14 +12,21 @@ import torch
 from mmmamba.data.packed_batch import pack
 from mmmamba.distill.objectives import MatchLogits, PredictAnswers
 from mmmamba.distill.optimizers import Optimizers
-from mmmamba.distill.parameters import kind_of, own_parameters, parameters_of, unshare
-from mmmamba.distill.recipe import KINDS, MIXER_PARAMETERS, StageConfig
+from mmmamba.distill.parameters import (
+    AROUND_MIXERS,
+    known_parts,
+    mixer_parts,
+    own_parameters,
+    parameters_of,
+    part_of,
+    unshare,
+)
 from mmmamba.distill.seeding import seed
+from mmmamba.distill.train_config import StageConfig
 from mmmamba.model import ATTENTION, MAMBA2, Mamba2Options, Model, initialise
 from tiny import make_config
 
 HYBRID = (MAMBA2, ATTENTION, MAMBA2, ATTENTION, MAMBA2)
-OTHERS = [kind for kind in KINDS if kind not in MIXER_PARAMETERS]
 
 cheap_pixels = test_losses.cheap_pixels
 pytestmark = pytest.mark.usefixtures("cheap_pixels")
@@ -31,8 +38,8 @@ def stage(*train: str, **changes: Any) -> StageConfig:
 
 def test_every_parameter_has_one_kind(tiny_model):
     student = seed(tiny_model(), HYBRID, Mamba2Options(rule="gated_delta", qk_norm=True))
-    kinds = {name: kind_of(name, student.config) for name, _ in student.named_parameters()}
-    assert set(kinds.values()) == {*KINDS}
+    kinds = {name: part_of(name, student.config) for name, _ in student.named_parameters()}
+    assert set(kinds.values()) == {*known_parts()}
     for name, kind in {
         "layers.0.mixer.conv.weight": "conv", "layers.0.mixer.o_proj.weight": "o_proj",
         "layers.1.mixer.o_proj.weight": "attention", "layers.1.mixer.q_proj.weight": "attention",
@@ -41,17 +48,17 @@ def test_every_parameter_has_one_kind(tiny_model):
         "text_embeddings.weight": "embeddings", "vision.patch_embedding.weight": "embeddings",
     }.items():  # fmt: skip
         assert kinds[name] == kind
-    every = [set(parameters_of(student, [kind])) for kind in KINDS]
+    every = [set(parameters_of(student, [kind])) for kind in known_parts()]
     assert sum(map(len, every)) == len(kinds) and set().union(*every) == set(kinds)
 
 
-@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("kind", AROUND_MIXERS)
 def test_what_is_unshared_is_a_copy_and_nothing_else_is(kind, tiny_model):
     teacher = tiny_model().to(torch.bfloat16)
     before = {name: (p, p.detach().clone()) for name, p in teacher.named_parameters()}
     student = seed(teacher, HYBRID, dtype=torch.float32)
     mixers = set(own_parameters(student, teacher))
-    assert mixers == set(parameters_of(student, MIXER_PARAMETERS))
+    assert mixers == set(parameters_of(student, mixer_parts()))
     unshare(student, teacher, ["conv", kind])
     named = set(parameters_of(student, [kind]))
     own = own_parameters(student, teacher)
@@ -73,7 +80,7 @@ def test_a_tied_head_follows_the_embeddings():
     assert teacher.head.weight is teacher.text_embeddings.weight is not student.head.weight
 
 
-@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("kind", AROUND_MIXERS)
 def test_copies_change_no_loss(kind, tiny_model):
     teacher = tiny_model()
     found = []
@@ -94,11 +101,11 @@ def test_everything_moves_and_the_teacher_stays(labels, precision, tiny_model):
     teacher = tiny_model().to(precision)
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     student = seed(teacher, HYBRID, Mamba2Options(rope=True), dtype=torch.float32)
-    config = stage(*KINDS, lr=0.01)
+    config = stage(*known_parts(), lr=0.01)
     unshare(student, teacher, config.train)
     objective = PredictAnswers(student, config) if labels else MatchLogits(teacher, student, config)
     assert set(objective.trained) == {name for name, _ in student.named_parameters()}
-    optimizer, losses = Optimizers(objective.trained, config, torch.device("cpu")), []
+    optimizer, losses = Optimizers(objective.trained, objective.rules, config, torch.device("cpu")), []
     start = {name: p.detach().clone() for name, p in objective.trained.items()}
     for _ in range(3):
         optimizer.zero_grad()

@@ -14,8 +14,8 @@ from mmmamba.data.packed_batch import pack
 from mmmamba.distill.distill import distill
 from mmmamba.distill.objectives import inputs
 from mmmamba.distill.placement import place
-from mmmamba.distill.recipe import StageConfig
 from mmmamba.distill.seeding import seed
+from mmmamba.distill.train_config import StageConfig
 from mmmamba.errors import UserError
 from mmmamba.model import ATTENTION, MAMBA2, Mamba2Options
 

@@ -19,7 +19,7 @@ import small_run
 from mmmamba.checkpoints import read_safetensors
 from mmmamba.data.packed_batch import pack
 from mmmamba.distill import objectives, processes
-from mmmamba.distill.recipe import TrainConfig
+from mmmamba.distill.train_config import TrainConfig
 from mmmamba.distill.training_data import ProcessOrder
 from mmmamba.distill.training_step import Step
 from mmmamba.errors import UserError

@@ -12,12 +12,12 @@ from mmmamba.config_files import from_dict, load_yaml, to_dict
 from mmmamba.distill.recipe import (
     RECIPES,
     DistillRecipe,
-    StageConfig,
     TeachRecipe,
-    TrainConfig,
     find_recipe,
     load_recipe,
 )
+from mmmamba.distill.stages import STAGES
+from mmmamba.distill.train_config import StageConfig, TrainConfig
 from mmmamba.errors import UserError
 from mmmamba.model.mixers import ATTENTION, MAMBA2, Mamba2Options
 
@@ -77,7 +77,9 @@ def test_the_papers_recipes_follow_the_paper(path):
 
 def test_the_delta_rules_strength_is_trained_where_there_is_one():
     train = [*small_run.STAGE1, "beta_proj"]
-    with pytest.raises(UserError, match=r"stage1.train: 'beta_proj' is the gated delta rule's, and mixer.rule is"):
+    with pytest.raises(
+        UserError, match=r"stage1.train: a mamba2 mixer with these options has no 'beta_proj', it has A_log,"
+    ):
         small(stage1__train=train)
     plan = small(stage1__train=train, mixer={"rule": "gated_delta", "qk_norm": True})
     assert plan.mixer.rule == "gated_delta" and "beta_proj" in plan.stage1.train
@@ -109,6 +111,24 @@ def test_our_recipes_at_its_size_have_nanos_stages_and_the_papers_mixer_and_samp
         assert set(ours.train) == {*small.train} - {"o_proj", "mlp"} and ours.decay == small.decay
         assert (ours.steps, ours.batch_size) == (theirs.steps, theirs.batch_size)
     assert plan.stage3.lr == pytest.approx(nano.stage3.lr * 256 / 2048)
+
+
+@pytest.mark.parametrize("mixer", [{}, {"rule": "gated_delta", "qk_norm": True}])
+def test_what_a_stage_trains_by_default_is_what_our_recipes_train(mixer):
+    recipe = small_run.recipe(mixer=mixer)
+    for stage in ("stage1", "stage2", "stage3"):
+        del recipe[stage]["train"]
+    plan = from_dict(DistillRecipe, recipe, where="small.yaml")
+    written = load_recipe(DistillRecipe, "pico-linear" if mixer else "nano-linear-paper")
+    for stage in ("stage1", "stage2"):
+        assert set(getattr(plan, stage).train) == set(getattr(written, stage).train)
+    assert plan.stage3.train == plan.stage2.train
+    assert set(small(mixer=mixer, stage3__train=["default", "mlp"]).stage3.train) == {*plan.stage2.train, "mlp"}
+    assert from_dict(DistillRecipe, to_dict(plan), where="again") == plan  # a run folder's recipe names all parts
+
+
+def test_the_table_of_stages_has_a_line_for_each_stage_of_a_recipe():
+    assert list(STAGES) == list(small(stage4={"steps": 1, "batch_size": 1, "lr": 1.0}).stages)
 
 
 # ---------------------------------------------------------------------------------------------- layer map
@@ -163,7 +183,7 @@ def test_something_must_be_left_to_distil(layers):
         ({"stage1__train": ["vonc"]}, r"'stage1': train: unknown kind of parameter 'vonc', must be among A_log, "),
         ({"stage1__lr_scale": {"head": 2.0}}, r"'stage1': lr_scale: unknown kind of parameter 'head', must be among A"),
         ({"stage2__train": ["conv", "mlp"]}, r"yaml: stage2.train: 'mlp' learns nothing from a loss on the heads"),
-        ({"stage4": {"steps": 1, "batch_size": 1, "lr": 1.0}}, r"missing required key 'stage4.train'"),
+        ({"stage4": {"steps": 1, "batch_size": 1}}, r"missing required key 'stage4.lr'"),
         ({"init": "mimick"}, r"'init' must be 'mimic' or 'inherit' or 'scratch', got 'mimick'"),
         ({"init": "scratch"}, r"init 'scratch' draws W_o too, and no stage trains it: add o_proj to stage3.train"),
         ({"init": "inherit", "mixer": {"decay": "spread"}}, r"init 'inherit' draws the decay as Mamba-2 does"),

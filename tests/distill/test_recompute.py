@@ -9,7 +9,7 @@ import test_losses
 import torch
 
 from mmmamba.data.packed_batch import pack
-from mmmamba.distill.dry_run import Allocated
+from mmmamba.distill.allocated import Allocated
 from mmmamba.distill.objectives import MatchLogits
 from mmmamba.distill.seeding import seed
 from mmmamba.model import Mamba2Options

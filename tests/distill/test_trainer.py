@@ -12,8 +12,8 @@ from torch import nn
 from mmmamba.data.loader import Skipped
 from mmmamba.data.packed_batch import Batch
 from mmmamba.device import pick_device, pick_precision
-from mmmamba.distill.recipe import TrainConfig
 from mmmamba.distill.run_folder import RunFolder
+from mmmamba.distill.train_config import TrainConfig
 from mmmamba.distill.trainer import train
 from mmmamba.errors import UserError
 

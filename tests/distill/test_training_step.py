@@ -10,8 +10,8 @@ import torch
 
 from mmmamba.data.packed_batch import pack
 from mmmamba.distill.objectives import MatchLogits, PredictAnswers
-from mmmamba.distill.recipe import TrainConfig
 from mmmamba.distill.seeding import seed
+from mmmamba.distill.train_config import TrainConfig
 from mmmamba.distill.training_step import PIECE, ReplayedStep, Room, Step, copy_row, make_step
 from mmmamba.errors import UserError
 from mmmamba.model import Model, RopeScaling, StackConfig, initialise

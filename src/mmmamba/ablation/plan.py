@@ -31,8 +31,10 @@ from typing import Any
 
 from mmmamba import yaml12
 from mmmamba.config_files import from_dict, load_yaml, read_override, to_dict
-from mmmamba.distill.recipe import ALIGNMENT, MOST, DistillRecipe, find_recipe, load_recipe
+from mmmamba.distill.recipe import DistillRecipe, find_recipe, load_recipe
 from mmmamba.distill.run_folder import digest
+from mmmamba.distill.stages import ALIGNMENT
+from mmmamba.distill.train_config import MOST
 from mmmamba.errors import UserError
 from mmmamba.evaluation.suite import NANO_ABILITIES, NANO_LIMIT
 

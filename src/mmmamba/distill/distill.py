@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
-import functools
-import shutil
-import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from mmmamba.checkpoints import fingerprint, load, resolve, save_student
-from mmmamba.checkpoints.io import write_atomically
 from mmmamba.data.packed_batch import Batch
-from mmmamba.data.picture_hashes import PictureHashes
 from mmmamba.data.processor import Processor
 from mmmamba.device import pick_device, pick_precision
 from mmmamba.distill import dry_run as rehearsal
 from mmmamba.distill import processes
-from mmmamba.distill.checked_tensors import TENSORS, read_checked, restore
-from mmmamba.distill.objectives import AlignHeads, MatchLogits, PredictAnswers
-from mmmamba.distill.parameters import check_stages, kind_of, own_parameters, unshare
+from mmmamba.distill.borrowed_alignment import alignment_digest, borrow_alignment
+from mmmamba.distill.checked_tensors import restore
+from mmmamba.distill.parameters import label, own_parameters, part_of, unshare
 from mmmamba.distill.placement import place
-from mmmamba.distill.recipe import ALIGNMENT, DistillRecipe, SourceConfig, StageConfig, label, load_recipe
-from mmmamba.distill.run_folder import RunFolder, alone, checked_manifest, digest, pictures_of
+from mmmamba.distill.recipe import DistillRecipe, SourceConfig, check_teacher, load_recipe
+from mmmamba.distill.run_folder import RunFolder, alone
 from mmmamba.distill.seeding import seed
+from mmmamba.distill.stages import ALIGNMENT, PLACEMENT_ORDER, STAGES
+from mmmamba.distill.train_config import StageConfig
 from mmmamba.distill.trainer import train
 from mmmamba.distill.training_data import TrainingData
 from mmmamba.errors import UserError
-from mmmamba.jsonfile import MAX_DATA_BYTES, read_json
-from mmmamba.model.mixers import ATTENTION, MAMBA2
 from mmmamba.model.model import Model
 from mmmamba.outputs import LEDGER
 from mmmamba.report.table import show, table_of
-
-ORDERS = {"stage1": 0, "stage2": 1, "stage3": 2, "placing": 3, "stage4": 4}  # each takes its samples in its own
 
 MOST_BATCHES = 64  # that are looked at for one to measure on, where samples are bad
 
@@ -82,96 +76,66 @@ def distill(
         device: auto, cpu, cuda, cuda:1, ….
         precision: fp32, or bf16 passes over fp32 weights; auto picks bf16 on a GPU.
         dry_run: say what the run will need and try its first steps, instead of running it.
-        gpu: the kind of GPU to reckon with, with --dry-run (default: h100).
+        gpu: the kind of GPU to estimate for, with --dry-run (default: h100).
         geometry: hovle-2.6b or nano, in place of a teacher's folder, with --dry-run.
 
     Returns:
         the folder of the finished student, RUN/model; of a dry run, where it would be.
     """
-    plan = load_recipe(DistillRecipe, recipe, set)
+    loaded = load_recipe(DistillRecipe, recipe, set)
     if teacher is not None:
-        plan = replace(plan, teacher=teacher)
+        loaded = replace(loaded, teacher=teacher)
     if data:
         sources = tuple(SourceConfig(path=str(path.resolve())) for path in data)
-        plan = replace(plan, data=replace(plan.data, sources=sources))
+        loaded = replace(loaded, data=replace(loaded.data, sources=sources))
     if on_bad_sample is not None:
-        plan = replace(plan, data=replace(plan.data, on_bad_sample=on_bad_sample))
+        loaded = replace(loaded, data=replace(loaded.data, on_bad_sample=on_bad_sample))
     where = pick_device(device) if dry_run else processes.join(pick_device(device))
     dtype = pick_precision(precision, where)
-    run_folder = out or Path("runs") / plan.name
+    run_folder = out or Path("runs") / loaded.name
     if dry_run:
         rehearsal.dry_run(
-            plan, geometry=geometry, gpu=gpu or "h100", device=where, precision=dtype, out=run_folder, resume=resume
+            loaded, geometry=geometry, gpu=gpu or "h100", device=where, precision=dtype, out=run_folder, resume=resume
         )
         return run_folder / "model"
     for name, given in (("geometry", geometry), ("gpu", gpu)):
         if given is not None:
             raise UserError(f"--{name} {given} goes with --dry-run; a run takes its teacher's weights and --device")
-    with alone(run_folder, read=[resolve(plan.teacher)]):
-        return _distilled(plan, run_folder, resume, where, dtype)
+    with alone(run_folder, read=[resolve(loaded.teacher)]):
+        return _distilled(loaded, run_folder, resume, where, dtype)
 
 
-def _distilled(plan: DistillRecipe, run_folder: Path, resume: bool, where: torch.device, dtype: torch.dtype) -> Path:
-    """The run, alone in its folder."""
-    folder = resolve(plan.teacher)
+def _distilled(
+    recipe: DistillRecipe, run_folder: Path, resume: bool, device: torch.device, precision: torch.dtype
+) -> Path:
+    """Make the whole run, alone in its folder."""
+    folder = resolve(recipe.teacher)
     source_hash = fingerprint(folder)
-    model = load(folder, dtype=plan.frozen_dtype(dtype), device=where)
-    if model.config.new_layers:
-        layer = model.config.new_layers[0]
-        raise UserError(f"{folder}: layer {layer} is Mamba-2; a teacher has softmax attention in every layer")
-    layer_map = plan.layer_map(model.config.num_layers)
-    check_stages(plan, replace(model.config, layer_map=layer_map, mixer=plan.mixer))
+    teacher = load(folder, dtype=recipe.frozen_dtype(precision), device=device)
+    check_teacher(teacher.config, folder)
+    recipe.check_student(teacher.config)
     processor = Processor.from_folder(folder)
     with processes.main_first():
-        data = TrainingData(plan.data, processor, plan.seed)
-    alignment = digest(
-        {
-            "teacher": source_hash,
-            "mixer": plan.mixer,
-            "init": plan.init,
-            "seed": plan.seed,
-            "data": data.identity,
-            "stage1": plan.stage1,
-            "stage2": plan.stage2,
-            "places": [str(path.resolve()) for path in data.paths],  # pictures are read from beside the files
-            "max_length": plan.data.max_length,
-            "max_tiles": plan.data.max_tiles,
-            "on_bad_sample": plan.data.on_bad_sample,
-            "device": where.type,
-            "precision": str(dtype),
-            "frozen": plan.frozen,
-        }
-    )
+        data = TrainingData(recipe.data, processor, recipe.seed)
     identity = {"kind": "distill", "teacher": source_hash, "data": data.identity}
+    alignment = alignment_digest(recipe, source_hash, data, device, precision)
     with processes.main_first():
-        run = RunFolder(run_folder, plan, identity, resume=resume)
+        run = RunFolder(run_folder, recipe, identity, resume=resume)
         pictures = run.check_pictures(data.picture_hashes)
         run.note(
-            pictures=pictures, alignment=alignment, teacher={"path": str(plan.teacher), "sha256": source_hash}
+            pictures=pictures, alignment=alignment, teacher={"path": str(recipe.teacher), "sha256": source_hash}
         )  # fmt: skip
         if processes.is_main():
-            _borrow_alignment(run, alignment, data.picture_hashes)
+            borrow_alignment(run, alignment, data.picture_hashes)
 
-    aligned = seed(model, mixer=plan.mixer, seed=plan.seed, init=plan.init, dtype=torch.float32)
-    for stage in ALIGNMENT:
-        config = plan.stages[stage]
-        _run_stage(run, stage, AlignHeads(model, aligned, config), config, aligned, model, data, where, dtype)
-    if plan.measured:
-        layer_map = _placed(run, plan, model, aligned, data, dtype)
-    student = seed(model, layer_map, plan.mixer, aligned=aligned)
-    for stage, config in plan.stages.items():
-        if stage not in ALIGNMENT:
-            unshare(student, model, config.train)
-            objective = MatchLogits(model, student, config) if stage == "stage3" else PredictAnswers(student, config)
-            _run_stage(run, stage, objective, config, student, model, data, where, dtype)
-
+    student = _train(run, recipe, teacher, data, precision)
     if processes.is_main():
         if fingerprint(folder) != source_hash:
             raise UserError(
                 f"{folder}: the teacher's files changed while the run was under way; the student is not saved"
             )
         save_student(
-            student, run.model, teacher=plan.teacher, delta=False, processor=processor, dtype=model.dtype,
+            student, run.model, teacher=recipe.teacher, delta=False, processor=processor, dtype=teacher.dtype,
             overwrite=run.replaces_model,
         )  # fmt: skip
         run.report_skipped()
@@ -180,42 +144,57 @@ def _distilled(plan: DistillRecipe, run_folder: Path, resume: bool, where: torch
     return run.model
 
 
+def _train(run: RunFolder, recipe: DistillRecipe, teacher: Model, data: TrainingData, precision: torch.dtype) -> Model:
+    """Seed the student and take it through all stages; those that are finished already are read from the run."""
+    aligned = seed(teacher, mixer=recipe.mixer, seed=recipe.seed, init=recipe.init, dtype=torch.float32)
+    for stage in ALIGNMENT:
+        _run_stage(run, stage, recipe.stages[stage], aligned, teacher, data, precision)
+    layer_map = recipe.layer_map(teacher.config.num_layers)
+    if recipe.measured:
+        layer_map = _placed(run, recipe, teacher, aligned, data, precision)
+    student = seed(teacher, layer_map, recipe.mixer, aligned=aligned)
+    for stage, config in recipe.stages.items():
+        if stage not in ALIGNMENT:
+            unshare(student, teacher, config.train)
+            _run_stage(run, stage, config, student, teacher, data, precision)
+    return student
+
+
 def _run_stage(
     run: RunFolder,
     stage: str,
-    objective: AlignHeads | MatchLogits | PredictAnswers,
     config: StageConfig,
     student: Model,
     teacher: Model,
     data: TrainingData,
-    device: torch.device,
     precision: torch.dtype,
 ) -> None:
-    """One stage, unless the run (or the one it borrowed from) has finished it."""
+    """Train one stage, unless the run (or the one it borrowed from) has finished it."""
+    objective = STAGES[stage].make_objective(teacher, student, config)
     done = run.result(stage)
     if done is None:
         if processes.is_main():
             describe(stage, student, objective.trained)
-        rows = data.rows(config, ORDERS[stage])
-        train(objective, config, rows, run, stage, device=device, precision=precision)
+        rows = data.rows(config, STAGES[stage].order)
+        train(objective, config, rows, run, stage, device=teacher.device, precision=precision)
         run.finish(stage, own_parameters(student, teacher), steps=config.steps)
     else:
         restore(own_parameters(student, teacher), done, run.checkpoints / stage)
 
 
 def _placed(
-    run: RunFolder, plan: DistillRecipe, teacher: Model, aligned: Model, data: TrainingData, precision: torch.dtype
+    run: RunFolder, recipe: DistillRecipe, teacher: Model, aligned: Model, data: TrainingData, precision: torch.dtype
 ) -> tuple[str, ...]:
     """The layer map that a measurement picks, once a run: on one batch of stage 3's samples, none of its first."""
     layers = teacher.config.num_layers
+    count = len(recipe.softmax_layers(layers))
     if "softmax_layers" not in run.manifest:
-        count = plan.layer_map(layers).count(ATTENTION)
-        rows = [row.to(teacher.device) for row in _measurable(data, plan.stage3, teacher.device)]
-        run.note(softmax_layers=place(teacher, aligned, plan.mixer, count, rows, plan.stage3, precision))
+        rows = [row.to(teacher.device) for row in _measurable(data, recipe.stage3, teacher.device)]
+        run.note(softmax_layers=place(teacher, aligned, recipe.mixer, count, rows, recipe.stage3, precision))
     kept = run.manifest["softmax_layers"]
-    if len(set(kept)) != plan.layer_map(layers).count(ATTENTION) or not all(0 <= layer < layers for layer in kept):
+    if len(set(kept)) != count or not all(0 <= layer < layers for layer in kept):
         raise UserError(f"{run.path / 'manifest.json'}: was altered: 'softmax_layers' is {kept} of {layers} layers")
-    return tuple(ATTENTION if i in kept else MAMBA2 for i in range(layers))
+    return recipe.keeping(kept, layers)
 
 
 def _measurable(data: TrainingData, stage: StageConfig, device: torch.device) -> Sequence[Batch]:
@@ -224,74 +203,24 @@ def _measurable(data: TrainingData, stage: StageConfig, device: torch.device) ->
     batches = min(2 * all_samples, MOST_BATCHES)
     for step in range(batches):
         one = replace(stage, steps=step + 1)
-        rows = next(iter(data.rows(one, ORDERS["placing"])(step)))
+        rows = next(iter(data.rows(one, PLACEMENT_ORDER)(step)))
         if int(processes.total(torch.tensor(len(rows), device=device))):
             return rows
     raise UserError(f"layers: measured: none of {batches * stage.batch_size:,} samples is good; see mmmamba data check")
 
 
-def _borrow_alignment(run: RunFolder, alignment: str, picture_hashes: Mapping[str, PictureHashes]) -> None:
-    """Take stages 1 and 2 from a sibling run that aligned the same teacher in the same way."""
-    if run.result("stage2") is not None or run.last_step("stage1") or run.last_step("stage2"):
-        return
-    for manifest in sorted(run.path.resolve().parent.glob("*/manifest.json")):
-        sibling = manifest.parent
-        if sibling == run.path.resolve():
-            continue
-        found = _readable(manifest)
-        if found.get("alignment") != alignment or not {*ALIGNMENT} <= set(found.get("stages", {})):
-            continue
-        kept = pictures_of(found)
-        if any(now.changed(kept.get(source, "")) for source, now in picture_hashes.items()):
-            continue  # it saw other pictures
-        if not all(_lends(sibling / "checkpoints" / stage, stage) for stage in ALIGNMENT):
-            continue
-        for stage in ALIGNMENT:
-            copy = functools.partial(_copy_result, sibling / "checkpoints" / stage)
-            write_atomically(run.checkpoints / stage, copy, folder=True)
-            run.manifest["stages"][stage] = {**found["stages"][stage], "from": str(sibling)}
-        run.note(skipped={stage: found.get("skipped", {}).get(stage, []) for stage in ALIGNMENT})
-        print(f"stages 1 and 2 are those of {sibling}", file=sys.stderr)
-        return
-
-
-def _copy_result(source: Path, target: Path) -> None:
-    shutil.copyfile(source / TENSORS, target / TENSORS)
-
-
-def _lends(folder: Path, stage: str) -> bool:
-    """Whether a neighbour's result is there and whole; a damaged one is no affair of this run."""
-    try:
-        return bool(read_checked(folder, {"stage": stage}, remedy=""))
-    except UserError:
-        return False
-
-
-def _readable(manifest: Path) -> dict[str, Any]:
-    """A neighbour's manifest; empty where it is damaged, which is no affair of this run."""
-    try:
-        return checked_manifest(read_json(manifest, limit=MAX_DATA_BYTES), manifest)
-    except UserError:
-        return {}
-
-
 def describe(stage: str, student: Model, trained: dict[str, torch.nn.Parameter]) -> None:
     """Print what the stage trains and what it leaves frozen, with counts and shares."""
-    everything = dict(student.named_parameters())
-    total = sum(p.numel() for p in everything.values())
-    counts: dict[str, int] = {}
-    for name, parameter in everything.items():
-        if name in trained:
-            kind = kind_of(name, student.config)
-            counts[kind] = counts.get(kind, 0) + parameter.numel()
-    rows = [["trained", label(kind), count, f"{100 * count / total:.2f} %"] for kind, count in counts.items()]
-    moved = sum(counts.values())
+    total = sum(p.numel() for p in student.parameters())
+    counts: Counter[str] = Counter()
+    for name, parameter in trained.items():
+        counts[part_of(name, student.config)] += parameter.numel()
+    rows = [["trained", label(part), count, f"{100 * count / total:.2f} %"] for part, count in counts.items()]
+    moved = counts.total()
     rows.append(["trained", "all", moved, f"{100 * moved / total:.2f} %"])
     rows.append(["frozen", "the teacher's and untouched", total - moved, f"{100 * (1 - moved / total):.2f} %"])
-    title = (
-        f"{stage}: {len(student.config.new_layers)} Mamba-2 layers, "
-        f"{len(student.config.attention_layers)} softmax layers"
-    )
+    layers = Counter(student.config.layer_map)
+    title = f"{stage}: " + ", ".join(f"{count} {kind} layers" for kind, count in layers.items())
     show(table_of(title, ("", "parameters", "count", "share"), rows))
 
 
@@ -303,10 +232,12 @@ def seeded(recipe: str, *, teacher: str | None = None, out: Path) -> Path:
         teacher: a teacher folder or built-in name, in place of the recipe's.
         out: folder of the student; one that was written here is replaced.
     """
-    plan = load_recipe(DistillRecipe, recipe)
-    name = teacher or plan.teacher
+    loaded = load_recipe(DistillRecipe, recipe)
+    name = teacher or loaded.teacher
     model = load(name)
-    student = seed(model, plan.layer_map(model.config.num_layers), plan.mixer, seed=plan.seed, init=plan.init)
+    student = seed(
+        model, loaded.layer_map(model.config.num_layers), loaded.mixer, seed=loaded.seed, init=loaded.init
+    )  # fmt: skip
     # A student of an earlier version has no ledger in its folder.
     save_student(student, out, teacher=name, delta=True, overwrite=not (out / LEDGER).exists())
     return out

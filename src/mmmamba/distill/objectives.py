@@ -14,9 +14,10 @@ from mmmamba.data.processor import UNSCORED
 from mmmamba.data.tiling import normalise
 from mmmamba.distill import processes
 from mmmamba.distill.losses import answer_loss, divergence, heads_error, token_weights
-from mmmamba.distill.parameters import EMBEDDINGS, parameters_of
-from mmmamba.distill.recipe import StageConfig
+from mmmamba.distill.parameters import EMBEDDINGS, parameters_of, rules_of
 from mmmamba.distill.recompute import recompute
+from mmmamba.distill.train_config import StageConfig
+from mmmamba.model.mixers import Part
 from mmmamba.model.model import Model, compile_layers
 from mmmamba.model.rope import Rotation
 
@@ -26,11 +27,13 @@ class Objective(ABC):
 
     Attributes:
         trained: what moves, by full name.
+        rules: how optimizers treat it, by full name.
         device: where the passes run.
         losses: the names of what a pass returns.
     """
 
     trained: dict[str, nn.Parameter]
+    rules: dict[str, Part]
     device: torch.device
     losses: tuple[str, ...] = ("loss",)
 
@@ -124,6 +127,7 @@ class AlignHeads(Objective):
     def __init__(self, teacher: Model, student: Model, stage: StageConfig) -> None:
         self.teacher, self.student, self.stage, self.device = teacher, student, stage, teacher.device
         self.trained = parameters_of(student, stage.train)
+        self.rules = rules_of(self.trained, student.config)
         self.mixers = {i: student.mixer(i) for i in student.config.new_layers}
         freeze_all_but(student, self.trained)
         if stage.compile:
@@ -159,6 +163,7 @@ class MatchLogits(Objective):
     def __init__(self, teacher: Model, student: Model, stage: StageConfig) -> None:
         self.teacher, self.student, self.stage, self.device = teacher, student, stage, teacher.device
         self.trained = end_to_end(student, stage)
+        self.rules = rules_of(self.trained, student.config)
         self.losses = ("loss", "ce") if stage.supervised else ("loss",)
         self.embeds = any(getattr(student, part) is not getattr(teacher, part) for part in EMBEDDINGS)
         if stage.compile:
@@ -214,6 +219,7 @@ class PredictAnswers(Objective):
     def __init__(self, model: Model, stage: StageConfig | None = None) -> None:
         self.model, self.device = model, model.device
         self.trained = dict(model.named_parameters()) if stage is None else end_to_end(model, stage)
+        self.rules = rules_of(self.trained, model.config)
         self.scale = 1.0 if stage is None else stage.loss_scale
 
     def divisors(self, rows: Sequence[Batch]) -> dict[str, Tensor]:

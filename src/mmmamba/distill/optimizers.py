@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmmamba.distill.recipe import TrainConfig
+from mmmamba.distill.train_config import TrainConfig
+from mmmamba.model.mixers import Part
 
 KEPT = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")  # what an optimizer remembers of a parameter
 
@@ -21,19 +22,27 @@ class Optimizers:
 
     Args:
         trained: the parameters, by full name.
+        rules: how each is treated: whether Muon may move it, whether it decays, a factor on its rate.
         config: which optimizer, and rates, betas, weight decay (on matrices only).
         device: theirs; on a GPU AdamW is fused, on a CPU Muon iterates in float32.
     """
 
-    def __init__(self, trained: Mapping[str, nn.Parameter], config: TrainConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        trained: Mapping[str, nn.Parameter],
+        rules: Mapping[str, Part],
+        config: TrainConfig,
+        device: torch.device,
+    ) -> None:
         self._on_gpu = device.type == "cuda"
-        muon = {name: p for name, p in trained.items() if config.optimizer == "muon" and _is_projection(name)}
+        uses_muon = config.optimizer == "muon"
+        muon = {name: p for name, p in trained.items() if uses_muon and p.ndim == 2 and rules[name].matrix}
         rest = {name: p for name, p in trained.items() if name not in muon}
         self._all: list[torch.optim.Optimizer] = []
         if rest:
             self._all.append(
                 torch.optim.AdamW(
-                    _groups(rest, config),
+                    _groups(rest, rules, config),
                     lr=config.lr,
                     betas=config.betas,
                     fused=self._on_gpu or None,
@@ -42,7 +51,7 @@ class Optimizers:
             )
         if muon:
             kind = torch.optim.Muon if self._on_gpu else _Float32Muon
-            self._all.append(kind(_groups(muon, config), lr=config.lr, adjust_lr_fn="match_rms_adamw"))
+            self._all.append(kind(_groups(muon, rules, config), lr=config.lr, adjust_lr_fn="match_rms_adamw"))
         self.groups: list[dict[str, Any]] = [group for optimizer in self._all for group in optimizer.param_groups]
         self._owner = {p: optimizer for optimizer in self._all for g in optimizer.param_groups for p in g["params"]}
 
@@ -108,18 +117,15 @@ def _orthogonal(matrix: Tensor, coefficients: tuple[float, float, float], steps:
     return x.mT if matrix.shape[0] > matrix.shape[1] else x
 
 
-def _is_projection(name: str) -> bool:
-    """Whether a parameter is a matrix between hidden states (the few rows of dt_proj and beta_proj are not)."""
-    matrices = ("_proj.weight", "mlp.gate.weight", "mlp.up.weight", "mlp.down.weight")
-    return name.endswith(matrices) and "dt_proj" not in name and "beta_proj" not in name
-
-
-def _groups(trained: Mapping[str, nn.Parameter], config: TrainConfig) -> list[dict[str, Any]]:
+def _groups(
+    trained: Mapping[str, nn.Parameter], rules: Mapping[str, Part], config: TrainConfig
+) -> list[dict[str, Any]]:
     """One group for each (weight decay or not, factor on the learning rate)."""
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in trained.items():
-        decays = parameter.ndim > 1 and "embedding" not in name
-        scale = next((config.lr_scale[part] for part in name.split(".") if part in config.lr_scale), 1.0)
+        rule = rules[name]
+        decays = parameter.ndim > 1 if rule.decays is None else rule.decays
+        scale = next((config.lr_scale[part] for part in name.split(".") if part in config.lr_scale), 1.0) * rule.rate
         groups.setdefault((decays, scale), []).append(parameter)
     return [
         {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0, "scale": scale}

@@ -12,10 +12,10 @@ from mmmamba.data.packed_batch import Batch
 from mmmamba.distill import processes
 from mmmamba.distill.losses import divergence, token_weights
 from mmmamba.distill.objectives import autocast, inputs, total
-from mmmamba.distill.recipe import StageConfig
 from mmmamba.distill.seeding import seed
+from mmmamba.distill.train_config import StageConfig
 from mmmamba.errors import UserError
-from mmmamba.model.mixers import ATTENTION, MAMBA2, Mamba2Options
+from mmmamba.model.mixers import ATTENTION, Options, kind_of
 from mmmamba.model.model import Model
 
 
@@ -23,7 +23,7 @@ from mmmamba.model.model import Model
 def place(
     teacher: Model,
     aligned: Model,
-    mixer: Mamba2Options,
+    mixer: Options,
     count: int,
     rows: Sequence[Batch],
     stage: StageConfig,
@@ -51,7 +51,8 @@ def place(
         ]
 
     def measure(keep: Sequence[int]) -> float:
-        student = seed(teacher, [ATTENTION if i in keep else MAMBA2 for i in layers], mixer, aligned=aligned)
+        layer_map = [ATTENTION if i in keep else kind_of(mixer).name for i in layers]
+        student = seed(teacher, layer_map, mixer, aligned=aligned)
         found = torch.zeros((), device=teacher.device)
         with autocast(teacher.device, precision):
             for x, row, weight, target in zip(given, rows, weights, targets, strict=True):

@@ -52,38 +52,38 @@ def teach(
     Returns:
         the folder of the finished teacher, RUN/model.
     """
-    plan = load_recipe(TeachRecipe, recipe, set)
+    loaded = load_recipe(TeachRecipe, recipe, set)
     if on_bad_sample is not None:
-        plan = replace(plan, data=replace(plan.data, on_bad_sample=on_bad_sample))
+        loaded = replace(loaded, data=replace(loaded.data, on_bad_sample=on_bad_sample))
     where = processes.join(pick_device(device))
-    run_folder = out or Path("runs") / plan.name
+    run_folder = out or Path("runs") / loaded.name
     with alone(run_folder):
-        return _taught(plan, run_folder, resume, where, pick_precision(precision, where))
+        return _taught(loaded, run_folder, resume, where, pick_precision(precision, where))
 
 
-def _taught(plan: TeachRecipe, run_folder: Path, resume: bool, where: torch.device, dtype: torch.dtype) -> Path:
-    """The run, alone in its folder."""
-    processor = make_processor(plan)
+def _taught(recipe: TeachRecipe, run_folder: Path, resume: bool, where: torch.device, dtype: torch.dtype) -> Path:
+    """Make the whole run, alone in its folder."""
+    processor = make_processor(recipe)
     with processes.main_first():
-        data = TrainingData(plan.data, processor, plan.seed)
-        run = RunFolder(run_folder, plan, {"kind": "teach", "data": data.identity}, resume=resume)
+        data = TrainingData(recipe.data, processor, recipe.seed)
+        run = RunFolder(run_folder, recipe, {"kind": "teach", "data": data.identity}, resume=resume)
         pictures = run.check_pictures(data.picture_hashes)
         if run.manifest.get("pictures") != pictures:
             run.note(pictures=pictures)
-    model = initialise(Model(processor.config), plan.seed).to(where)
-    if plan.train.compile:
+    model = initialise(Model(processor.config), recipe.seed).to(where)
+    if recipe.train.compile:
         compile_layers(model)
     if (done := run.result("teach")) is None:
         train(
             PredictAnswers(model),
-            plan.train,
-            data.rows(plan.train, 0),
+            recipe.train,
+            data.rows(recipe.train, 0),
             run,
             "teach",
             device=where,
             precision=dtype,
         )
-        run.finish("teach", dict(model.named_parameters()), steps=plan.train.steps)
+        run.finish("teach", dict(model.named_parameters()), steps=recipe.train.steps)
     else:
         restore(dict(model.named_parameters()), done, run.checkpoints / "teach")
     if processes.is_main():
@@ -94,12 +94,12 @@ def _taught(plan: TeachRecipe, run_folder: Path, resume: bool, where: torch.devi
     return run.model
 
 
-def make_processor(plan: TeachRecipe) -> Processor:
+def make_processor(recipe: TeachRecipe) -> Processor:
     """Train the tokenizer of a recipe and fill its ids into the model's config."""
-    tokenizer = Tokenizer.from_bpe(train_bpe(corpus_texts(plan.seed), plan.vocab_size, SPECIALS))
+    tokenizer = Tokenizer.from_bpe(train_bpe(corpus_texts(recipe.seed), recipe.vocab_size, SPECIALS))
     fields = {
-        **plan.model,
+        **recipe.model,
         "vocab_size": tokenizer.vocab_size,
         "img_context_token_id": tokenizer.token_id("<IMG_CONTEXT>"),
     }
-    return Processor(tokenizer, from_dict(ModelConfig, fields, where=f"recipe {plan.name}: model"))
+    return Processor(tokenizer, from_dict(ModelConfig, fields, where=f"recipe {recipe.name}: model"))

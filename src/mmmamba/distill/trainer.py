@@ -16,8 +16,8 @@ from mmmamba.distill import processes
 from mmmamba.distill.checked_tensors import restore
 from mmmamba.distill.objectives import Objective
 from mmmamba.distill.optimizers import KEPT, Optimizers
-from mmmamba.distill.recipe import TrainConfig
 from mmmamba.distill.run_folder import RunFolder
+from mmmamba.distill.train_config import TrainConfig
 from mmmamba.distill.training_step import make_step
 from mmmamba.errors import UserError
 from mmmamba.progress import Progress

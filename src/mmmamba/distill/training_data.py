@@ -20,7 +20,8 @@ from mmmamba.data.processor import Processor
 from mmmamba.data.sample_order import Order
 from mmmamba.device import cores
 from mmmamba.distill import processes
-from mmmamba.distill.recipe import DataConfig, TrainConfig
+from mmmamba.distill.recipe import DataConfig
+from mmmamba.distill.train_config import TrainConfig
 from mmmamba.errors import UserError
 from mmmamba.input_files import open_file
 

@@ -20,7 +20,7 @@ from mmmamba.data.processor import UNSCORED
 from mmmamba.distill import processes
 from mmmamba.distill.objectives import Objective
 from mmmamba.distill.optimizers import Optimizers
-from mmmamba.distill.recipe import TrainConfig
+from mmmamba.distill.train_config import TrainConfig
 from mmmamba.ops.packing import remember_bounds, remember_lengths
 
 PIECE = 512  # padding lies in sequences of at most this many tokens: attention over one longer row would cost more
@@ -38,7 +38,7 @@ class Step:
 
     def __init__(self, objective: Objective, config: TrainConfig, device: torch.device, precision: torch.dtype) -> None:
         self.objective, self.config, self.device, self.precision = objective, config, device, precision
-        self.optimizers = Optimizers(objective.trained, config, device)
+        self.optimizers = Optimizers(objective.trained, objective.rules, config, device)
 
     def __call__(self, rows: Sequence[Batch], rate: float) -> tuple[dict[str, Tensor], Tensor]:
         """Take the step at learning rate ``rate``: the objective's losses, the gradient's norm.

@@ -2,9 +2,11 @@
 
 from mmmamba.model.mixers.attention import ATTENTION, Attention, AttentionOptions
 from mmmamba.model.mixers.contract import (
+    Init,
     LayerState,
     Mixer,
     Options,
+    Part,
     default_options,
     float32_names,
     kind_named,
@@ -13,6 +15,7 @@ from mmmamba.model.mixers.contract import (
     options_for,
     register,
 )
+from mmmamba.model.mixers.cost import Passes, StateBytes
 from mmmamba.model.mixers.mamba2 import MAMBA2, Mamba2, Mamba2Options
 
 __all__ = [
@@ -20,11 +23,15 @@ __all__ = [
     "MAMBA2",
     "Attention",
     "AttentionOptions",
+    "Init",
     "LayerState",
     "Mamba2",
     "Mamba2Options",
     "Mixer",
     "Options",
+    "Part",
+    "Passes",
+    "StateBytes",
     "default_options",
     "float32_names",
     "kind_named",

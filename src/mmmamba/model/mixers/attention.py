@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, Final, Literal, cast
+from typing import Any, ClassVar, Final, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
-from mmmamba.model.mixers.contract import Mixer, Options, register
+from mmmamba.model.mixers.contract import Mixer, Options, Part, register
+from mmmamba.model.mixers.cost import WIDE, Passes, StateBytes
 from mmmamba.model.mixers.kv_cache import GrowingKV, KVState
 from mmmamba.model.mixers.softmax import LONG, attend, merge
 from mmmamba.model.plain import plain
@@ -42,6 +43,7 @@ class Attention(Mixer[KVState | GrowingKV]):
 
     name, options_class = ATTENTION, AttentionOptions
     seeded, grows, capturable = False, True, True
+    parts: ClassVar = {name: Part(matrix=True) for name in ("q_proj", "k_proj", "v_proj")}
 
     def __init__(self, hidden_size: int, stack: StackConfig, options: AttentionOptions) -> None:
         super().__init__(hidden_size, stack, options)
@@ -90,6 +92,25 @@ class Attention(Mixer[KVState | GrowingKV]):
 
     def step_maps(self) -> list[nn.Linear]:
         return [self.q_proj, self.k_proj, self.v_proj]
+
+    def state_bytes(self, dtype: torch.dtype, wide: torch.dtype = torch.float32) -> StateBytes:
+        return StateBytes(recurrent=0, per_token=dtype.itemsize * 2 * self.groups * self.head_dim)
+
+    def step_flops(self, context: float) -> float:
+        return 4 * self.heads_count * self.head_dim * context  # a product with each key and each value
+
+    def pass_traffic(self) -> float:
+        return 0
+
+    def saved_bytes(self, passes: Passes, tokens: int, trained: Collection[str]) -> int:
+        """The kernels keep q, k, v and y; PyTorch's operators q, k, v padded too. A trained mixer keeps its input."""
+        h, g, p = self.heads_count, self.groups, self.head_dim
+        rows = 2 * h * p + 2 * g * p if passes.kernels else 3 * h * p + 4 * g * p
+        rows += self.hidden_size if trained else 0
+        return tokens * (passes.width * rows + WIDE * h)
+
+    def keeps_heads(self, passes: Passes) -> bool:
+        return passes.kernels
 
 
 def project(

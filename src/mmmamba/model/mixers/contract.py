@@ -17,20 +17,22 @@ fixed size, and that a kind overrides to be faster.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from mmmamba.model.rope import Rotation
+from mmmamba.model.mixers.cost import WIDE, Passes, StateBytes, bytes_saved
+from mmmamba.model.rope import Rotation, rotation
 from mmmamba.model.stack import StackConfig
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 UNNAMED = "mamba2"  # the kind of options that do not say whose they are
+Init = Literal["mimic", "inherit", "scratch"]  # how new mixers start: see :func:`mmmamba.distill.seeding.seed`
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,9 @@ class Options:
         """
         rest = dict(data)
         return kind_named(rest.pop("kind", UNNAMED)).options_class, rest
+
+    def check_init(self, init: Init) -> None:
+        """Refuse a way to start that does not go with these options (ValueError)."""
 
 
 class LayerState:
@@ -86,6 +91,26 @@ class LayerState:
         return self
 
 
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A part of a mixer that distillation can train by name: one parameter, or those of one module.
+
+    Attributes:
+        inherited: attention has it too, and it starts as a copy of attention's.
+        matrix: its weight is a map between hidden states: passes in bfloat16 cast it, and Muon moves it if a recipe
+            asks for Muon.
+        float32: its parameters stay in float32 wherever they are kept.
+        decays: whether weight decay pulls on it; None: on what has two dimensions.
+        rate: a factor on the learning rate.
+    """
+
+    inherited: bool = False
+    matrix: bool = False
+    float32: bool = False
+    decays: bool | None = None
+    rate: float = 1.0
+
+
 S = TypeVar("S", bound=LayerState)
 
 
@@ -108,7 +133,7 @@ class Mixer(nn.Module, Generic[S]):
         grows: whether the state of a sequence grows with its length.
         capturable: whether ``heads`` can be part of a CUDA graph: with kernels for it, it waits for no answer of the
             device, and takes borders that only the device knows (:class:`~mmmamba.ops.packing.DeviceLayout`).
-        float32: the names of the parameters that stay in float32 wherever they are kept.
+        parts: what can be trained by name, W_o (``o_proj``) left out.
     """
 
     name: ClassVar[str]
@@ -116,7 +141,7 @@ class Mixer(nn.Module, Generic[S]):
     seeded: ClassVar[bool] = True
     grows: ClassVar[bool] = False
     capturable: ClassVar[bool] = False
-    float32: ClassVar[tuple[str, ...]] = ()
+    parts: ClassVar[Mapping[str, Part]] = {}
 
     o_proj: nn.Linear
 
@@ -171,6 +196,30 @@ class Mixer(nn.Module, Generic[S]):
     def reset_new_parameters(self, generator: torch.Generator | None = None) -> None:
         """Start what attention does not have, where :func:`~mmmamba.model.initialise` would start it otherwise."""
 
+    @classmethod
+    def parts_with(cls, options: Options) -> Mapping[str, Part]:
+        """The parts of a mixer with these options."""
+        return cls.parts
+
+    def start_from_scratch(self, generator: torch.Generator) -> None:
+        """Start all of the mixer as its authors do, W_o too. By default its maps, as PyTorch's do: uniform in
+        ±1/√inputs, their biases too.
+        """
+        for layer in self.children():
+            if isinstance(layer, nn.Linear):
+                for parameter in layer.parameters():
+                    draw_uniform(parameter, layer.in_features**-0.5, generator)
+
+    def inherit(self, attention: Mixer[Any]) -> None:
+        """Copy what attention has too, and share its W_o."""
+        for name, part in self.parts_with(self.options).items():
+            if part.inherited:
+                source, target = getattr(attention, name), getattr(self, name)
+                target.weight.copy_(source.weight)
+                if target.bias is not None:
+                    target.bias.copy_(source.bias)
+        self.o_proj = attention.o_proj
+
     def compile_parts(self) -> None:
         """Compile what surrounds the kernels of :meth:`heads` (torch.compile); one compilation serves all layers."""
 
@@ -190,6 +239,67 @@ class Mixer(nn.Module, Generic[S]):
     def step_maps(self) -> list[nn.Linear]:
         """The maps that read the mixer's input, where a decoding step reads their matrices as one, in this order."""
         return []
+
+    # ------------------------------------------------------------------------------------------ cost
+
+    def matrix_elements(self, parts: Collection[str] | None = None) -> int:
+        """Elements of the matrices between hidden states, W_o left out; of some parts, or of all."""
+        wanted = [name for name, part in self.parts_with(self.options).items() if part.matrix]
+        chosen = [name for name in wanted if parts is None or name in parts]
+        return sum(getattr(self, name).weight.numel() for name in chosen)
+
+    def state_bytes(self, dtype: torch.dtype, wide: torch.dtype = torch.float32) -> StateBytes:
+        """Bytes of a sequence's state, with activations in ``dtype`` and what sums over the sequence in ``wide``."""
+        state = self.empty_state(1, dtype=dtype, wide=wide, device="meta")
+        return StateBytes(recurrent=sum(tensor.nbytes for tensor in state.tensors().values()), per_token=0)
+
+    def step_flops(self, context: float) -> float:
+        """Operations on a token after ``context`` others, products with its matrices left out.
+
+        By default those of a recurrence over a (p, p) state for each head: decay, update and read-out.
+        """
+        return 5 * self.heads_count * self.head_dim**2
+
+    def pass_flops(self, context: float) -> float:
+        """The same for a token of a pass over many, which may do more for the sake of parallelism."""
+        return self.step_flops(context)
+
+    def pass_traffic(self) -> float:
+        """Bytes of memory traffic for a token of a forward pass in bfloat16, beside what attention needs too.
+
+        By default those of a recurrence: what it reads and writes around its chunks.
+        """
+        return 8 * (4 * self.heads_count + 4 * self.groups) * self.head_dim + 2 * WIDE * self.hidden_size
+
+    def saved_bytes(self, passes: Passes, tokens: int, trained: Collection[str]) -> int:
+        """Bytes that :meth:`heads` keeps for its backward pass over one sequence of ``tokens`` tokens.
+
+        By default they are counted in a pass without memory, in float32: in bfloat16 they are fewer.
+
+        Args:
+            trained: the parts that are trained.
+        """
+        positions = torch.arange(tokens, device="meta")[None]
+        x = torch.empty(1, tokens, self.hidden_size, device="meta", requires_grad=True)
+        with torch.device("meta"):
+            mixer = type(self)(self.hidden_size, self.stack, self.options)
+        turn = rotation(self.stack, positions, tokens, torch.float32)
+        return bytes_saved(lambda: mixer.heads(x, rotation=turn), mixer.parameters())
+
+    def backward_bytes(self, passes: Passes, tokens: int) -> int:
+        """Bytes that the backward pass needs beside what was kept. By default the gradients of q, k, v and heads."""
+        return tokens * passes.width * (2 * self.heads_count + 2 * self.groups) * self.head_dim
+
+    def keeps_heads(self, passes: Passes) -> bool:
+        """Whether the heads are among what is kept, so that W_o's gradient takes no more memory."""
+        return False
+
+
+@torch.no_grad()
+def draw_uniform(parameter: Tensor, bound: float, generator: torch.Generator, low: float | None = None) -> None:
+    """Fill a parameter with numbers from [-bound, bound], or [low, bound]."""
+    low = -bound if low is None else low
+    parameter.copy_(low + (bound - low) * torch.rand(parameter.shape, generator=generator))
 
 
 # ---------------------------------------------------------------------------------------------- register
@@ -237,4 +347,5 @@ def default_options() -> Options:
 
 def float32_names() -> tuple[str, ...]:
     """The names of parameters that stay in float32 in a mixer of any kind."""
-    return tuple(dict.fromkeys(name for mixer in _KINDS.values() for name in mixer.float32))
+    kept = (name for mixer in _KINDS.values() for name, part in mixer.parts.items() if part.float32)
+    return tuple(dict.fromkeys(kept))

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmmamba.model.mixers.contract import LayerState, Mixer, Options, register
+from mmmamba.model.mixers.contract import Init, LayerState, Mixer, Options, Part, draw_uniform, register
+from mmmamba.model.mixers.cost import WIDE, Passes
 from mmmamba.model.plain import plain, weight_of
 from mmmamba.model.rope import Rotation
 from mmmamba.model.stack import StackConfig
 from mmmamba.ops import causal_conv, gated_delta, gated_norm, joined_linear, linear_wide, ssd, unit_norm
+from mmmamba.ops.gated_delta.tuning import TUNED as DELTA_TUNED
+from mmmamba.ops.packing import chunk_size
+from mmmamba.ops.ssd.tuning import TUNED as SSD_TUNED
 
 MAMBA2 = "mamba2"
 GATE_GAIN = 2**-2.5  # the published gain of the gate's Xavier-uniform start
 OPEN_GATE = 1.2784645  # SiLU(1.2784645) = 1
+A_RANGE = (1.0, 16.0)  # of Mamba-2's usual start
+CHUNK = 64  # tokens a chunk of the kernels, where they are not tuned for the head size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +74,11 @@ class Mamba2Options(Options):
         if not 0 < self.norm_eps < math.inf:
             raise ValueError(f"norm_eps must be positive, got {self.norm_eps}")
 
+    def check_init(self, init: Init) -> None:
+        if init != "mimic" and self.decay != "published":
+            raise ValueError(f"init {init!r} draws the decay as Mamba-2 does, not as mixer.decay has it: leave "
+                             f"{self.decay!r} out")  # fmt: skip
+
 
 @dataclass(frozen=True)
 class MambaState(LayerState):
@@ -88,7 +100,16 @@ class Mamba2(Mixer[MambaState]):
 
     name, options_class = MAMBA2, Mamba2Options
     capturable = True
-    float32 = ("A_log", "dt_bias")  # they set decays close to 1, which bfloat16 can't tell apart
+    parts: ClassVar = {
+        # They set decays close to 1, which bfloat16 can't tell apart.
+        **{name: Part(float32=True, decays=False) for name in ("A_log", "dt_bias")},
+        "dt_proj": Part(),  # few rows, worked out in float32
+        "beta_proj": Part(),
+        "conv": Part(),
+        "gate_proj": Part(matrix=True),
+        "norm": Part(),
+        **{name: Part(inherited=True, matrix=True) for name in ("q_proj", "k_proj", "v_proj")},
+    }
 
     options: Mamba2Options
 
@@ -208,6 +229,79 @@ class Mamba2(Mixer[MambaState]):
     def step_maps(self) -> list[nn.Linear]:
         maps = [self.v_proj, self.k_proj, self.q_proj, self.gate_proj, self.dt_proj]
         return [*maps, self.beta_proj] if self.options.rule == "gated_delta" else maps
+
+    # ------------------------------------------------------------------------------------------ training
+
+    @classmethod
+    def parts_with(cls, options: Options) -> Mapping[str, Part]:
+        assert isinstance(options, Mamba2Options)
+        delta = options.rule == "gated_delta"
+        return {name: part for name, part in cls.parts.items() if delta or name != "beta_proj"}
+
+    def start_from_scratch(self, generator: torch.Generator) -> None:
+        """As Mamba-2's authors do (mamba_ssm/modules/mamba2.py of state-spaces/mamba).
+
+        Projections and convolution start as PyTorch's layers do; A is uniform in [1, 16]. The norm's ones, and dt
+        log-uniform in the options' range, are those of :meth:`reset_new_parameters`.
+        """
+        super().start_from_scratch(generator)
+        for parameter in self.conv.parameters():
+            draw_uniform(parameter, self.options.conv_kernel**-0.5, generator)
+        draw_uniform(self.A_log, A_RANGE[1], generator, low=A_RANGE[0])
+        self.A_log.data.log_()
+
+    # ------------------------------------------------------------------------------------------ cost
+
+    def pass_flops(self, context: float) -> float:
+        chunk, p = self._kernel_chunk(), self.head_dim
+        return 2 * self.heads_count * (2 * chunk * p + 2 * p * p)  # inside a chunk; into and out of the state
+
+    def saved_bytes(self, passes: Passes, tokens: int, trained: Collection[str]) -> int:
+        w, h, g, p = passes.width, self.heads_count, self.groups, self.head_dim
+        heads, channels, options = h * p, (h + 2 * g) * p, self.options
+        values = {"u": w * self.hidden_size, "step size": 2 * WIDE * h}  # softplus's input, and its result
+        if w != WIDE and not passes.kernels:
+            values["u, float32"] = WIDE * self.hidden_size * len({"dt_proj", "beta_proj"} & {*trained})
+        if options.qk_norm:
+            values["unit keys and queries"] = (w * p + (0 if passes.kernels else 2 * WIDE)) * (h + g)
+        if options.rule == "gated_delta":
+            values["strength"] = WIDE * h
+            if passes.kernels:
+                values["decays and inverses"] = h * (WIDE + w * self._kernel_chunk())
+        if passes.kernels:
+            values["convolution and recurrence"] = 2 * w * channels  # the inputs of each
+            values["norm and gate"] = 2 * w * heads
+        else:
+            values["convolution"] = w * channels * (options.conv_kernel + (options.conv_activation == "silu"))
+            values["norm and gate"] = 5 * w * heads
+        return tokens * sum(values.values()) + (0 if passes.kernels else self._saved_by_chunks(tokens))
+
+    def _saved_by_chunks(self, tokens: int) -> int:
+        """What the recurrence keeps of a sequence in PyTorch's operators, by whole chunks."""
+        h, g, p = self.heads_count, self.groups, self.head_dim
+        q = chunk_size(tokens, p)
+        if self.options.rule == "gated_delta":
+            inside = 6 * h * q + 10 * h * p + 3 * g * p + 5 * h  # products and system; its sides, keys, queries
+            between = h * p + 2 * h * p * p // q  # queries as decayed; the states that enter the chunks
+        else:
+            inside = 4 * h * q + 2 * h * p + 4 * g * p + 6 * h  # scores, decays, weights; C; weighted x; B, x
+            between = 2 * h * p + 2 * h * p * p // q  # C as read and as decayed; the states that enter the chunks
+        return WIDE * -(-tokens // q) * q * (inside + (between if tokens > q else 0))
+
+    def backward_bytes(self, passes: Passes, tokens: int) -> int:
+        """Gradients of the recurrence's inputs, and of the states at the borders of its chunks."""
+        h, p = self.heads_count, self.head_dim
+        inputs = super().backward_bytes(passes, tokens)
+        if not passes.kernels:
+            return inputs + tokens * WIDE * 2 * h * chunk_size(tokens, p)
+        if self.options.rule == "gated_delta":  # what is written, its gradient; dv and dk head by head
+            inputs += tokens * passes.width * 4 * h * p
+        return inputs + 2 * passes.width * -(-tokens // self._kernel_chunk()) * h * p * p
+
+    def _kernel_chunk(self) -> int:
+        """Tokens a chunk of the recurrence's kernels in bfloat16."""
+        tuned = (DELTA_TUNED if self.options.rule == "gated_delta" else SSD_TUNED).get((self.head_dim, 2))
+        return CHUNK if tuned is None else tuned.chunk
 
 
 def _wide(projection: nn.Linear, x: Tensor) -> Tensor:
