@@ -35,7 +35,7 @@ def rows(text: str) -> list[list[str]]:
 
 def test_a_table_by_hand() -> None:
     text = markdown(results(), "rotation", image="r.svg")
-    head, _, teacher, rope, none = rows(text)
+    head, teacher, rope, none = rows(text)
     assert head == ["cell", "changed", "seeds", "loss", "mean", "easy", "read", "recall-4x", "against rope",
                     "paper: MME"]  # fmt: skip
     assert teacher == ["*teacher, % right*", "", "", "", "50.0", "50.0", "50.0", "50.0", "", ""]
@@ -56,7 +56,7 @@ def test_words_stand_in_for_keys_that_would_fill_a_page() -> None:
     table["cells"]["none"]["about"] = "no rotation"
     table |= {"set": {"stage3.lr": 1e-3}, "setting": "a rate of ours"}
     said = markdown(results(tables={"rotation": table}), "rotation")
-    assert rows(said)[4][1] == "no rotation" and "Changes to `nano-linear` with a rate of ours; " in said
+    assert rows(said)[3][1] == "no rotation" and "Changes to `nano-linear` with a rate of ours; " in said
     assert "stage3.lr" not in said
 
 
@@ -64,7 +64,7 @@ def test_what_is_missing_is_said() -> None:
     nothing = Results(plan=made_up.plan())
     assert "Not measured yet." in markdown(nothing, "rotation")
     one = results(made_up.result("rope", 0, 0.9, 0.9, None))
-    _, _, _, rope, none = rows(markdown(one, "rotation"))
+    _, _, rope, none = rows(markdown(one, "rotation"))
     assert rope[2:8] == ["1", "0.25", "90.0", "90.0", "90.0", "–"], "a single seed has no interval"
     assert none[2:8] == ["0", "–", "–", "–", "–", "–"]
     assert "**not measured**" in markdown(one, "rotation") and "no interval" in markdown(one, "rotation")
@@ -83,7 +83,7 @@ def test_an_ability_that_the_teacher_lacks_is_left_out_of_the_mean() -> None:
 
 def test_steps_that_differ_get_a_column() -> None:
     found = results(made_up.result("rope", 0, 1, 1, 1), made_up.result("none", 0, 1, 1, 1, steps=(0, 0, 2600)))
-    head, _, _, rope, none = rows(markdown(found, "rotation"))
+    head, _, rope, none = rows(markdown(found, "rotation"))
     assert head[2] == "steps" and (rope[2], none[2]) == ("20 + 40 + 2,000", "0 + 0 + 2,600")
 
 
@@ -144,9 +144,10 @@ def test_a_wrong_mark_is_named(page: Path, text: str, message: str) -> None:
 
 
 def test_blocks_are_found_with_their_lines(page: Path) -> None:
-    assert blocks(page) == [(3, "rotation", "made-up.jsonl")]
+    (block,) = blocks(page)
+    assert (block.line, block.parts, block.file) == (3, ("rotation",), "made-up.jsonl")
     page.write_text("```\n<!-- ablation: x of y -->\n```\n" + filled(page))
-    assert blocks(page) == [(6, "rotation", "made-up.jsonl")], "an example in a fence is none"
+    assert [block.line for block in blocks(page)] == [6], "an example in a fence is none"
     assert filled(page) == page.read_text()
     with pytest.raises(UserError, match="no such file"):
         blocks(page.parent / "gone.md")

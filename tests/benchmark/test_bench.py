@@ -243,12 +243,12 @@ def test_a_folder_of_something_else_is_refused(refused, ask, tmp_path, unwritten
     assert "no report of mmmamba bench" in refused(*tiny, other)
     assert "is a file" in refused(*tiny, other / "thesis.txt")
     (other / "results.json").write_text('{"suite": "nano"}')
-    assert "something else than mmmamba bench" in refused(*tiny, other, "--overwrite")
+    assert "was not written by mmmamba bench" in refused(*tiny, other, "--overwrite")
     assert sorted(path.name for path in other.iterdir()) == ["results.json", "thesis.txt"]
     ask(measure=("decode",), contexts="8")
     capsys.readouterr()
     report = tmp_path / "report"
-    assert "pass --resume to go on with it, or --overwrite" in refused(*tiny, report)
+    assert "pass --resume to continue it, or --overwrite" in refused(*tiny, report)
     assert "pass one of them" in refused(*tiny, report, "--resume", "--overwrite")
     assert "another request (prefill_chunk: 16384, now 16)" in refused(
         *tiny, report, "--resume", "--prefill-chunk", "16"

@@ -66,7 +66,7 @@ def test_blocks_are_made_of_the_results_and_stay(page, results):
     assert fill(page) == []
     text = page.read_text()
     device = results.environment["device"]
-    assert f"### The paper's protocol, behind 32 tokens ({device})\n" in text
+    assert f"### The paper's protocol, after a context of 32 tokens ({device})\n" in text
     assert f"({device})](run-latency.svg)" in text and (page.parent / "run-latency.svg").is_file()
     assert f"- torch: {results.environment['torch']}\n" in text and "bounded by 3 sequences" in text
     assert text.startswith("# Efficiency\n\nprose\n") and text.endswith("<!-- /bench -->\n\nmore\n")
@@ -94,11 +94,14 @@ def test_contexts_beyond_what_another_machine_held(page, results, made):
 
 def test_a_mark_that_is_wrong_is_named_with_its_line(page):
     for text, said in (
-        ("\n<!-- bench: protocol of run.json -->\nno end\n", ":2: no whole block"),
-        (BLOCK.format("protocol", "")[:-15] + BLOCK.format("growth", ""), ":2: no whole block"),
+        ("\n<!-- bench: protocol of run.json -->\nno end\n", ":2: the block that begins here has no end; write"),
+        (
+            BLOCK.format("protocol", "")[:-15] + BLOCK.format("growth", ""),
+            ":2: a block begins inside the one of line 1",
+        ),
         (BLOCK.format("protocol", "").replace("run", "walk"), "there is no "),
         (BLOCK.format("proto", ""), ":1: a report has no 'proto'; it has protocol, optimised"),
-        ("<!-- bench protocol -->", ":1: no whole block"),
+        ("<!-- bench protocol -->", ":1: a block begins with <!-- bench: PART, … of FILE.json -->"),
     ):
         page.write_text(text)
         with pytest.raises(UserError, match=said):
@@ -131,7 +134,7 @@ def test_figures_in_prose(page, results):
         with pytest.raises(UserError, match=said):
             wrong_figures(page)
     page.write_text("so fast <!-- from run.json: linear.decode.32.ms -->")
-    with pytest.raises(UserError, match=":1: no figure stands before"):
+    with pytest.raises(UserError, match=":1: no figure comes before"):
         wrong_figures(page)
     page.write_text("`1 ms<!-- from FILE: PLACE -->`\n\n```\n1<!-- from FILE: PLACE -->\n```\n")
     assert wrong_figures(page) == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,20 +11,13 @@ from mmmamba.ablation.experiment import Setting, forget, prepare
 from mmmamba.ablation.journal import RESULTS, Journal, Result, Results, read
 from mmmamba.ablation.journal import merge as merge_files
 from mmmamba.ablation.plan import Cell, Plan, cells_of, load_plan, overlaid, select
-from mmmamba.ablation.plots import dots
-from mmmamba.ablation.report import blocks, filled, plot_name
+from mmmamba.ablation.report import check_page, check_report, fill, write_report
 from mmmamba.ablation.schedule import Unit, run, shard, units
-from mmmamba.ablation.tables import Measured, markdown
 from mmmamba.checkpoints import resolve
-from mmmamba.checkpoints.io import write_atomically
 from mmmamba.device import MOST_WORKERS, pick_device
 from mmmamba.errors import UserError
 from mmmamba.locks import alone_in
-from mmmamba.outputs import LEDGER, Ledger, check_folder
-from mmmamba.report.plot_style import render
-
-VERB, TABLES = "ablate", "tables.md"
-FORMS: tuple[Literal["svg", "png"], ...] = ("svg", "png")
+from mmmamba.outputs import check_folder
 
 
 def ablate(
@@ -99,7 +91,7 @@ def ablate(
     folder = out if out is not None else Path("runs") / _folder_name(plan, shard, steps_scale)
     file = folder / RESULTS
     for page in into:
-        _check_page(page, plan)  # a mistake in a page is told before hours of work
+        check_page(page, plan)  # a mistake in a page is told before hours of work
     if list:
         _print_list(todo, read(file), pick_device(device).type if device == "auto" else device.partition(":")[0])
         return file
@@ -116,9 +108,9 @@ def ablate(
         journal.rename(cells)
         if not runs_none:
             failed = _run(todo, setting, jobs, journal)
-        _write_report(journal.results, folder)
+        write_report(journal.results, folder)
     for page in into:
-        _fill(page, journal.results, file)
+        fill(page, journal.results, file)
     print(file)
     if failed:
         name, reason = next(iter(failed.items()))
@@ -185,67 +177,3 @@ def _print_list(todo: Sequence[Unit], found: Results, kind: str) -> None:
             print(f"    {command}")
     left = sum(unit.first.id not in known for unit in todo)
     print(f"{sum(len(unit.cells) for unit in todo)} cells, {len(todo)} runs, {left} to go: {total:,} steps")
-
-
-# ---------------------------------------------------------------------------------------------- what is written
-
-
-def check_report(plan: Plan, folder: Path) -> None:
-    """Refuse, before any cell runs, to replace tables or plots that no ablation of ours wrote."""
-    if (folder / RESULTS).is_file() and not (folder / LEDGER).exists():
-        return  # of an earlier version
-    names = [f"{name}.{form}" for name in plan.tables for form in FORMS]
-    Ledger(folder, VERB).check([TABLES, *names], otherwise="give another --out")
-
-
-def _write_report(results: Results, folder: Path) -> None:
-    """``tables.md`` and a plot of each table, from the results alone."""
-    assert results.plan is not None
-    lines = [f"# {results.plan.name}", ""]
-    files: dict[str, bytes] = {}
-    for name in results.plan.tables:
-        drawn = _drawn(results, name, FORMS)
-        files |= {f"{name}.{form}": content for form, content in drawn.items()}
-        lines += [f"## {name}", "", markdown(results, name, image=f"{name}.svg" if drawn else "")]
-    Ledger(folder, VERB).write({**files, TABLES: "\n".join(lines).encode()})
-
-
-def _drawn(results: Results, table: str, formats: Sequence[Literal["svg", "png"]]) -> dict[str, bytes]:
-    """Format → a table's plot, if anything of it is measured."""
-    measured = Measured.of(results, table)
-    if not any(measured.cells.values()):
-        return {}
-    figure = dots(measured)
-    return {form: render(figure, form) for form in formats}
-
-
-def _put(content: bytes, path: Path) -> None:
-    path.write_bytes(content)
-
-
-def _check_page(page: Path, plan: Plan) -> None:
-    if not any(name == f"{plan.name}.jsonl" for _, _, name in blocks(page)):
-        raise UserError(f"{page}: has no block <!-- ablation: TABLE of {plan.name}.jsonl --> to make anew")
-
-
-def _fill(page: Path, results: Results, file: Path) -> None:
-    """Make a page's blocks anew, with results and plots beside it."""
-    assert results.plan is not None
-    beside = page.parent / f"{results.plan.name}.jsonl"
-    if beside.resolve() != file.resolve():
-        lost = {result.id for result in read(beside).cells} - {result.id for result in results.cells}
-        if lost:
-            raise UserError(
-                f"{page}: {beside} holds results of {len(lost)} runs that {file} lacks; "
-                f"--merge {beside} takes them over, or move it away"
-            )
-        write_atomically(beside, functools.partial(_put, file.read_bytes()))
-    for number, table, name in blocks(page):
-        if name == beside.name:
-            if table not in results.plan.tables:
-                raise UserError(f"{page}:{number}: no table '{table}'; known: {', '.join(results.plan.tables)}")
-            for form, content in _drawn(results, table, ("svg",)).items():
-                plot = page.parent / f"{plot_name(results.plan.name, table)}.{form}"
-                write_atomically(plot, functools.partial(_put, content))
-    write_atomically(page, functools.partial(_put, filled(page).encode()))
-    print(f"{page}: made anew", file=sys.stderr)

@@ -98,7 +98,7 @@ class Claim:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class Comparison:
     """Cells that are read side by side.
 
     Attributes:
@@ -155,7 +155,7 @@ class Plan:
     set: dict[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
     questions: Questions = field(default_factory=Questions)
-    tables: dict[str, Table]
+    tables: dict[str, Comparison]
 
     def __post_init__(self) -> None:
         _check_names("table", self.tables)

@@ -11,8 +11,8 @@ from mmmamba.ablation.journal import Result, Results, of_table
 from mmmamba.ablation.plan import ABOUT, BASE, MEAN, Plan, flow
 from mmmamba.errors import UserError
 from mmmamba.evaluation.statistics import Interval
-
-EMPTY = "–"
+from mmmamba.report.number_format import EMPTY, number, percent
+from mmmamba.report.table import Table
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def markdown(results: Results, name: str, image: str = "") -> str:
     lines += [table.note, ""] if table.note else []
     if not done:
         return "\n".join([*lines, "Not measured yet."]) + "\n"
-    lines += [*_rows(measured), "", _caption(measured, results.steps_scale), ""]
+    lines += [*_grid(measured), "", _caption(measured, results.steps_scale), ""]
     lines += [f"- {line}" for line in _verdicts(measured)]
     lines += [""] if table.claims else []
     lines += [f"![{table.title}]({image})", ""] if image else []
@@ -76,15 +76,15 @@ def markdown(results: Results, name: str, image: str = "") -> str:
     return "\n".join(lines) + "\n"
 
 
-def _rows(measured: Measured) -> list[str]:
+def _grid(measured: Measured) -> list[str]:
+    """The teacher, then every cell."""
     plan, table = measured.plan, measured.plan.tables[measured.name]
     questions = plan.questions
     steps = {result.steps for seeds in measured.cells.values() for result in seeds.values()}
     columns = ["cell", "changed", *(["steps"] if len(steps) > 1 else []), "seeds", "loss", "mean", *questions.abilities]
     columns += [f"against {table.reference}"] if table.reference else []
     columns += [f"paper: {table.paper_metric}" if table.paper_metric else "paper"] if table.paper else []
-    rows = [columns, ["---", "---", *["---:"] * (len(columns) - 2)]]
-    rows.append(_teacher_row(measured, columns))
+    rows = [_teacher_row(measured, columns)]
     for cell, seeds in measured.cells.items():
         row = [f"`{cell}`", _changed(plan, measured.name, cell)]
         row += [_steps(seeds.values())] if len(steps) > 1 else []
@@ -96,20 +96,16 @@ def _rows(measured: Measured) -> list[str]:
             row.append(EMPTY if cell == table.reference else signed(measured.gain(cell, table.reference)))
         row += [table.paper.get(cell, EMPTY)] if table.paper else []
         rows.append(row)
-    return ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows]
-
-
-def _cell(text: str) -> str:
-    """What a table file says in a cell, which may be Markdown but no HTML."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    right = [i > 1 for i in range(len(columns))]
+    return Table(title=table.title, columns=columns, rows=rows, right=right, markup=True).grid()
 
 
 def _teacher_row(measured: Measured, columns: Sequence[str]) -> list[str]:
     """What the teacher answers, in per cent of the questions (all cells' are the same questions)."""
     results = [result for seeds in measured.cells.values() for result in seeds.values()]
     abilities, counted = results[0].abilities, measured.plan.questions.counted
-    said = {name: f"{100 * ability.teacher:.1f}" for name, ability in abilities.items()}
-    said[MEAN] = f"{100 * sum(abilities[name].teacher for name in counted) / len(counted):.1f}"
+    said = {name: percent(ability.teacher) for name, ability in abilities.items()}
+    said[MEAN] = percent(sum(abilities[name].teacher for name in counted) / len(counted))
     return ["*teacher, % right*", *(said.get(column, "") for column in columns[1:])]
 
 
@@ -137,20 +133,20 @@ def _caption(measured: Measured, scale: float) -> str:
         text += "; " + " + ".join(f"{n:,} × {b}" for n, b in zip(numbers, batches, strict=True)) + " steps × samples"
     text += f" (all steps × {scale:g})" if scale != 1 else ""
     text += (
-        f"; {devices}. Per cent kept of the teacher, capped at 100 for each ability, greedy answers to "
-        f"{_asked(results)}; the mean counts {', '.join(plan.questions.counted)}. "
+        f"; {devices}. Per cent of the teacher's score that is kept, capped at 100 for each ability, from greedy "
+        f"answers to {_asked(results)}. The mean counts {', '.join(plan.questions.counted)}. "
     )
     spread = [n for n in counts if n > 1]
     if spread:
         t = ", ".join(f"{t_quantile(n - 1):.2f} for {n}" for n in spread)
         text += (
-            "± is half of the 95 % t interval of the mean over seeds (t is "
-            f"{t} seeds); the questions are the same for all, and their choice is not in it. "
+            f"± is half of the 95 % t interval of the mean over seeds (t is {t} seeds). All cells answer the same "
+            "questions; the interval does not cover their choice. "
             "Differences are paired by seed, with their own t interval. "
         )
     if 1 in counts:
         text += "A single seed has no interval. "
-    return text + "Loss: of stage 3, as it was logged last."
+    return text + "Loss: the last one logged in stage 3."
 
 
 def _asked(results: Sequence[Result]) -> str:
@@ -188,7 +184,7 @@ def _steps(results: Iterable[Result]) -> str:
 
 def _loss(results: Iterable[Result]) -> str:
     losses = [result.losses["stage3"] for result in results if "stage3" in result.losses]
-    return f"{sum(losses) / len(losses):.3g}" if losses else EMPTY
+    return number(sum(losses) / len(losses)) if losses else EMPTY
 
 
 def _value(interval: Interval | None) -> str:

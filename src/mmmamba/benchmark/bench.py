@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from mmmamba.benchmark.claims import same_size
 from mmmamba.benchmark.compare import comparison
 from mmmamba.benchmark.limits import measure_rates, prefill_cost, state_bytes
 from mmmamba.benchmark.measure import (
@@ -24,7 +25,6 @@ from mmmamba.benchmark.measure import (
 )
 from mmmamba.benchmark.memory import attempt, release
 from mmmamba.benchmark.pages import fill
-from mmmamba.benchmark.paper import same_size
 from mmmamba.benchmark.report import check_report, write_report
 from mmmamba.benchmark.results import Point, Results, Task, What, earlier, read, save
 from mmmamba.benchmark.subjects import Series, Subject, given_subjects, random_subjects, series_of

@@ -1,25 +1,24 @@
-"""Two runs of the same report, figure by figure: how far a second one is off the first."""
+"""Two runs of the same report, figure by figure: how far the second is from the first."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
 
-from mmmamba.benchmark.cells import FULL, SKIPPED, held, number
-from mmmamba.benchmark.results import Point, Results
+from mmmamba.benchmark.results import Point, Results, absence
 from mmmamba.benchmark.tables import title
-from mmmamba.report.number_format import EMPTY
+from mmmamba.report.number_format import EMPTY, number
 from mmmamba.report.table import Table
 
 CLOSE = 0.05
-#: The published styles launch operators one by one and so are as fast as the host is, which varies.
+#: The published styles launch operators one by one. They are as fast as the host, and hosts vary.
 CLOSE_ON_THE_HOST = 0.20
 
 
 def comparison(first: Results, second: Results) -> Table:
-    """Every figure that either run has, with the second's difference in per cent; those that are too far off marked.
+    """Every figure of either run, with the difference of the second in per cent; those that differ too much are marked.
 
-    A point that has figures in one of them only is marked too.
+    A point that has figures in only one of them is marked too.
     """
     host_bound = {one.label for one in (*first.series, *second.series) if one.published}
     places = list(dict.fromkeys(point.task for point in (*first.points, *second.points)))
@@ -40,8 +39,8 @@ def comparison(first: Results, second: Results) -> Table:
             rows.append([name, figure, number(a), number(b), EMPTY if apart is None else f"{100 * apart:+.1f}", mark])
             count, off = count + 1, off + far
     note = (
-        f"{off} of {count} are marked: more than {100 * CLOSE:.0f} % off, {100 * CLOSE_ON_THE_HOST:.0f} % where the "
-        "teacher runs as published, which is bound by the host. "
+        f"{off} of {count} are marked. A figure is marked if the runs differ by more than {100 * CLOSE:.0f} %, or by "
+        f"more than {100 * CLOSE_ON_THE_HOST:.0f} % where the teacher runs as published, which depends on the host. "
         f"First: {_where(first)}. Second: {_where(second)}."
     )
     columns = ["point", "figure", "first", "second", "difference, %", "marked"]
@@ -60,13 +59,13 @@ def _figures(point: Point) -> Iterator[tuple[str, float]]:
     if what == "batch":
         yield "sequences", found.batch
         yield "tokens/s", found.tokens_per_s
-    yield "GB", held(found) / 1e9
+    yield "GB", found.held_bytes / 1e9
 
 
 def _absence(point: Point | None) -> str:
     if point is None:
         return "not asked for"
-    return "measured" if point.measured is not None else FULL if point.oom else SKIPPED
+    return "measured" if point.measured is not None else absence(point)
 
 
 def _where(results: Results) -> str:

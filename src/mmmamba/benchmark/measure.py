@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +13,6 @@ from torch import Tensor
 from mmmamba.benchmark import memory
 from mmmamba.benchmark.limits import Cost, StateBytes, int8_bytes, prefill_cost, state_bytes, step_cost
 from mmmamba.benchmark.published import PublishedDecoder
-from mmmamba.benchmark.search import greatest
 from mmmamba.benchmark.timing import Clock, Timing
 from mmmamba.data.processor import Encoded
 from mmmamba.inference.decoder import Decoder
@@ -25,6 +25,7 @@ from mmmamba.model.model import Model
 STEPS = 256  # room behind the context for the tokens that are timed: more than a clock's samples and warm-up
 WORDS = 500  # text is drawn from that many ids
 MOST_SEQUENCES = {"cuda": 8192, "cpu": 32}  # in a batch: past these it is no longer memory that decides
+PRECISION = 16  # the greatest batch found is at most a sixteenth too small
 STATES = 0.95  # share of the free memory that the states of the greatest batch are expected to take
 
 
@@ -56,6 +57,11 @@ class Measured:
     graph: bool = False
     chunk: int | None = None
     note: str = ""
+
+    @property
+    def held_bytes(self) -> int:
+        """The memory to compare: the peak, or what is held between steps where no peak is counted."""
+        return self.resident_bytes if self.peak_bytes is None else self.peak_bytes
 
 
 # ---------------------------------------------------------------------------------------------- decoding
@@ -263,6 +269,31 @@ def greatest_batch(
     best = found.get(batch)
     reason = f"bounded by {most:,} sequences, not by memory" if batch == most else ""
     return None if best is None else replace(best, note=reason)
+
+
+def greatest(fits: Callable[[int], bool], *, guess: int, most: int) -> int:
+    """The greatest number from 0 to ``most`` that fits, a sixteenth of it less at worst.
+
+    Args:
+        fits: whether a number of at least 1 fits; if it does, so does every smaller one.
+        guess: where to begin: from there in growing strides, up while it fits or down until it does, then bisected.
+            A guess that is right to a sixteenth takes two tries, or one if it is as near to ``most``.
+        most: nothing above this is asked for.
+    """
+    fitting, failing = 0, most + 1
+    number = max(1, min(guess, most))
+    stride = max(1, number // PRECISION)
+    while failing - fitting > max(1, fitting // PRECISION):
+        if fits(number):
+            fitting = number
+        else:
+            failing = number
+        if fitting and failing <= most:
+            number = (fitting + failing) // 2
+        else:
+            number = min(fitting + stride, most) if fitting else max(failing - stride, 1)
+            stride *= 2
+    return fitting
 
 
 # ---------------------------------------------------------------------------------------------- sizes

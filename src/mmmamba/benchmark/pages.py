@@ -1,23 +1,23 @@
-"""Results inside a Markdown page, so that it says what the file of a run says and nothing else.
+"""Markdown pages that say what the results of a benchmark say: blocks made of them, and figures in prose checked.
 
-A block stands between two marks, each a line of its own, and is made of the file that the first mark names::
+A block (see :mod:`mmmamba.report.blocks`) names parts of a report and the file of its results::
 
     <!-- bench: protocol, latency.svg, steps of efficiency-h100.json -->
     …
     <!-- /bench -->
 
 Its parts are tables (:data:`~mmmamba.benchmark.tables.TABLES`), plots (drawn beside the page), ``notes`` and
-``machine``. With ``beyond OTHER.json`` behind the file, only those contexts are shown at which something did not fit
-into the memory of the machine of that other file. With ``beside OTHER.json``, ``second-run`` is what that other run of
-the same report differs by.
+``machine``. With ``beyond OTHER.json`` after the file, only those contexts are shown at which something did not fit
+into the memory of the machine of that other file. With ``beside OTHER.json``, the part ``second-run`` shows how that
+other run of the same report differs.
 
-A figure in prose is followed by the place that it comes from, or by two whose ratio it is::
+A figure in prose is followed by the place that it comes from, or by two places whose ratio it is::
 
     takes 2.41 ms<!-- from efficiency-h100.json: linear.decode.103424.ms -->
     is 20.6 times<!-- from efficiency-h100.json: teacher.decode.103424.ms / linear.decode.103424.ms --> as fast
 
 A place is SERIES.WHAT.CONTEXT.FIGURE, or SERIES.WHAT.VARIANT.CONTEXT.FIGURE. A figure in per cent is how much the first
-differs from the second. Files are named as seen from the page. What stands in code is no figure.
+differs from the second. Files are named as seen from the page. Numbers inside code spans and fences are not checked.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from mmmamba.benchmark.cells import held, limit_ms
 from mmmamba.benchmark.compare import comparison, differing
 from mmmamba.benchmark.measure import Measured
 from mmmamba.benchmark.plots import PLOTS, draw
@@ -36,15 +35,12 @@ from mmmamba.benchmark.results import Results, read
 from mmmamba.benchmark.tables import TABLES, notes
 from mmmamba.checkpoints.io import write_atomically
 from mmmamba.errors import UserError
+from mmmamba.report.blocks import Block, beside, fill_blocks, find_blocks, read_page
 from mmmamba.report.markdown import text as as_text
 from mmmamba.report.plot_style import render
 
-OPEN, END, SECOND = "<!-- bench", "<!-- /bench -->", "second-run"
-_BLOCK = re.compile(
-    r"^<!-- bench: (?P<parts>[^<>\n]+?) of (?P<file>\S+)"
-    r"(?: (?P<how>beyond|beside) (?P<other>\S+))? -->\n.*?^<!-- /bench -->$",
-    re.MULTILINE | re.DOTALL,
-)
+VERB, FORM = "bench", "PART, … of FILE.json"
+SECOND = "second-run"
 _CODE = re.compile(r"^```.*?^```|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 _FIGURE = re.compile(
     r"(?:(?P<figure>\d[\d,]*(?:\.\d+)?)(?P<unit>[^\d<\n]{0,16}))?<!-- from (?P<file>\S+): (?P<places>.+?) -->"
@@ -59,8 +55,8 @@ FIGURES: Mapping[str, Callable[[Results, Measured], float]] = {
     "s": lambda _, m: m.timing.ms / 1e3,
     "p99": lambda _, m: m.timing.p99,
     "cold": lambda _, m: m.timing.cold,
-    "limit": limit_ms,
-    "GB": lambda _, m: held(m) / 1e9,
+    "limit": lambda results, m: results.limit_ms(m),
+    "GB": lambda _, m: m.held_bytes / 1e9,
     "MB_of_state": lambda _, m: m.state_bytes / 1e6,
     "tokens_per_s": lambda _, m: m.tokens_per_s,
     "sequences": lambda _, m: m.batch,
@@ -68,36 +64,30 @@ FIGURES: Mapping[str, Callable[[Results, Measured], float]] = {
 
 
 def fill(page: Path) -> list[str]:
-    """Make a page's blocks anew and draw their plots beside it; what its prose has wrong then (:func:`wrong_figures`).
+    """Fill a page's blocks again and draw their plots beside it; return what is wrong in its prose then.
 
     Raises:
-        UserError: as :func:`filled`.
+        UserError: as :func:`filled` and :func:`wrong_figures`.
     """
     text = filled(page)
-    for match in _BLOCK.finditer(text):
-        for part in _parts(match):
-            figure = draw(_results(page, match), part.removesuffix(".svg")) if part.endswith(".svg") else None
+    for block in find_blocks(page, VERB, FORM):
+        for part in block.parts:
+            figure = draw(_results(block), part.removesuffix(".svg")) if part.endswith(".svg") else None
             if figure is not None:
                 drawn = render(figure, "svg")
-                write_atomically(_plot(page, match, part), lambda path, drawn=drawn: path.write_bytes(drawn))  # type: ignore[misc]
+                write_atomically(_plot(block, part), lambda path, drawn=drawn: path.write_bytes(drawn))  # type: ignore[misc]
     write_atomically(page, lambda path: path.write_text(text, encoding="utf-8"))
     return wrong_figures(page)
 
 
 def filled(page: Path) -> str:
-    """The page as it should stand in the file.
+    """The page as it should be in the file.
 
     Raises:
         UserError: when there is no such page, and for a block that has no end, names something unknown, or is of a file
             that is not there; it names page and line.
     """
-    text = _text(page)
-    blocks = list(_BLOCK.finditer(text))
-    opened = {_line(text, match.start()) for match in blocks}
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.startswith(OPEN) and number not in opened:
-            raise UserError(f"{page}:{number}: no whole block, from <!-- bench: PART, … of FILE.json --> to {END}")
-    return _BLOCK.sub(lambda match: _made(page, text, match), text)
+    return fill_blocks(page, VERB, FORM, _content)
 
 
 def wrong_figures(page: Path) -> list[str]:
@@ -106,94 +96,84 @@ def wrong_figures(page: Path) -> list[str]:
     Raises:
         UserError: for a place or a file that is not there, and a place without a figure; it names page and line.
     """
-    text = _CODE.sub(lambda code: re.sub(r"[^\n]", " ", code[0]), _text(page))
+    text = _CODE.sub(lambda code: re.sub(r"[^\n]", " ", code[0]), read_page(page))
     found = []
     for match in _FIGURE.finditer(text):
-        where = f"{page}:{_line(text, match.start())}"
-        if match["figure"] is None:
-            raise UserError(f"{where}: no figure stands before '{match[0]}'")
-        results = _read(page.parent / match["file"], where)
-        values = [_value(results, place, where) for place in match["places"].split(" / ")]
-        value = values[0] if len(values) == 1 else values[0] / values[1]
-        if "%" in match["unit"] and len(values) == 2:
-            value = 100 * abs(value - 1)
-        figure, digits = match["figure"].replace(",", ""), len(match["figure"].partition(".")[2])
-        if abs(float(figure) - value) > 0.5 * 10**-digits + 1e-9:
-            told = f"{match['places']} in {match['file']} is {value:,.{digits}f}"
-            found.append(f"{where}: says {match['figure']}, but {told}")
+        where = f"{page}:{text.count(chr(10), 0, match.start()) + 1}"
+        try:
+            wrong = _wrong(page, match)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        if wrong:
+            found.append(f"{where}: {wrong}")
     return found
 
 
 def beyond(results: Results, smaller: Results) -> Results:
-    """What was measured behind those contexts at which something ran out of memory in ``smaller``, or was not asked."""
-    held = set(smaller.contexts) - {point.task.context for point in smaller.points if point.oom}
-    return replace(results, points=tuple(point for point in results.points if point.task.context not in held))
+    """Only the contexts at which something ran out of memory in ``smaller``, or that were not asked for there."""
+    fitting = set(smaller.contexts) - {point.task.context for point in smaller.points if point.oom}
+    return replace(results, points=tuple(point for point in results.points if point.task.context not in fitting))
 
 
-# ---------------------------------------------------------------------------------------------- one block, one place
+# ---------------------------------------------------------------------------------------------- one block
 
 
-def _made(page: Path, text: str, match: re.Match[str]) -> str:
-    where = f"{page}:{_line(text, match.start())}"
-    results = _results(page, match, where)
-    device = results.environment["device"]
-    lines = []
-    for part in _parts(match):
-        if part in TABLES:
-            table = TABLES[part](results)
-            lines.append(replace(table, title=f"{table.title} ({device})").markdown())
-        elif part.removesuffix(".svg") in PLOTS and part.endswith(".svg"):
-            plot = PLOTS[part.removesuffix(".svg")]
-            lines.append(f"![{plot.caption} ({device})]({_plot(page, match, part).name})\n")
-        elif part == "notes":
-            lines.append("".join(f"- {as_text(note)}\n" for note in notes(results)))
-        elif part == "machine":
-            lines.append(machine(results))
-        elif part == SECOND and match["how"] == "beside":
-            lines.append(differing(comparison(results, _read(page.parent / match["other"], where))).markdown())
-        else:
-            known = [*TABLES, *(f"{name}.svg" for name in PLOTS), "notes", "machine", f"{SECOND} (beside OTHER.json)"]
-            raise UserError(f"{where}: a report has no '{part}'; it has {', '.join(known)}")
-    opened, closed = match[0].split("\n", 1)[0], match[0].rsplit("\n", 1)[-1]
-    return "\n".join([opened, "", *lines, closed])
+def _content(block: Block) -> str:
+    results = _results(block)
+    return "\n".join(_part(block, part, results) for part in block.parts)
 
 
-def _parts(match: re.Match[str]) -> list[str]:
-    return [part.strip() for part in match["parts"].split(",")]
+def _part(block: Block, part: str, results: Results) -> str:
+    device, plot = results.environment["device"], part.removesuffix(".svg")
+    if part in TABLES:
+        table = TABLES[part](results)
+        return replace(table, title=f"{table.title} ({device})").markdown()
+    if plot in PLOTS and part.endswith(".svg"):
+        return f"![{PLOTS[plot].caption} ({device})]({_plot(block, part).name})\n"
+    if part == "notes":
+        return "".join(f"- {as_text(note)}\n" for note in notes(results))
+    if part == "machine":
+        return machine(results)
+    if part == SECOND and block.how == "beside":
+        return differing(comparison(results, read(block.path(block.other)))).markdown()
+    known = [*TABLES, *(f"{name}.svg" for name in PLOTS), "notes", "machine", f"{SECOND} (beside OTHER.json)"]
+    raise UserError(f"a report has no '{part}'; it has {', '.join(known)}")
 
 
-def _results(page: Path, match: re.Match[str], where: str = "") -> Results:
-    results = _read(page.parent / match["file"], where)
-    return beyond(results, _read(page.parent / match["other"], where)) if match["how"] == "beyond" else results
+def _results(block: Block) -> Results:
+    results = read(block.path(block.file))
+    return beyond(results, read(block.path(block.other))) if block.how == "beyond" else results
 
 
-def _read(file: Path, where: str) -> Results:
-    if not file.is_file():
-        raise UserError(f"{where}: there is no {file}")
-    return read(file)
+def _plot(block: Block, part: str) -> Path:
+    return block.page.with_name(f"{Path(block.file).stem}-{part}")
 
 
-def _plot(page: Path, match: re.Match[str], part: str) -> Path:
-    return page.with_name(f"{Path(match['file']).stem}-{part}")
+# ---------------------------------------------------------------------------------------------- one figure
 
 
-def _value(results: Results, place: str, where: str) -> float:
+def _wrong(page: Path, match: re.Match[str]) -> str:
+    """What a figure says and its place says instead; '' where they agree."""
+    if match["figure"] is None:
+        raise UserError(f"no figure comes before '{match[0]}'")
+    results = read(beside(page, match["file"]))
+    values = [_value(results, place) for place in match["places"].split(" / ")]
+    value = values[0] if len(values) == 1 else values[0] / values[1]
+    if "%" in match["unit"] and len(values) == 2:
+        value = 100 * abs(value - 1)
+    figure, digits = match["figure"].replace(",", ""), len(match["figure"].partition(".")[2])
+    if abs(float(figure) - value) <= 0.5 * 10**-digits + 1e-9:
+        return ""
+    return f"says {match['figure']}, but {match['places']} in {match['file']} is {value:,.{digits}f}"
+
+
+def _value(results: Results, place: str) -> float:
     match = _PLACE.fullmatch(place.strip())
     if match is None or match["figure"] not in FIGURES:
         known = ", ".join(FIGURES)
-        raise UserError(f"{where}: '{place}' is no SERIES.WHAT[.VARIANT].CONTEXT.FIGURE; a figure is one of {known}")
+        raise UserError(f"'{place}' is no SERIES.WHAT[.VARIANT].CONTEXT.FIGURE; a figure is one of {known}")
     variant, context = match["variant"] or "", int(match["context"])
     measured = results.measured(match["series"], match["what"], context, variant)  # type: ignore[arg-type]
     if measured is None:
-        raise UserError(f"{where}: nothing was measured at '{place}'")
+        raise UserError(f"nothing was measured at '{place}'")
     return FIGURES[match["figure"]](results, measured)
-
-
-def _text(page: Path) -> str:
-    if not page.is_file():
-        raise UserError(f"{page}: {'is a folder, not a page' if page.is_dir() else 'no such file'}")
-    return page.read_text(encoding="utf-8")
-
-
-def _line(text: str, at: int) -> int:
-    return text.count("\n", 0, at) + 1

@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mmmamba.benchmark.cells import held, limit_ms
+from mmmamba.benchmark.claims import CONTEXT, DEVICE, POINTS
 from mmmamba.benchmark.measure import Measured
-from mmmamba.benchmark.paper import CONTEXT, DEVICE, POINTS
 from mmmamba.benchmark.results import Results, Task, What
 from mmmamba.benchmark.subjects import Series
 from mmmamba.report.plot_style import GRID, INK, PALETTE, TITLE, Theme, label, new_figure, style
@@ -61,7 +60,7 @@ PLOTS: Mapping[str, Plot] = {
         unit="GB",
         what="decode",
         variants={"": None},
-        value=lambda m: held(m) / 1e9,
+        value=lambda m: m.held_bytes / 1e9,
         paper={point.kind: point.gigabytes for point in POINTS},
     ),
     "throughput": Plot(
@@ -107,7 +106,7 @@ def draw(results: Results, name: str, theme: Theme = "light") -> Figure | None:
             if found:
                 _line(axis, plot, series, variant, found, line or LINES[series.style], colour)
                 if plot.limit and series.style == "engine":
-                    limits = [limit_ms(results, measured) for _, measured in found]
+                    limits = [results.limit_ms(measured) for _, measured in found]
                     axis.plot([x for x, _ in found], limits, ":", color=colour, linewidth=0.9, alpha=0.7)
             full += [
                 (p.task, colour) for p in points if p.oom and (p.task.series, p.task.variant) == (series.label, variant)

@@ -1,17 +1,18 @@
-"""What a report leaves behind beside its ``results.json``: report.md, report.html, and each plot as PNG and SVG."""
+"""The files of a report beside its ``results.json``: report.md, report.html, and each plot as PNG and SVG."""
 
 from __future__ import annotations
 
 import json
+from html import escape
 from pathlib import Path
 
-from mmmamba.benchmark.page import html
 from mmmamba.benchmark.plots import PLOTS, draw
 from mmmamba.benchmark.results import Results
-from mmmamba.benchmark.tables import notes, tables
+from mmmamba.benchmark.tables import HEADLINE, TABLES, notes, tables
 from mmmamba.outputs import Ledger
+from mmmamba.report import html
 from mmmamba.report.markdown import code, text
-from mmmamba.report.plot_style import render
+from mmmamba.report.plot_style import THEMES, render
 
 VERB = "bench"
 PAGE = "report.html"
@@ -29,14 +30,14 @@ def check_report(folder: Path, *, overwrite: bool) -> None:
 
 
 def write_report(results: Results, folder: Path) -> Path:
-    """Write everything into ``folder`` and return the page; what an earlier report has more than this is removed."""
+    """Write everything into ``folder`` and return the page; files that only an earlier report had are removed."""
     files: dict[str, bytes] = {}
     for name in PLOTS:
         figure = draw(results, name)
         if figure is not None:
             files |= {f"{name}.png": render(figure, "png"), f"{name}.svg": render(figure, "svg")}
     files["report.md"] = markdown(results).encode()
-    files[PAGE] = html(results, title(results), summary(results)).encode()
+    files[PAGE] = web_page(results).encode()
     Ledger(folder, VERB).write(files)
     return folder / PAGE
 
@@ -67,8 +68,25 @@ def markdown(results: Results) -> str:
 
 
 def machine(results: Results) -> str:
-    """On what a report was made and what was asked for, as Markdown."""
+    """What a report was made on and what was asked for, as Markdown."""
     rates = f"copied {results.rates.bytes / 1e9:,.0f} GB/s, multiplied {results.rates.flops / 1e12:,.3g} TFLOP/s"
     lines = [f"- {name}: {text(value)}" for name, value in results.environment.items()]
     lines += [f"- in the same run: {rates}", f"- asked for: {code(json.dumps(results.request, ensure_ascii=False))}"]
     return "\n".join(lines) + "\n"
+
+
+def web_page(results: Results) -> str:
+    """The page: the claim, the plots (twice, for light and dark readers), every table, the machine."""
+    body = [f"<h1>{escape(title(results))}</h1>", f'<p class="lead">{escape(summary(results))}</p>']
+    body += [html.table(one) for one in tables(results, HEADLINE)]
+    body += [_figure(results, name) for name in PLOTS]
+    rest = [name for name in TABLES if name not in HEADLINE]
+    body += ["<h2>All figures</h2>", *(html.table(one) for one in tables(results, rest))]
+    body += html.listed("Notes", notes(results))
+    body += html.facts("Machine", results.environment)
+    return html.page(title(results), body)
+
+
+def _figure(results: Results, name: str) -> str:
+    light, dark = (draw(results, name, theme) for theme in THEMES)
+    return "" if light is None or dark is None else html.figure(light, dark, PLOTS[name].caption)

@@ -1,14 +1,14 @@
-"""``results.json``: every point as soon as it is measured, and what must be the same to go on with it."""
+"""``results.json``: every point as soon as it is measured, and what must be the same for a run to resume it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mmmamba.benchmark.limits import Rates
+from mmmamba.benchmark.limits import Cost, Rates
 from mmmamba.benchmark.measure import Measured
 from mmmamba.benchmark.subjects import Series
 from mmmamba.checkpoints.io import write_atomically
@@ -16,9 +16,11 @@ from mmmamba.config_files import from_dict, to_dict
 from mmmamba.errors import UserError
 from mmmamba.jsonfile import read_json
 from mmmamba.locks import LOCK
+from mmmamba.report.number_format import EMPTY
 
 RESULTS = "results.json"
 FORMAT = 1
+FULL, SKIPPED = "out of memory", "skipped"  # in place of a figure
 
 What = Literal["decode", "prefill", "batch"]
 
@@ -49,6 +51,11 @@ class Point:
     measured: Measured | None = None
     oom: bool = False
     skipped: str = ""
+
+
+def absence(point: Point | None) -> str:
+    """Why a cell of a table holds no number."""
+    return EMPTY if point is None else FULL if point.oom else SKIPPED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +91,17 @@ class Results:
         point = self.find(series, what, context, variant)
         return None if point is None else point.measured
 
+    def measured_points(self, what: What) -> Iterator[tuple[Series, Point, Measured]]:
+        """The points of a kind that have figures, series by series."""
+        for one in self.series:
+            for point in self.points:
+                if point.task.series == one.label and point.task.what == what and point.measured is not None:
+                    yield one, point, point.measured
+
+    def limit_ms(self, found: Measured) -> float:
+        """The least time that the machine could take."""
+        return self.rates.ms(Cost(bytes=found.bytes, flops=found.flops))
+
     @property
     def contexts(self) -> list[int]:
         return sorted({point.task.context for point in self.points})
@@ -107,18 +125,18 @@ def read(file: Path) -> Results:
 def _raw(file: Path) -> dict[str, Any]:
     found = read_json(file)
     if "rates" not in found or "points" not in found:
-        raise UserError(f"{file} is of something else than mmmamba bench")
+        raise UserError(f"{file} was not written by mmmamba bench")
     return found
 
 
 def earlier(
     folder: Path, request: Mapping[str, Any], environment: Mapping[str, str], *, resume: bool, overwrite: bool
 ) -> Results | None:
-    """The results in ``folder`` to go on with; None to begin anew.
+    """The results in ``folder`` to resume; None to begin from nothing.
 
     Raises:
         UserError: when the folder is a file, holds something else, holds a report and neither ``resume`` nor
-            ``overwrite`` is given, or one that cannot be gone on with (another request, another machine).
+            ``overwrite`` is given, or one that cannot be resumed (another request, another machine).
     """
     if resume and overwrite:
         raise UserError("--resume keeps what is there and --overwrite replaces it: pass one of them")
@@ -131,9 +149,9 @@ def earlier(
     if overwrite:
         return None
     if not resume:
-        raise UserError(f"{folder} holds a report; pass --resume to go on with it, or --overwrite to replace it")
+        raise UserError(f"{folder} holds a report; pass --resume to continue it, or --overwrite to replace it")
     results = from_dict(Results, found, file)
-    if "cuda" in environment:  # a GPU that is borrowed anew stands in another host, whose kernel its times do not show
+    if "cuda" in environment:  # a GPU may be in another host later; its times do not depend on the host's kernel
         environment = {**environment, "platform": results.environment.get("platform", "")}
     for name, ours, theirs in (
         ("request", request, results.request),

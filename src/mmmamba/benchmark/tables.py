@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
-from mmmamba.benchmark.cells import absent, held, limit_ms, measured_points, number
 from mmmamba.benchmark.claims import growth, optimised, protocol
 from mmmamba.benchmark.measure import Measured
-from mmmamba.benchmark.results import Point, Results
+from mmmamba.benchmark.results import Point, Results, absence
 from mmmamba.progress import Terminal
-from mmmamba.report.number_format import EMPTY
+from mmmamba.report.number_format import EMPTY, number
 from mmmamba.report.table import Table, show
 
 
 def notes(results: Results) -> list[str]:
-    """Why points are missing, and what was found at others beside their figures."""
+    """Why points are missing, and what else is to be known about others."""
     found = []
     for point in results.points:
         said = point.skipped or (point.measured.note if point.measured is not None else "")
@@ -31,7 +30,7 @@ def title(point: Point) -> str:
 
 
 def print_results(results: Results, console: Terminal) -> None:
-    """The short form: the students beside the published way of running the teacher, and beside the best."""
+    """Print the tables that compare students with their teacher: run as published, and run in the best way known."""
     for one in tables(results, HEADLINE[:2]):
         show(one, console if console.is_terminal else None)
 
@@ -50,15 +49,15 @@ def _latency(results: Results) -> Table:
 
 
 def _memory(results: Results) -> Table:
-    counted = any(measured.peak_bytes is not None for _, _, measured in measured_points(results, "decode"))
+    counted = any(measured.peak_bytes is not None for _, _, measured in results.measured_points("decode"))
     return _by_context(
         results,
         "Memory while decoding, GB",
-        "One sequence: the most that tensors held during the steps, weights included; in brackets what lies there "
+        "One sequence: the most that tensors held during the steps, weights included. In brackets: what is held "
         "between steps."
         if counted
         else "One sequence: weights, states and room for more. PyTorch counts no peak on a CPU.",
-        lambda m: number(held(m) / 1e9),
+        lambda m: number(m.held_bytes / 1e9),
         lambda m: "" if m.peak_bytes is None else f"[{number(m.resident_bytes / 1e9)}]",
     )
 
@@ -68,7 +67,7 @@ def _state(results: Results) -> Table:
     return _by_context(
         replace(results, series=each),
         "State of one sequence, MB",
-        "What a sequence leaves behind its context: caches of softmax layers, states of the others.",
+        "What is kept of a sequence after its context: caches of softmax layers, states of the others.",
         lambda m: number(m.state_bytes / 1e6),
     )
 
@@ -80,14 +79,14 @@ def _by_context(
     show: Callable[[Measured], str],
     detail: Callable[[Measured], str] | None = None,
 ) -> Table:
-    """Of decoding: a row a series, a column a context."""
+    """Decoding: one row per series, one column per context."""
     contexts = results.contexts
     rows, details = [], []
     for one in results.series:
         points = [results.find(one.label, "decode", context) for context in contexts]
         if all(point is None for point in points):
             continue
-        cells = [absent(p) if p is None or p.measured is None else show(p.measured) for p in points]
+        cells = [absence(p) if p is None or p.measured is None else show(p.measured) for p in points]
         small = ["" if p is None or p.measured is None or detail is None else detail(p.measured) for p in points]
         rows.append([one.label, *cells])
         details.append(["", *small])
@@ -98,8 +97,8 @@ def _by_context(
 def _steps(results: Results) -> Table:
     """Percentiles, cold and warm, and the limit of each decoding point."""
     rows = []
-    for one, point, found in measured_points(results, "decode"):
-        limit = limit_ms(results, found)
+    for one, point, found in results.measured_points("decode"):
+        limit = results.limit_ms(found)
         rows.append(
             [
                 one.label, f"{point.task.context:,}", number(found.timing.ms), number(found.timing.p90),
@@ -109,7 +108,7 @@ def _steps(results: Results) -> Table:
         )  # fmt: skip
     columns = ["model", "tokens", "median", "90 %", "99 %", "cold", "limit", "of the limit", "graph", "samples"]
     note = (
-        "Inter-token times in ms. Cold: the first step of all at that point. Limit: a step's bytes over the copy rate "
+        "Inter-token times in ms. Cold: the very first step at that point. Limit: a step's bytes over the copy rate "
         f"({results.rates.bytes / 1e9:,.0f} GB/s) or its operations over the matrix rate "
         f"({results.rates.flops / 1e12:,.3g} TFLOP/s), both measured in this run, whichever takes longer."
     )
@@ -118,10 +117,10 @@ def _steps(results: Results) -> Table:
 
 def _first_token(results: Results, variant: str) -> Table:
     rows = []
-    for one, point, found in measured_points(results, "prefill"):
+    for one, point, found in results.measured_points("prefill"):
         if point.task.variant != variant:
             continue
-        limit = limit_ms(results, found)
+        limit = results.limit_ms(found)
         pieces = "at once" if found.chunk is None or found.chunk >= point.task.context else f"{found.chunk:,}"
         memory = EMPTY if found.peak_bytes is None else number(found.peak_bytes / 1e9)
         rows.append(
@@ -137,7 +136,7 @@ def _first_token(results: Results, variant: str) -> Table:
         "samples",
     ]  # fmt: skip
     of = "text" if variant == "text" else "as many whole tiles as fit, from uint8 pictures"
-    note = f"Prompts of {of}; until the first token is on the host. Both baselines read a prompt in this one way."
+    note = f"Prompts of {of}; until the first token is on the host. All styles of a model read prompts in this way."
     return Table(title=f"Time to the first token, {variant}", columns=columns, rows=rows, note=note)
 
 
@@ -150,21 +149,23 @@ def _batches(results: Results) -> Table:
                 continue
             row = [one.label, task.variant, f"{task.context:,}"]
             if found is None:
-                rows.append([*row, absent(point), *[EMPTY] * 4])
+                rows.append([*row, absence(point), *[EMPTY] * 4])
                 continue
-            share = f"{100 * limit_ms(results, found) / found.timing.ms:.0f} %"
+            share = f"{100 * results.limit_ms(found) / found.timing.ms:.0f} %"
             rows.append(
                 [*row, f"{found.batch:,}", number(found.timing.ms), number(found.tokens_per_s), share,
-                 number(held(found) / 1e9)]
+                 number(found.held_bytes / 1e9)]
             )  # fmt: skip
     columns = ["model", "state", "tokens", "greatest batch", "ms a step", "tokens/s", "of the limit", "GB"]
-    note = "The most sequences, each behind that many tokens, that were found to fit (to a sixteenth), decoded at once."
+    note = (
+        "The most sequences found to fit (to a sixteenth), each after a context of that many tokens, decoded at once."
+    )
     if results.request.get("memory"):
-        note += f" Weights and states may take {results.request['memory']:g} GB here."
+        note += f" Weights and states were allowed {results.request['memory']:g} GB."
     return Table(title="The greatest batch", columns=columns, rows=rows, note=note)
 
 
-#: What a report says, by the name under which a page asks for it, most wanted first.
+#: The tables of a report by the name that pages use, the most important first.
 TABLES: Mapping[str, Callable[[Results], Table]] = {
     "protocol": protocol,
     "optimised": optimised,
@@ -182,5 +183,5 @@ HEADLINE = ("protocol", "optimised", "growth")
 
 
 def tables(results: Results, names: Iterable[str] = tuple(TABLES)) -> list[Table]:
-    """The tables of those names; any without a figure is left out."""
+    """The tables of those names; those without a figure are left out."""
     return [made for name in names if (made := TABLES[name](results)).rows]

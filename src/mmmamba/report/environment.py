@@ -1,4 +1,4 @@
-"""On what a report was made: versions, device, commit."""
+"""What a report was made on: versions, device, commit."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ import torch
 
 from mmmamba.version import __version__
 
+SOURCES = Path(__file__).resolve().parents[3]  # the checkout, if this package is run from one
+
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """What the figures depend on beside the code, and which code it was."""
+    """What the figures of a report depend on: machine, versions, the number format of the weights, the commit."""
     cuda = device.type == "cuda"
     found = {
         "device": torch.cuda.get_device_name(device) if cuda else f"{_processor()}, {_threads()}",
         "memory": f"{torch.cuda.get_device_properties(device).total_memory / 1e9:.1f} GB" if cuda else "",
         "weights": str(dtype).removeprefix("torch."),
         "mmmamba": __version__,
-        "commit": commit(Path(__file__).parents[3]),
+        "commit": commit(),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "cuda": str(torch.version.cuda) if cuda else "",
@@ -31,7 +33,7 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     return {name: value for name, value in found.items() if value}
 
 
-def commit(root: Path) -> str:
+def commit(root: Path = SOURCES) -> str:
     """The commit of the sources in ``root``, and whether they were changed since; '' where they are no checkout."""
     git = shutil.which("git")
     if git is None or not (root / ".git").exists():
@@ -58,7 +60,7 @@ def _version(package: str) -> str:
 
 
 def _processor() -> str:
-    """The CPU by its own name, where the system tells it."""
+    """The CPU's name, where the system tells it."""
     told = Path("/proc/cpuinfo")
     lines = told.read_text(encoding="utf-8", errors="replace").splitlines() if told.is_file() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

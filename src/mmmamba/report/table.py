@@ -28,6 +28,7 @@ class Table:
         shades: per row and column how good a cell is, 0 … 1, or None for a cell that is not coloured.
         details: per row and column small print that belongs to a cell, such as its interval.
         right: per column whether it is aligned to the right. Empty: every column but the first.
+        markup: the cells are Markdown themselves, though not HTML.
     """
 
     title: str
@@ -37,6 +38,7 @@ class Table:
     shades: Sequence[Sequence[float | None]] = ()
     details: Sequence[Sequence[str]] = ()
     right: Sequence[bool] = ()
+    markup: bool = False
 
     @property
     def aligned_right(self) -> Sequence[bool]:
@@ -47,14 +49,23 @@ class Table:
         lines = [f"{'#' * level} {markdown.text(self.title)}", ""]
         if self.note:
             lines += [self.note, ""]
-        lines.append("| " + " | ".join(markdown.text(column) for column in self.columns) + " |")
+        return "\n".join([*lines, *self.grid()]) + "\n"
+
+    def grid(self) -> list[str]:
+        """The lines of the table in Markdown, without its heading and note."""
+        text = _inline if self.markup else markdown.text
+        lines = ["| " + " | ".join(map(text, self.columns)) + " |"]
         lines.append("|" + "".join("---:|" if right else "---|" for right in self.aligned_right))
         for i, row in enumerate(self.rows):
             details = self.details[i] if self.details else [""] * len(row)
-            both = zip(row, details, strict=True)
-            cells = [f"{markdown.text(cell)} {markdown.text(detail)}".rstrip() for cell, detail in both]
+            cells = [f"{text(cell)} {text(detail)}".rstrip() for cell, detail in zip(row, details, strict=True)]
             lines.append("| " + " | ".join(cells) + " |")
-        return "\n".join(lines) + "\n"
+        return lines
+
+
+def _inline(text: str) -> str:
+    """Markdown of a user on one line of a cell, without HTML."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def table_of(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmmamba.benchmark.search import PRECISION, greatest
+from mmmamba.benchmark.measure import PRECISION, greatest
 
 
 @given(st.integers(0, 10_000), st.integers(-5, 20_000), st.integers(1, 12_000))
