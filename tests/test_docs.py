@@ -119,7 +119,7 @@ def room(furnished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     """The current folder: a fresh copy of the furnished one, with tiny models under the built-in names."""
     shutil.copytree(furnished / "room", tmp_path / "room")
     monkeypatch.chdir(tmp_path / "room")
-    for module in ("read", "write"):
+    for module in ("model_source", "write"):
         monkeypatch.setattr(f"mmmamba.checkpoints.{module}.ASSETS", furnished / "assets")
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     return tmp_path / "room"
