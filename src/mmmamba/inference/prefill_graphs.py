@@ -11,6 +11,7 @@ never waits for a capture.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,7 +20,6 @@ from torch import Tensor, nn
 
 from mmmamba.cuda_graphs import CaptureStream, Replayed
 from mmmamba.inference.decoder import decodable
-from mmmamba.model.mixers import Mixer
 from mmmamba.model.model import Model, Output
 from mmmamba.model.state import State
 from mmmamba.ops.dispatch import why_not
@@ -42,38 +42,38 @@ def replayed_pass(model: Model, x: Tensor, state: State | None, max_length: int)
     Returns:
         The logits (1, v) after the last token and the new state. The hidden states are not kept.
     """
-    if not _can_replay(model, x.shape[1], state):
+    if model.device.type != "cuda" or torch.is_grad_enabled() or x.shape[1] > SIZES[-1]:
         return None
-    graphs = _GRAPHS.setdefault(model, PrefillGraphs())
+    if model.dtype not in (torch.bfloat16, torch.float16):  # float32 softmax needs to know the lengths
+        return None
+    if model not in _GRAPHS:
+        _GRAPHS[model] = PrefillGraphs(model)
+    graphs = _GRAPHS[model]
+    if not graphs.serve(state) or not decodable(model):
+        return None
     graphs.check_weights(model)
     return graphs.read(model, x, state, max_length)
-
-
-def _can_replay(model: Model, length: int, state: State | None) -> bool:
-    if model.device.type != "cuda" or torch.is_grad_enabled() or length > SIZES[-1]:
-        return False
-    # Float32 softmax has no fused kernel, and needs to know the lengths.
-    if model.dtype not in (torch.bfloat16, torch.float16) or model.merges_late or model.dynamic_rope:
-        return False
-    mixers = _mixers(model)
-    if state is not None and any(mixer.grows for mixer in mixers):  # a graph's caches can't grow
-        return False
-    served = {(mixer.capturable, mixer.head_dim) for mixer in mixers}
-    sizes = all(can and why_not(model.head.weight, head_dim=p, state_dim=p) is None for can, p in served)
-    return sizes and decodable(model)
-
-
-def _mixers(model: Model) -> list[Mixer[Any]]:
-    return [model.mixer(i) for i in range(model.config.num_layers)]
 
 
 class PrefillGraphs:
     """The graphs of one model: one for each size of row that was read."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: Model) -> None:
+        mixers = [model.mixer(i) for i in range(model.config.num_layers)]
+        self._grows = any(mixer.grows for mixer in mixers)
+        self._capturable = (
+            not model.merges_late
+            and not model.dynamic_rope
+            and all(mixer.capturable for mixer in mixers)
+            and all(why_not(model.head.weight, head_dim=p, state_dim=p) is None for p in {m.head_dim for m in mixers})
+        )
         self._rows: dict[int, _Row] = {}
         self._stream: CaptureStream | None = None
         self._addresses: list[int] = []
+
+    def serve(self, state: State | None) -> bool:
+        """Whether a sequence that goes on from ``state`` can be read: a graph's caches can't grow."""
+        return self._capturable and not (self._grows and state is not None)
 
     def check_weights(self, model: Model) -> None:
         """Let the graphs go if a weight no longer lies where they read it."""
@@ -85,7 +85,7 @@ class PrefillGraphs:
             modules += [part for name, part in module._modules.items() if part is not None and name != "vision"]
         if found != self._addresses:
             self._rows.clear()
-            self._addresses = found
+            self._stream, self._addresses = None, found
 
     def read(self, model: Model, x: Tensor, state: State | None, max_length: int) -> Output:
         """The pass over x (1, l, d)."""
@@ -93,19 +93,20 @@ class PrefillGraphs:
             self._stream = CaptureStream(model.device)
         size = next(size for size in SIZES if size >= x.shape[1])
         if size not in self._rows:
-            self._rows[size] = _Row(model, size, x, self._stream)
+            starts = None if self._grows else _starts(model, size)
+            self._rows[size] = _Row(starts, size, x, self._stream)
         return self._rows[size](model, x, state, max_length)
 
 
 class _Row:
     """A row of one size that stays, into which prompts are laid, and the pass over it."""
 
-    def __init__(self, model: Model, size: int, like: Tensor, stream: CaptureStream) -> None:
+    def __init__(self, starts: State | None, size: int, like: Tensor, stream: CaptureStream) -> None:
         self.x = like.new_zeros(1, size, like.shape[-1])
         self.borders = torch.full((4,), size, dtype=torch.int32, device=like.device)
         self.borders[0] = 0
-        self.starts = _starts(model, size)
-        self.empty = [] if self.starts is None else [t.clone() for t in _firsts(self.starts)]
+        self.starts = starts  # which the pass goes on from; None: from none
+        self.empty = [] if starts is None else [t[:1].clone() for t in starts.tensors()]
         self._replayed: Replayed[Output] = Replayed(stream)
 
     def __call__(self, model: Model, x: Tensor, state: State | None, max_length: int) -> Output:
@@ -113,7 +114,7 @@ class _Row:
         self.x[:, :length] = x
         self.borders[1].fill_(length)
         if self.starts is not None:
-            torch._foreach_copy_(_firsts(self.starts), self.empty if state is None else state.tensors())
+            _copy([t[:1] for t in self.starts.tensors()], self.empty if state is None else state.tensors())
 
         def run() -> Output:
             remember_bounds(self.borders, size, size)  # here, so that the tables are part of what is captured
@@ -129,23 +130,28 @@ class _Row:
         return Output(out.hidden[:, :length], out.logits[:1].clone(), _copied(kept))
 
 
-def _starts(model: Model, size: int) -> State | None:
-    """Three sequences before their first token; None of a model whose states grow, which begins without one."""
-    if any(mixer.grows for mixer in _mixers(model)):
-        return None
+def _starts(model: Model, size: int) -> State:
+    """Three sequences before their first token."""
     places: dict[str, Any] = {"dtype": model.dtype, "wide": torch.float32, "device": model.device}
-    layers = tuple(mixer.empty_state(3, **places) for mixer in _mixers(model))
+    layers = tuple(model.mixer(i).empty_state(3, **places) for i in range(model.config.num_layers))
     return State(layers, torch.zeros(3, dtype=torch.long, device=model.device), size)
 
 
-def _firsts(state: State) -> list[Tensor]:
-    return [tensor[:1] for tensor in state.tensors()]
-
-
 def _copied(state: State) -> State:
-    """The state in tensors of its own, copied with few launches."""
+    """The state in tensors of its own."""
     tensors = state.tensors()
     copies = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
-    torch._foreach_copy_(copies, tensors)
+    _copy(copies, tensors)
     found = iter(copies)
     return state.map(lambda _: next(found))
+
+
+def _copy(into: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    """Copy tensors in few launches: one for those of a kind."""
+    kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in zip(into, tensors, strict=True):
+        targets, sources = kinds.setdefault((target.dtype, source.dtype), ([], []))
+        targets.append(target)
+        sources.append(source)
+    for targets, sources in kinds.values():
+        torch._foreach_copy_(targets, sources)
