@@ -17,7 +17,7 @@ from PIL import Image, ImageFile
 from mmmamba.data.exif import check_tiff, orientation, without_exif
 from mmmamba.data.sample import BadSample
 from mmmamba.errors import UserError
-from mmmamba.input_files import check_file, open_file
+from mmmamba.input_files import read_bytes
 
 MAX_SIDE = 20_000
 MAX_PIXELS = 64_000_000
@@ -53,20 +53,15 @@ def load_image(path: str | Path, where: str) -> Image.Image:
     Raises:
         BadSample: the file is missing, is no picture, is damaged, or its header asks for too many pixels.
     """
+    prefix = f"{where}: 'image': "
     try:
-        size = check_file(path, prefix=f"{where}: 'image': ")
-        if size == 0:
-            raise UserError(f"{where}: 'image': empty file (zero bytes): {path}")
-        if size > MAX_BYTES:
-            raise UserError(f"{where}: 'image': has {size:,} bytes, may have {MAX_BYTES:,}: {path}")
-        with open_file(path, prefix=f"{where}: 'image': ") as file:
-            content = file.read(size + 1)
         # From memory: a file whose header says that gigabytes follow has Python make room for them before it reads.
-        return decode_image(content, where, str(path))
-    except BadSample:
-        raise
+        content = read_bytes(path, MAX_BYTES, "file", prefix)
     except UserError as error:
         raise BadSample(str(error)) from error
+    if not content:
+        raise BadSample(f"{prefix}empty file (zero bytes): {path}")
+    return decode_image(content, where, str(path))
 
 
 def decode_image(content: bytes, where: str, name: str = "picture") -> Image.Image:

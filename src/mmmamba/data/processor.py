@@ -150,7 +150,7 @@ class Processor:
             turns = turns[:-1]
         if answer and not any(turn.role == GPT for turn in turns):
             raise NothingScored(f"{sample.where}: 'conversations' has no 'gpt' turn, so nothing is scored")
-        encoded = self._conversation(turns, sample.images, sample.where, max_tiles, reply=not answer)
+        encoded = self.conversation(turns, sample.images, sample.where, max_tiles, reply=not answer)
         encoded.id = sample.id
         return encoded if max_length is None else self._fit(encoded, max_length, cut_tail=answer)
 
@@ -162,7 +162,7 @@ class Processor:
         """
         if not turns or turns[-1].role != HUMAN:
             raise UserError("a prompt must end with a human turn")
-        return self._conversation(turns, images, "prompt", max_tiles, reply=True)
+        return self.conversation(turns, images, "prompt", max_tiles, reply=True)
 
     def continuation(self, turn: Turn, images: Sequence[Picture] = (), *, max_tiles: int | None = None) -> Encoded:
         """What follows a finished answer when the human says ``turn``; pictures without a mark go before its text.
@@ -180,7 +180,7 @@ class Processor:
         pieces = self.template.continuation(marked, self.config.system_message)
         return self._encoded(pieces, tiles, "turn", bos=False)
 
-    def _conversation(
+    def conversation(
         self,
         turns: Sequence[Turn],
         images: Sequence[Picture],
@@ -189,6 +189,11 @@ class Processor:
         *,
         reply: bool,
     ) -> Encoded:
+        """A conversation with its pictures; with ``reply`` the header of the next answer follows.
+
+        Raises:
+            BadSample: naming ``where``, for a conversation that the template or the model cannot take.
+        """
         tiles = self._tiles(turns, images, where, max_tiles)
         marked = add_missing_marks(turns, len(images))
         try:
@@ -213,7 +218,7 @@ class Processor:
                 except UserError as error:
                     raise BadSample(f"{where}: 'conversations': {error}") from error
             else:
-                ids.extend(self._image_ids(next(grids)))
+                ids.extend(self.image_ids(next(grids)))
             text_before = piece.kind == "text"
             if piece.scored:
                 scored.append((start, len(ids)))
@@ -243,7 +248,7 @@ class Processor:
                 piece = replace(piece, text=text)
             yield piece
 
-    def _image_ids(self, tiles: tuple[int, ...]) -> list[int]:
+    def image_ids(self, tiles: tuple[int, ...]) -> list[int]:
         """The tokens of a picture that takes ``tiles``: (t,), or (rows, columns) of patches."""
         assert self.config.vision is not None  # _tiles refuses pictures without it
         if self.config.vision.max_side is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -14,29 +13,37 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
-from transformers.utils.chat_template_utils import get_json_schema
 
 from mmmamba.checkpoints.student import folder_from_json
 from mmmamba.config_files import to_dict
-from mmmamba.data.chat_template import OF_TOKENIZER, count_marks
+from mmmamba.data.chat_template import OF_TOKENIZER
 from mmmamba.data.jinja_chat import ChatJinja
 from mmmamba.data.processor import UNSCORED, Encoded, Processor
-from mmmamba.data.sample import GPT, HUMAN, IMAGE_MARK, SYSTEM, Turn
+from mmmamba.data.sample import IMAGE_MARK, Turn
 from mmmamba.data.tokenizer import Tokenizer
 from mmmamba.data.transformers_files import chat_template as jinja_of
 from mmmamba.data.transformers_files import without_generation
 from mmmamba.errors import UserError
+from mmmamba.hf.chat_messages import (
+    Message,
+    as_mapping,
+    left_open,
+    plain_messages,
+    share_out,
+    tool_schemas,
+    turns_of,
+)
 from mmmamba.hf.image_processing import (
     IMAGE_OPTIONS,
     PIXEL_OPTIONS,
     MMMambaImageProcessor,
-    flat,
     in_order,
     open_image,
     refuse_changes,
     refuse_unknown,
     tensors,
 )
+from mmmamba.hf.padding import padded
 from mmmamba.model.config import ModelConfig
 
 #: Options that are the text's; see :meth:`MMMambaProcessor.__call__`.
@@ -46,9 +53,6 @@ _OF_TOKENIZER_INIT = ("max_length", "padding", "truncation", "pad_to_multiple_of
 _NESTED = ("common_kwargs", "text_kwargs", "images_kwargs", "videos_kwargs", "audio_kwargs")
 _ALWAYS = ("messages", "add_generation_prompt", "tools", "documents")
 _TILES = ("dynamic_image_size", "use_thumbnail", "min_dynamic_patch", "max_dynamic_patch")
-_ROLES = {"user": HUMAN, "assistant": GPT, "system": SYSTEM}
-
-Message = Mapping[str, Any]
 
 
 class MMMambaProcessor(ProcessorMixin):
@@ -139,7 +143,7 @@ class MMMambaProcessor(ProcessorMixin):
         if not all(isinstance(one, str) for one in texts):
             raise UserError("text must be a string or a list of strings")
         marks = (IMAGE_MARK,) if images is None or self.image_token is None else (IMAGE_MARK, self.image_token)
-        shown = _share_out(images, texts, single=isinstance(text, str), marks=marks)
+        shown = share_out(images, texts, single=isinstance(text, str), marks=marks)
         rows = [self._encode(one, pictures, image_options, marks)
                 for one, pictures in zip(texts, shown, strict=True)]  # fmt: skip
         return self._batch(rows, text_options, image_options)
@@ -226,60 +230,80 @@ class MMMambaProcessor(ProcessorMixin):
         """
         if not conversation:
             raise UserError("the conversation has no messages")
-        conversation = getattr(conversation, "messages", conversation)
-        batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
-        chats = [getattr(chat, "messages", chat) for chat in (conversation if batched else [conversation])]
-        given = [[_mapping(message) for message in chat] for chat in chats]
+        if continue_final_message and add_generation_prompt:
+            raise UserError("continue_final_message and add_generation_prompt exclude each other")
+        chats, batched = _chats(conversation)
         jinja = self._jinja(chat_template, tools)
-        variables: dict[str, Any] = {"tools": _schemas(tools), "documents": documents}
-        options = dict(processor_kwargs or {})
-        for name, value in kwargs.items():
+        variables, options = self._arguments(
+            jinja, {"tools": tool_schemas(tools), "documents": documents}, kwargs, processor_kwargs
+        )
+        if return_tensors not in (None, "auto"):
+            options["return_tensors"] = return_tensors
+        own = jinja.source == self._own_template
+        turns = [turns_of(chat) for chat in chats] if own else []
+        if own and tokenize and not continue_final_message and not any(variables.values()):
+            text_options, image_options = self._options(options)
+            rows = [self._chat(said, images, add_generation_prompt, image_options) for said, images in turns]
+        else:
+            plain = [plain_messages(chat) for chat in chats]
+            names = {**self.tokenizer.special_tokens_map, **variables}
+            rendered = [
+                jinja.spans(messages, add_generation_prompt=add_generation_prompt, **names) for messages, _ in plain
+            ]
+            prompts = [text for text, _ in rendered]
+            if continue_final_message:
+                prompts = [left_open(text, chat) for text, chat in zip(prompts, chats, strict=True)]
+            if not tokenize:
+                return prompts if batched else prompts[0]
+            text_options, image_options = self._options(options)
+            if return_assistant_tokens_mask and "generation" not in jinja.source:
+                raise UserError("the chat template does not mark answers with {% generation %}: no masks can be made")
+            answers = [spans for _, spans in rendered]
+            rows = self._read(prompts, [images for _, images in plain], answers, image_options)
+        out = self._batch(rows, text_options, image_options, masks=return_assistant_tokens_mask)
+        return out if return_dict else out["input_ids"]
+
+    def _arguments(
+        self,
+        jinja: ChatJinja,
+        variables: Mapping[str, Any],
+        given: Mapping[str, Any],
+        processor_kwargs: Mapping[str, Any] | None,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The variables that the template reads, and the options of :meth:`__call__`.
+
+        Raises:
+            UserError: for an argument that nothing would read.
+        """
+        read, options = dict(variables), dict(processor_kwargs or {})
+        for name, value in given.items():
             if name in jinja.variables and name not in _ALWAYS:
-                variables[name] = value
+                read[name] = value
             elif name in (*TEXT_OPTIONS, *IMAGE_OPTIONS, *_NESTED):
                 options[name] = value
             elif name == "sanitize_control_tokens" and value and jinja.source != self._own_template:
                 raise UserError("sanitize_control_tokens: only the model's own chat template keeps text apart")
             elif name not in ("sanitize_control_tokens", "load_audio_from_video") and value is not None:
                 raise UserError(f"'{name}': the chat template does not read it, and the processor has no such option")
-        for name, value in variables.items():
+        for name, value in read.items():
             if value and name not in jinja.variables:
                 raise UserError(f"'{name}': the chat template does not read it")
-        if return_tensors not in (None, "auto"):
-            options["return_tensors"] = return_tensors
-        if continue_final_message and add_generation_prompt:
-            raise UserError("continue_final_message and add_generation_prompt exclude each other")
-        if (
-            jinja.source == self._own_template
-            and tokenize
-            and not continue_final_message
-            and not any(variables.values())
-        ):
-            text_options, image_options = self._options(options)
-            turns = [_turns(chat) for chat in given]
-            rows = [self._chat(said, images, add_generation_prompt, image_options) for said, images in turns]
-            out = self._batch(rows, text_options, image_options, masks=return_assistant_tokens_mask)
-            return out if return_dict else out["input_ids"]
-        if jinja.source == self._own_template:
-            for chat in given:
-                _turns(chat)
-        plain = [_plain(chat) for chat in given]
-        rendered = [jinja.spans(messages, add_generation_prompt=add_generation_prompt,
-                                **{**self.tokenizer.special_tokens_map, **variables})
-                    for messages, _ in plain]  # fmt: skip
-        prompts = [_left_open(text, chat) if continue_final_message else text
-                   for (text, _), chat in zip(rendered, given, strict=True)]  # fmt: skip
-        if not tokenize:
-            return prompts if batched else prompts[0]
-        text_options, image_options = self._options(options)
-        if return_assistant_tokens_mask and "generation" not in jinja.source:
-            raise UserError("the chat template does not mark answers with {% generation %}: no masks can be made")
+        return read, options
+
+    def _read(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Sequence[Any]],
+        answers: Sequence[Sequence[tuple[int, int]]],
+        options: Mapping[str, Any],
+    ) -> list[Encoded]:
+        """Prompts that a template has written, with their pictures; ``answers`` are scored, (start, end) each."""
         marks = (IMAGE_MARK,) if self.image_token is None else (IMAGE_MARK, self.image_token)
-        shown = _share_out([images for _, images in plain], prompts, single=False, marks=marks)
-        rows = [self._encode(text, images, image_options, marks, [(a, min(b, len(text))) for a, b in spans])
-                for text, images, (_, spans) in zip(prompts, shown, rendered, strict=True)]  # fmt: skip
-        out = self._batch(rows, text_options, image_options, masks=return_assistant_tokens_mask)
-        return out if return_dict else out["input_ids"]
+        shown = share_out(images, prompts, single=False, marks=marks)
+        return [
+            self._encode(text, pictures, options, marks, [(start, min(end, len(text))) for start, end in spans])
+            for text, pictures, spans in zip(prompts, shown, answers, strict=True)
+        ]
 
     def _jinja(self, chat_template: str | None, tools: Any) -> ChatJinja:
         """The template that is asked for, by its text or its name; the processor's own otherwise."""
@@ -302,7 +326,7 @@ class MMMambaProcessor(ProcessorMixin):
     def _chat(self, turns: Sequence[Turn], images: Sequence[Any], reply: bool, options: Mapping[str, Any]) -> Encoded:
         """A conversation, as our own processor encodes it."""
         pictures, most = [open_image(i) for i in images], options.get("max_tiles")
-        return self._ours._conversation(turns, pictures, "messages", most, reply=reply)
+        return self._ours.conversation(turns, pictures, "messages", most, reply=reply)
 
     def _encode(
         self,
@@ -332,7 +356,7 @@ class MMMambaProcessor(ProcessorMixin):
             scored = any(first <= start and end <= last for first, last in answers)
             for stretch in self._stretches(text[start:end], marks):
                 if stretch in marks:
-                    found = ours._image_ids(next(pictures).shape[:-3])
+                    found = ours.image_ids(next(pictures).shape[:-3])
                 else:
                     found = ours.tokenizer.encode(stretch, after=after)
                 if found:
@@ -358,186 +382,20 @@ class MMMambaProcessor(ProcessorMixin):
         image_options: Mapping[str, Any],
         masks: bool = False,
     ) -> BatchFeature:
-        padding, max_length = options.get("padding"), options.get("max_length")
-        return_tensors = options.get("return_tensors")
-        side = options.get("padding_side") or self.tokenizer.padding_side
-        if options.get("truncation") not in (None, False, "do_not_truncate"):
-            most = max_length if max_length is not None else self.tokenizer.model_max_length
-            rows = [self._cut(row, most) for row in rows]
-        longest = max((len(row.input_ids) for row in rows), default=0)
-        if padding == "max_length":
-            if max_length is None or max_length < longest:
-                raise UserError(f"padding to max_length {max_length}: the longest text takes {longest} tokens")
-            longest = max_length
-        elif padding not in (None, True, False, "longest", "do_not_pad"):
-            raise UserError(f"padding must be True, False, 'longest' or 'max_length', got {padding!r}")
-        elif max_length is not None and not options.get("truncation"):
-            raise UserError("max_length goes with padding='max_length' or truncation=True: a prompt is not cut unasked")
-        if side not in ("left", "right"):
-            raise UserError(f"padding_side must be 'left' or 'right', got {side!r}")
-        fill = padding in (True, "longest", "max_length") or (padding is None and return_tensors is not None)
-        if (multiple := options.get("pad_to_multiple_of")) and fill:
-            longest = -(-longest // multiple) * multiple
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-
-        def filled(values: np.ndarray, value: int) -> list[int]:
-            blank = [value] * (longest - len(values) if fill else 0)
-            return [*blank, *values.tolist()] if side == "left" else [*values.tolist(), *blank]
-
-        data: dict[str, Any] = {"input_ids": [filled(row.input_ids, pad) for row in rows]}
-        if options.get("return_attention_mask") is not False:
-            data["attention_mask"] = [filled(np.ones_like(row.input_ids), 0) for row in rows]
-        if masks:
-            data["assistant_masks"] = [filled((row.labels != UNSCORED).astype(int), 0) for row in rows]
-        if options.get("return_mm_token_type_ids"):
-            data["mm_token_type_ids"] = [filled((row.input_ids == self.image_token_id).astype(int), 0) for row in rows]
-        if not rows and return_tensors is not None:
-            data = {name: np.zeros((0, 0), np.int64) for name in data}
+        data = padded(rows, self.tokenizer, options, self.image_token_id, masks=masks)
         if tiles := [row.tiles for row in rows if len(row.tiles)]:
             pixels = {name: image_options[name] for name in PIXEL_OPTIONS if name in image_options}
             refuse_changes(dict(image_options), self.image_processor.image_size)
             data["pixel_values"] = self.image_processor.pixels(np.concatenate(tiles), **pixels)
-        return tensors(data, return_tensors, options.get("device"))
-
-    def _cut(self, row: Encoded, most: int) -> Encoded:
-        """The row, at most ``most`` tokens long: cut on the tokenizer's ``truncation_side``, never within pictures."""
-        if len(row.input_ids) <= most:
-            return row
-        kept = slice(most) if self.tokenizer.truncation_side == "right" else slice(len(row.input_ids) - most, None)
-        cut = Encoded(row.input_ids[kept], row.labels[kept], row.tiles)
-        if (
-            self.image_token_id is not None
-            and (cut.input_ids == self.image_token_id).sum() < (row.input_ids == self.image_token_id).sum()
-        ):
-            raise UserError(f"truncation to {most} tokens would cut a picture: the text takes {len(row.input_ids)}")
-        return cut
+        return tensors(data, options.get("return_tensors"), options.get("device"))
 
 
-def _share_out(images: Any, texts: Sequence[str], *, single: bool, marks: Sequence[str]) -> list[list[Any]]:
-    """The pictures of each text, as many as it has of ``marks``."""
-    counts = [sum(text.count(mark) for mark in marks) for text in texts]
-    nested = isinstance(images, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in images)
-    if single or not nested:
-        pool = flat(images)
-        if not single and sum(counts) != len(pool):
-            raise UserError(f"the texts have {sum(counts)} {IMAGE_MARK} marks for {len(pool)} pictures")
-        shown = [pool] if single else [[pool.pop(0) for _ in range(count)] for count in counts]
-    elif len(images) != len(texts):
-        raise UserError(f"pictures are given for {len(images)} texts, there are {len(texts)}")
-    else:
-        shown = [flat(entry) for entry in images]
-    for i, (count, pictures) in enumerate(zip(counts, shown, strict=True)):
-        if count != len(pictures):
-            raise UserError(f"text {i} has {count} {IMAGE_MARK} marks for {len(pictures)} pictures")
-    return shown
-
-
-def _turns(messages: Sequence[Message]) -> tuple[list[Turn], list[Any]]:
-    """The turns of a conversation, with a mark in the text for each picture, and the pictures."""
-    turns, images = [], []
-    for i, message in enumerate(messages):
-        role, content = message.get("role"), message.get("content")
-        if role not in _ROLES or (role == "system" and i > 0):
-            raise UserError(f"message {i}: 'role' must be user or assistant (or system, first), got {role!r}")
-        text = ""
-        parts = [{"type": "text", "text": content or ""}] if not isinstance(content, (list, tuple)) else content
-        for part in parts:
-            if part.get("type") == "text" and isinstance(part.get("text"), str):
-                text += part["text"]
-            elif part.get("type") in ("image", "image_url") and role == "user":
-                images.append(_picture(part, i))
-                text += IMAGE_MARK if part is parts[-1] else f"{IMAGE_MARK}\n"
-            else:
-                raise UserError(f"message {i}: a part must be text or, in a user's message, an image; got {part!r:.80}")
-        turns.append(Turn(_ROLES[role], text))
-    if count_marks(turns) != len(images):
-        raise UserError(f"the messages have {count_marks(turns)} {IMAGE_MARK} marks for {len(images)} pictures")
-    return turns, images
-
-
-def _picture(part: Message, message: int) -> Any:
-    if (url := part.get("image_url")) is not None:
-        return url["url"] if isinstance(url, Mapping) else url
-    if (encoded := part.get("base64")) is not None:
-        return encoded if str(encoded).startswith("data:") else f"data:image/png;base64,{encoded}"
-    for source in ("image", "url", "path"):
-        if part.get(source) is not None:
-            return part[source]
-    raise UserError(f"message {message}: an image part has no 'image', 'url', 'path' or 'base64'")
-
-
-def _mapping(entry: Any) -> Message:
-    """A message, or a part of one, that is given as an object (a dataclass, a pydantic model), as its dict."""
-    if isinstance(entry, str):
-        raise UserError(f"a message must have a role and a content, got {entry!r:.80}")
-    found = entry
-    if not isinstance(entry, Mapping):
-        fields = (
-            entry.model_dump() if hasattr(entry, "model_dump") else vars(entry) if hasattr(entry, "__dict__") else {}
-        )
-        found = {name: value for name, value in fields.items() if value is not None}
-    if isinstance(content := found.get("content"), (list, tuple)):
-        found = {**found, "content": [part if isinstance(part, (str, Mapping)) else _mapping(part) for part in content]}
-    return dict(found)
-
-
-def _plain(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Messages as plain data, for a template: without the pictures themselves, which come second.
-
-    A template is somebody else's program: what has methods would lend them to it.
-    """
-    found, images = [], []
-    for i, message in enumerate(messages):
-        content = message.get("content")
-        if isinstance(content, (list, tuple)):
-            parts = []
-            for part in content:
-                kind = part.get("type") if isinstance(part, Mapping) else None
-                if kind in ("image", "image_url"):
-                    images.append(_picture(part, i))
-                    named = {"url": images[-1], **part}
-                    parts.append(
-                        {n: named[n] for n in ("url", "path") if isinstance(named.get(n), str)} | {"type": "image"}
-                    )
-                elif kind == "text" and isinstance(part.get("text"), str):
-                    parts.append(dict(part))
-                else:
-                    raise UserError(f"message {i}: a part must be text or an image; got {part!r:.80}")
-            content = parts
-        texts = [part.get("text", "") for part in content] if isinstance(content, list) else [content]
-        if any(isinstance(text, str) and IMAGE_MARK in text for text in texts):
-            raise UserError(f"message {i}: {IMAGE_MARK} in a text: give pictures as parts of a message")
-        found.append({**message, "content": content})
-    try:
-        json.dumps(found)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"messages must be plain data ({error})") from error
-    return found, images
-
-
-def _schemas(tools: Sequence[Any] | None) -> list[Any] | None:
-    """Tools as JSON: functions are described by their signature and docstring, as transformers does."""
-    if tools is None:
-        return None
-    if not isinstance(tools, (list, tuple)):
-        raise UserError("tools must be a list of functions or of JSON schemas")
-    found = [get_json_schema(tool) if callable(tool) else tool for tool in tools]
-    try:
-        return list(json.loads(json.dumps(found)))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"tools must be functions or plain data ({error})") from error
-
-
-def _left_open(prompt: str, messages: Sequence[Message]) -> str:
-    """The prompt up to the end of the last message's text."""
-    content = messages[-1].get("content")
-    if isinstance(content, (list, tuple)):
-        content = next((part["text"] for part in reversed(content) if part.get("type") == "text"), None)
-    for text in (content, content.strip()) if isinstance(content, str) else ():
-        at = prompt.rfind(text)
-        if text and at >= 0:
-            return prompt[: at + len(text)]
-    raise UserError("continue_final_message: the prompt does not hold the last message's text as it is")
+def _chats(conversation: Any) -> tuple[list[list[Message]], bool]:
+    """The messages of each conversation as dicts, and whether several conversations were given."""
+    conversation = getattr(conversation, "messages", conversation)
+    batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
+    chats = [getattr(chat, "messages", chat) for chat in (conversation if batched else [conversation])]
+    return [[as_mapping(message) for message in chat] for chat in chats], batched
 
 
 @lru_cache(maxsize=32)
