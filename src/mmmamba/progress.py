@@ -134,8 +134,8 @@ class Progress:
         if self.tokens:
             rates.append(f"{shown(round(self.tokens / elapsed))} tokens/s")
         if self.total is None or self.done >= self.total:
-            return [*rates, f"took {_duration(elapsed)}"]
-        return [*rates, f"{_duration(elapsed / units * (self.total - self.done))} left"]
+            return [*rates, f"took {duration(elapsed)}"]
+        return [*rates, f"{duration(elapsed / units * (self.total - self.done))} left"]
 
     def _print_line(self) -> None:
         of = "" if self.total is None else f"/{self.total}"
@@ -155,7 +155,7 @@ def track(
             bar.advance()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """h:mm:ss, or m:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

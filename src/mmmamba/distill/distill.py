@@ -224,15 +224,16 @@ def describe(stage: str, student: Model, trained: dict[str, torch.nn.Parameter])
     show(table_of(title, ("", "parameters", "count", "share"), rows))
 
 
-def seeded(recipe: str, *, teacher: str | None = None, out: Path) -> Path:
+def seeded(recipe: str, *, teacher: str | None = None, set: tuple[str, ...] = (), out: Path) -> Path:
     """The seeded student of a recipe, not distilled at all: the control that shows what distillation brings.
 
     Args:
         recipe: a recipe file, or the name of a built-in one.
         teacher: a teacher folder or built-in name, in place of the recipe's.
+        set: recipe keys to change.
         out: folder of the student; one that was written here is replaced.
     """
-    loaded = load_recipe(DistillRecipe, recipe)
+    loaded = load_recipe(DistillRecipe, recipe, set)
     name = teacher or loaded.teacher
     model = load(name)
     student = seed(

@@ -221,12 +221,12 @@ def compare(
                     loaded, suite, blind=is_blind, batch_tokens=batch_tokens, on_bad_sample=on_bad_sample,
                     progress=bar.advance,
                 )  # fmt: skip
-            layers = _layers(loaded)
+            layers = layers_of(loaded)
             rows.append(
                 Row(label=name, path=path, layers=layers, answers=answers, against=teacher_label, blind=is_blind)
             )
         net.int8_steps, net.half_states = own
-        environment = _environment(loaded)
+        environment = environment_of(loaded)
         del loaded, net  # before the next model is read
         gc.collect()
     rows.sort(key=lambda row: row.blind)  # blind rows come last; the sort is stable
@@ -281,11 +281,13 @@ def _built_data() -> Path:
     return NANO_DATA
 
 
-def _layers(loaded: Loaded) -> str:
+def layers_of(loaded: Loaded) -> str:
+    """How many layers of each kind a model has."""
     return ", ".join(f"{n} {kind}" for kind, n in sorted(Counter(loaded.model.config.layer_map).items()))
 
 
-def _environment(loaded: Loaded) -> dict[str, str]:
+def environment_of(loaded: Loaded) -> dict[str, str]:
+    """What a model is asked with: versions, device and number format."""
     weight = next(loaded.model.parameters())
     device = torch.cuda.get_device_name(weight.device) if weight.is_cuda else f"cpu, {torch.get_num_threads()} threads"
     return {
