@@ -185,9 +185,7 @@ def files(heading: str) -> list[str]:
 
 def test_every_path_in_contributing_exists() -> None:
     """A path with a ``<name>`` stands for at least one file that exists."""
-    paths = [
-        code for code in code_spans(CONTRIBUTING) if re.match(r"(src|tests|docs|scripts|recipes)\b[\w./<>-]*$", code)
-    ]
+    paths = [code for code in code_spans(CONTRIBUTING) if re.match(r"(src|tests|docs|scripts)\b[\w./<>-]*$", code)]
     assert len(paths) > 20
     for path in paths:
         assert list(ROOT.glob(re.sub(r"<\w+>", "*", path))), f"CONTRIBUTING.md names {path}, which does not exist"
