@@ -241,11 +241,17 @@ def _of(header: GgufHeader, prefix: str) -> dict[str, Any]:
 
 
 def _refuse_unsupported(file: Path, header: GgufHeader) -> str:
-    """Refuse what we do not build; the architecture's name."""
+    """Refuse what we do not build. Returns the architecture's name."""
     kind = header.fields.get("general.architecture")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(f"{file}: 'general.architecture' is {kind!r}: only {', '.join(FAMILIES)} are supported")
-    values = _of(header, f"{kind}.")
+    _refuse_fields(file, kind, _of(header, f"{kind}."))
+    _refuse_tensors(file, kind, header)
+    return kind
+
+
+def _refuse_fields(file: Path, kind: str, values: dict[str, Any]) -> None:
+    """Refuse fields that would make another network than the one we build."""
     if values.get("rope.scaling.type", "none") != "none":
         raise UserError(f"{file}: '{kind}.rope.scaling.type' is {values['rope.scaling.type']!r}: not read from GGUF")
     if values.get("expert_count", 0):
@@ -265,13 +271,16 @@ def _refuse_unsupported(file: Path, header: GgufHeader) -> str:
             raise UserError(f"{file}: '{kind}.{name}' is {values[name]}, but a head has {head_dim} features")
     if len({values[name] for name in ("rope.dimension_count", "attention.key_length") if name in values}) > 1:
         raise UserError(f"{file}: '{kind}.rope.dimension_count' is not '{kind}.attention.key_length'")
+
+
+def _refuse_tensors(file: Path, kind: str, header: GgufHeader) -> None:
+    """Refuse tensors that we would have no place for."""
     biases = ("attn_q.bias", "attn_k.bias", "attn_v.bias") if FAMILIES[kind].bias == "qkv" else ()
     for name in header.tensors:
         if name == "rope_freqs.weight":
             raise UserError(f"{file}: tensor '{name}' scales RoPE, which is not read from GGUF; give the safetensors")
         if name.endswith(".bias") and not name.endswith(biases):
             raise UserError(f"{file}: tensor '{name}' is not read from GGUF; give the safetensors")
-    return kind
 
 
 def _package(name: str) -> Any:

@@ -156,7 +156,7 @@ class _Reader:
         return _SCALARS[kind]
 
     def count(self, what: str, most: int) -> int:
-        found = self.number("<Q")
+        found: int = self.number("<Q")
         if found > most:
             raise self.error(f"it says that it has {found:,} {what}, more than any model has")
         return found

@@ -133,7 +133,8 @@ class Weights(Mapping[str, Tensor]):
         if file.suffix != ".safetensors":
             return self._unpickled(file)[name].clone()
         with _opened(file) as stored:
-            return stored.get_tensor(name).clone()  # off the mapped file, which is let go here
+            tensor: Tensor = stored.get_tensor(name).clone()  # off the mapped file, which is let go here
+            return tensor
 
     def _read_header(self, file: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
         if file.suffix != ".safetensors":

@@ -46,7 +46,8 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate(x), self.up(x)))
+        out: Tensor = self.down(swiglu(self.gate(x), self.up(x)))
+        return out
 
 
 class Layer(nn.Module):
@@ -92,7 +93,8 @@ class Layer(nn.Module):
             weights = (out.weight, out.bias, norm.weight, mlp.gate.weight, mlp.up.weight, mlp.down.weight)
             return self.finish(x, heads, *weights, norm.eps)
         x = x + out(heads.flatten(-2))
-        return x + mlp(norm(x))
+        after: Tensor = mlp(norm(x))
+        return x + after
 
 
 def _observed(observe: Observer, index: int, u: Tensor, rotation: Rotation, heads: Tensor) -> None:

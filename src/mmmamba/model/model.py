@@ -90,7 +90,7 @@ class Model(nn.Module):
         """Moved or cast, the weights are new tensors: what was laid out for decoding is again, on a GPU all."""
         ours = [layer for layer in self.layers if isinstance(layer, Layer)]
         laid_out = any(joined(maps) is not None for layer in ours for maps in maps_of(layer))
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if laid_out or self.device.type == "cuda":
             join(self.layers)
         return self
@@ -142,7 +142,8 @@ class Model(nn.Module):
 
     def _embed_text(self, input_ids: Tensor) -> Tensor:
         if self.special_embeddings is None:
-            return self.text_embeddings(input_ids)
+            embedded: Tensor = self.text_embeddings(input_ids)
+            return embedded
         rows = self.text_embeddings.num_embeddings
         special = input_ids >= rows
         return torch.where(

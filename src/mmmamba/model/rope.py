@@ -33,7 +33,7 @@ def rope_base(stack: StackConfig, max_length: int) -> float:
     if scaling is None or scaling.type != "dynamic" or max_length <= limit:
         return stack.rope_theta
     stretch = scaling.factor * max_length / limit - (scaling.factor - 1)
-    return stack.rope_theta * stretch ** (p / (p - 2))
+    return float(stack.rope_theta * stretch ** (p / (p - 2)))
 
 
 def _inverse(stack: StackConfig, max_length: int, device: torch.device, dtype: torch.dtype) -> Tensor:

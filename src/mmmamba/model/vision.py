@@ -59,7 +59,8 @@ class VisionEmbedding(nn.Module):
         x = self.patch_embedding(_as_weights(pixel_values, self.patch_embedding))
         rows, columns = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2) + self.positions(rows, columns)
-        return x.unflatten(1, (rows, columns))
+        placed: Tensor = x.unflatten(1, (rows, columns))
+        return placed
 
     def forward(self, pixel_values: Tensor, *, with_patches: bool = False) -> Any:
         """What stands for tiles (tiles, 3, H, W), normalised, at the network's entrance: (tiles, tokens, d).
@@ -80,7 +81,8 @@ class VisionEmbedding(nn.Module):
         if rows % s or columns % s:
             raise ValueError(f"a tile of {rows}×{columns} patches cannot be shuffled by {s}")
         x = x.view(t, rows // s, s, columns // s, s, d).permute(0, 1, 3, 2, 4, 5)
-        return self.proj(x.reshape(t, (rows // s) * (columns // s), s * s * d))
+        joined: Tensor = self.proj(x.reshape(t, (rows // s) * (columns // s), s * s * d))
+        return joined
 
 
 class PatchEmbedding(nn.Module):
@@ -96,7 +98,8 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(patches, 3, H, W) normalised → (patches, 1, d)."""
-        return self.patch_embedding(_as_weights(pixel_values.flatten(1), self.patch_embedding))[:, None]
+        patches: Tensor = self.patch_embedding(_as_weights(pixel_values.flatten(1), self.patch_embedding))
+        return patches[:, None]
 
 
 class PatchRow:

@@ -12,11 +12,13 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+R = TypeVar("R")
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SIZES = {"head_dim": (32, 64, 128), "state_dim": (32, 64, 128), "conv_kernel": (2, 3, 4)}
@@ -86,7 +88,7 @@ def serves(first: Tensor, *tensors: Tensor | None, **sizes: int) -> bool:
     return reason is None
 
 
-class Operator:
+class Operator(Generic[R]):
     """A function that launches kernels, as an operator of PyTorch's that a compiler takes for one piece.
 
     Where nothing is traced the function is called as it is: the wrappers around an operator that is written in Python
@@ -94,7 +96,7 @@ class Operator:
     compiler sees.
     """
 
-    def __init__(self, function: Callable[..., Any], name: str, mutates_args: Sequence[str]) -> None:
+    def __init__(self, function: Callable[..., R], name: str, mutates_args: Sequence[str]) -> None:
         self._function = function
         self.traced = torch.library.custom_op(f"mmmamba::{name}", function, mutates_args=tuple(mutates_args))
         self._differentiable: type[torch.autograd.Function] | None = None
@@ -114,16 +116,18 @@ class Operator:
         }
         self._differentiable = type(self._function.__name__, (torch.autograd.Function,), methods)
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: Any) -> R:
         tensors = [one for one in arguments if isinstance(one, Tensor)]
         if torch.compiler.is_compiling() or any(type(one) not in PLAIN for one in tensors):
-            return self.traced(*arguments)
+            traced: R = self.traced(*arguments)
+            return traced
         if self._differentiable is not None and torch.is_grad_enabled() and any(one.requires_grad for one in tensors):
-            return self._differentiable.apply(*arguments)
+            result: R = self._differentiable.apply(*arguments)
+            return result
         return self._function(*arguments)
 
 
-def operator(name: str, *, mutates_args: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Operator]:
+def operator(name: str, *, mutates_args: Sequence[str] = ()) -> Callable[[Callable[..., R]], Operator[R]]:
     """Make a function of positional arguments an :class:`Operator`; its annotations are the operator's schema."""
     return lambda function: Operator(function, name, mutates_args)
 

@@ -148,7 +148,7 @@ class Layout:
         scatter = torch.empty(self.total, dtype=torch.long)
         scatter[gather[valid]] = torch.arange(gather.numel()).view_as(gather)[valid]
 
-        def move(t):
+        def move(t: Tensor) -> Tensor:
             return t.to(self.device, non_blocking=True)
 
         return ChunkTable(
@@ -223,7 +223,7 @@ def layout_of(cu_seqlens: Tensor) -> Layout:
     Raises:
         ValueError: if the borders do not start at 0 or fall.
     """
-    layout = _LAYOUTS.get(cu_seqlens)
+    layout: Layout | None = _LAYOUTS.get(cu_seqlens)
     if layout is None:
         borders = cu_seqlens.tolist()
         lengths = [b - a for a, b in itertools.pairwise(borders)]

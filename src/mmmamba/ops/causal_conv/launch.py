@@ -92,7 +92,18 @@ def _forward(
 
 
 @_forward.register_fake
-def _(x, weight, bias, initial_state, cu_seqlens, cos, sin, rotate_from, silu, return_final_state):
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    rotate_from: int,
+    silu: bool,
+    return_final_state: bool,
+) -> tuple[Tensor, Tensor]:
     rows = _rows(x, cu_seqlens) if return_final_state else 0
     return x.new_empty(x.shape), x.new_empty(rows, weight.shape[1] - 1, x.shape[2])
 
@@ -137,7 +148,19 @@ def _backward(
 
 
 @_backward.register_fake
-def _(dy, dfinal, x, weight, bias, initial_state, cu_seqlens, cos, sin, rotate_from, silu):
+def _(
+    dy: Tensor,
+    dfinal: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    rotate_from: int,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     c, k = weight.shape
     rows = 0 if initial_state is None else _rows(x, cu_seqlens)
     dstate = x.new_empty(rows, k - 1, c, dtype=x.dtype if initial_state is None else initial_state.dtype)
@@ -145,12 +168,12 @@ def _(dy, dfinal, x, weight, bias, initial_state, cu_seqlens, cos, sin, rotate_f
     return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dstate
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, ctx.rotate_from, ctx.silu, ctx.final = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _autograd(ctx, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     dx, dweight, dbias, dstate = _backward(dy, dfinal if ctx.final else None, *tensors, ctx.rotate_from, ctx.silu)
     _, _, bias, state, *_ = tensors

@@ -190,7 +190,19 @@ def _delta(
 
 
 @_delta.register_fake
-def _delta_fake(v, dt, A, k, q, beta, initial_state, table, begins, final_rows, segment):
+def _delta_fake(
+    v: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    k: Tensor,
+    q: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    table: Tensor | None,
+    begins: Tensor | None,
+    final_rows: int,
+    segment: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     b, length, h, n = q.shape
     size = tuning_of(v, k, q).chunk
     chunks = b * max(ceil_div(length, size), 1) if table is None else table.shape[0]
@@ -251,22 +263,37 @@ def _delta_backward(
 
 @_delta_backward.register_fake
 def _delta_backward_fake(
-    v, dt, A, k, q, beta, initial_state, table, begins, decays, inverses, dy, d_final, segment
-):  # fmt: skip
+    v: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    k: Tensor,
+    q: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    table: Tensor | None,
+    begins: Tensor | None,
+    decays: Tensor,
+    inverses: Tensor,
+    dy: Tensor,
+    d_final: Tensor | None,
+    segment: int,
+) -> tuple[Tensor, ...]:
     inputs = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (v, dt, A, k, q, beta)]
     if initial_state is None:
         return *inputs, v.new_empty(0, dtype=torch.float32)
     return *inputs, torch.empty_like(initial_state, memory_format=torch.contiguous_format)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, ctx.final_rows, ctx.segment = inputs
     _, _, decays, inverses = output
     ctx.mark_non_differentiable(decays, inverses)
     ctx.save_for_backward(*tensors, decays, inverses)
 
 
-def _differentiate(ctx, dy, d_final, _decays, _inverses):
+def _differentiate(
+    ctx: Any, dy: Tensor | None, d_final: Tensor | None, _decays: None, _inverses: None
+) -> tuple[Tensor | None, ...]:
     *inputs, initial_state, table, begins, decays, inverses = ctx.saved_tensors
     if dy is None:
         v, q = inputs[0], inputs[4]

@@ -116,12 +116,12 @@ def _(dout: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tupl
     return x.new_empty(x.shape), gate.new_empty(gate.shape), weight.new_empty(weight.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, ctx.eps = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _autograd(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     return *_backward(dout, *ctx.saved_tensors, ctx.eps), None
 
 

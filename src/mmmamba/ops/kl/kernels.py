@@ -9,6 +9,7 @@ are made twice.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -154,13 +155,13 @@ def _(student_hidden, student_head, teacher_hidden, teacher_head, weight, temper
     )
 
 
-def _keep(ctx, inputs, output) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)  # or zeros of the head's size would be made for outputs that nothing reads
     ctx.train_hidden, ctx.train_head = inputs[-2:]
     ctx.save_for_backward(*output[1:])
 
 
-def _scale(ctx, grad, *_):
+def _scale(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     to_hidden, to_head = ctx.saved_tensors
     if grad is None:
         return (None,) * 9

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,7 +14,7 @@ from mmmamba.ops.kl.tuning import CHUNK
 class _ChunkedKL(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         student_hidden: Tensor,
         student_head: Tensor,
         teacher_hidden: Tensor,
@@ -44,7 +46,7 @@ class _ChunkedKL(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [None if gradient is None else gradient * grad for gradient in ctx.saved_tensors]
         return *scaled, *(None,) * 6
 
@@ -66,6 +68,7 @@ def chunked_kl_torch(
         torch.is_grad_enabled() and student_hidden.requires_grad,
         torch.is_grad_enabled() and student_head.requires_grad,
     )
-    return _ChunkedKL.apply(
+    loss: Tensor = _ChunkedKL.apply(  # type: ignore[no-untyped-call]
         student_hidden, student_head, teacher_hidden, teacher_head, weight, temperature, chunk or CHUNK, train
     )
+    return loss

@@ -19,7 +19,8 @@ def linear_wide(x: Tensor, weight: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     if splits(x) and torch.is_grad_enabled():
         rows = x.reshape(-1, x.shape[-1])
-        return _WideProduct.apply(rows, weight).view(*x.shape[:-1], len(weight))
+        result: Tensor = _WideProduct.apply(rows, weight)  # type: ignore[no-untyped-call]
+        return result.view(*x.shape[:-1], len(weight))
     half = x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
     if half and x.is_cuda and not torch.is_grad_enabled():
         product = torch.mm(x.reshape(-1, x.shape[-1]), weight.t(), out_dtype=torch.float32)
@@ -46,7 +47,7 @@ class _WideProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         parts, n = _halves(d, x.dtype, 1), len(weight)
         dx = dweight = None

@@ -296,7 +296,7 @@ def _counters(ssm_state: Tensor, groups: int) -> Tensor:
     Every pool of states has its own, for as long as it lives, since graphs remember where they lie: no two steps may
     change one pool at the same time.
     """
-    counters = _COUNTERS.get(ssm_state)
+    counters: Tensor | None = _COUNTERS.get(ssm_state)
     if counters is None:
         counters = torch.zeros(len(ssm_state), groups, dtype=torch.int32, device=ssm_state.device)
         if not (ssm_state.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph's memory is its own

@@ -157,12 +157,12 @@ def _(dout: Tensor, x: Tensor, weight: Tensor | None, eps: float, unit: bool, wa
     return x.new_empty(x.shape), x.new_empty(0) if weight is None or not wanted else weight.new_empty(weight.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, weight, ctx.eps, ctx.unit, _ = inputs
     ctx.save_for_backward(x, weight)
 
 
-def _autograd(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad[1]
     dx, dweight = _backward(dout, *ctx.saved_tensors, ctx.eps, ctx.unit, wanted)
     return dx, dweight if wanted else None, None, None, None

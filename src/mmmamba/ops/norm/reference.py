@@ -20,5 +20,5 @@ def unit_norm_torch(x: Tensor) -> Tensor:
     """The same in PyTorch's operators. Same contract as :func:`unit_norm`."""
     with torch.autocast(x.device.type, enabled=False):
         wide = torch.promote_types(x.dtype, torch.float32)
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         return (x / length.clamp_min(1e-12)).to(x.dtype)

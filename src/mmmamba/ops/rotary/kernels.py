@@ -6,6 +6,8 @@ kernel.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -63,12 +65,12 @@ def _(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _, cos, sin, ctx.back = inputs
     ctx.save_for_backward(cos, sin)
 
 
-def _autograd(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     return _rotate(dout, *ctx.saved_tensors, not ctx.back), None, None, None
 
 

@@ -5,6 +5,8 @@ Bound by memory: each way reads both inputs once, and nothing of their size is k
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -67,11 +69,11 @@ def _(gradient: Tensor, predicted: Tensor, target: Tensor, weight: Tensor) -> Te
     return predicted.new_empty(predicted.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _autograd(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+def _autograd(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
     return _backward(gradient, *ctx.saved_tensors), None, None
 
 

@@ -39,6 +39,7 @@ TF32 with Triton 3.6.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -153,7 +154,18 @@ def _ssd(
 
 
 @_ssd.register_fake
-def _ssd_fake(x, dt, A, B, C, initial_state, table, final_rows, chunk, segments):
+def _ssd_fake(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None,
+    table: Tensor | None,
+    final_rows: int,
+    chunk: int,
+    segments: int,
+) -> tuple[Tensor, Tensor]:
     h, n = C.shape[2:]
     y = x.new_empty(x.shape[0], x.shape[1], h, x.shape[3])
     return y, x.new_empty(final_rows, h, x.shape[3], n, dtype=torch.float32)
@@ -216,19 +228,31 @@ def _ssd_backward(
 
 
 @_ssd_backward.register_fake
-def _ssd_backward_fake(x, dt, A, B, C, initial_state, table, dy, d_final, chunk, segments):
+def _ssd_backward_fake(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None,
+    table: Tensor | None,
+    dy: Tensor,
+    d_final: Tensor | None,
+    chunk: int,
+    segments: int,
+) -> tuple[Tensor, ...]:
     inputs = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, A, B, C)]
     if initial_state is None:
         return *inputs, x.new_empty(0, dtype=torch.float32)
     return *inputs, torch.empty_like(initial_state, memory_format=torch.contiguous_format)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, dt, A, B, C, initial_state, table, ctx.final_rows, ctx.chunk, ctx.segments = inputs
     ctx.save_for_backward(x, dt, A, B, C, initial_state, table)
 
 
-def _differentiate(ctx, dy, d_final):
+def _differentiate(ctx: Any, dy: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
     x, dt, A, B, C, initial_state, table = ctx.saved_tensors
     if dy is None:
         dy = C.new_zeros(*C.shape[:3], x.shape[3], dtype=x.dtype)

@@ -5,6 +5,8 @@ Every input is read once and every output written once; nothing but the inputs i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -86,11 +88,11 @@ def _(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _autograd(ctx, dout: Tensor) -> tuple[Tensor, Tensor]:
+def _autograd(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
     return _backward(dout, *ctx.saved_tensors)
 
 
