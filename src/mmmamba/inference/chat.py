@@ -190,23 +190,11 @@ def converse(
                 raise UserError("this line is not UTF-8 text")
             if command == "/quit":
                 return
-            if command == "/help":
-                console.print(HELP)
-            elif command == "/reset":
-                conversation.reset()
-                shown.clear()
-                console.print("The conversation is forgotten.")
-            elif command in _PATHS and not path:
-                console.print(f"{command} needs the path of {_PATHS[command]}.")
-            elif command == "/save":
+            if command == "/save" and path:
                 _save(Path(path).expanduser(), conversation, session, saved)
                 console.print(f"Saved: {path}", soft_wrap=True)
-            elif command in _PATHS:
-                add = {"/image": shown.add_picture, "/video": shown.add_video, "/text": shown.add_text}[command]
-                add(Path(path).expanduser())
-                console.print(f"Shown with your next question: {shown}.")
             elif command.startswith("/"):
-                console.print(f"There is no command {command}; /help lists them.")
+                _obey(command, path, conversation, shown, console)
             elif command:
                 answer = conversation.ask(*shown.before(line.strip()))
                 shown.clear()
@@ -217,6 +205,24 @@ def converse(
             console.print(f"error: {error}", style="red", soft_wrap=True)
         except KeyboardInterrupt:
             console.print("\n(stopped)")
+
+
+def _obey(command: str, path: str, conversation: Chat, shown: Attachments, console: Terminal) -> None:
+    """Do what a command says that starts no answer and writes no file."""
+    if command == "/help":
+        console.print(HELP)
+    elif command == "/reset":
+        conversation.reset()
+        shown.clear()
+        console.print("The conversation is forgotten.")
+    elif command in _PATHS and not path:
+        console.print(f"{command} needs the path of {_PATHS[command]}.")
+    elif command in _PATHS:
+        add = {"/image": shown.add_picture, "/video": shown.add_video, "/text": shown.add_text}[command]
+        add(Path(path).expanduser())
+        console.print(f"Shown with your next question: {shown}.")
+    else:
+        console.print(f"There is no command {command}; /help lists them.")
 
 
 def _save(path: Path, conversation: Chat, session: Path | None, saved: set[Path]) -> None:
