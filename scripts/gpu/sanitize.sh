@@ -3,16 +3,17 @@
 #
 #     sh scripts/gpu/sanitize.sh                 # both tools
 #     sh scripts/gpu/sanitize.sh racecheck       # one of them
+#     TESTS="tests/ops/gated_delta tests/ops/squared_error" sh scripts/gpu/sanitize.sh
 #
 # What racecheck says of NVIDIA's own matrix products (nvjet) does not count: it does not follow their asynchronous copies.
 # The tests run once without a tool, so that every kernel is compiled; then PyTorch's memory cache is off, behind which an
-# access beyond a tensor could hide: no graph can be captured then, so that the test of chains is left out. Long rows, the
+# access beyond a tensor could hide. No graph can be captured then, so the tests that capture one are left out. Long rows, the
 # full size, and what torch.compile makes, take too long there.
 set -eu
 cd "$(dirname "$0")/../.."
 export PYTHONPATH="$PWD/src:$PWD/tests:${PYTHONPATH:-}"
-tests="python3 -m pytest -q -m gpu -p no:cacheprovider tests/ops"
-without="not long_rows and not full_size and not compiled and not chain_of_launches"
+tests="python3 -m pytest -q -m gpu -p no:cacheprovider ${TESTS:-tests/ops}"
+without="not long_rows and not full_size and not compiled and not chain_of_launches and not captured"
 command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer (part of the CUDA toolkit) is not on the path" >&2; exit 2; }
 $tests -k "$without"
 log=$(mktemp)
