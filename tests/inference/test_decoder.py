@@ -145,7 +145,7 @@ def test_a_sequence_never_outgrows_its_slot():
 
 
 def held(decoder: Decoder) -> int:
-    return sum(tensor.nbytes for kept in decoder.pool for tensor in vars(kept).values())
+    return sum(tensor.nbytes for kept in decoder.pool for tensor in kept.tensors())
 
 
 @pytest.mark.parametrize("name", ["teacher", "hybrid", "linear"])

@@ -128,7 +128,7 @@ def furnished(
 
 
 def _pool(decoder: Decoder) -> list[Tensor]:
-    return [tensor for kept in decoder.pool for tensor in vars(kept).values()]
+    return [tensor for kept in decoder.pool for tensor in kept.tensors()]
 
 
 def _pool_bytes(decoder: Decoder) -> int:

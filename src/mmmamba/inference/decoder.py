@@ -12,37 +12,28 @@ weight) is passed the tokens as anybody would pass them: slower, and right.
 from __future__ import annotations
 
 import functools
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from mmmamba.device import uncollected
+from mmmamba.cuda_graphs import CaptureStream, Replayed
 from mmmamba.errors import UserError
-from mmmamba.inference.slots import KVSlots, MambaSlots, empty_slots
 from mmmamba.model.joined import joined, maps_of
 from mmmamba.model.layer import Layer, RMSNorm, SwiGLU
-from mmmamba.model.mixers.attention import Attention
-from mmmamba.model.mixers.mamba2 import Conv, GatedNorm, Mamba2
+from mmmamba.model.mixers import Mixer, Pool, PoolSpec, kinds
 from mmmamba.model.model import Model
 from mmmamba.model.plain import device_of, plain, weight_of
-from mmmamba.model.rope import inverse_frequencies
-from mmmamba.model.stack import StackConfig
 from mmmamba.model.state import State
-from mmmamba.ops import attention_step, embed_step, linear_step, linear_steps, mixer_step, quantize_rows
+from mmmamba.ops import compute_dtype, embed_step, linear_step, linear_steps, quantize_rows, rms_norm
 from mmmamba.ops.dispatch import why_not
 
-WARM_UP = 2  # steps of a batch size before it is captured
-PARTS = 8  # of a head of a single row
 AHEAD = 1024  # tokens that there is room for after the longest sequence; with more, the caches are made twice as long
 
-#: What a step does without calling: modules of these very classes, and no others.
-KINDS = (
-    nn.ModuleList, Layer, Attention, Mamba2, SwiGLU, RMSNorm, Conv, GatedNorm, nn.Linear, nn.Embedding
-)  # fmt: skip
+#: What a step does without calling: modules of these very classes, those that a kind of mixer names, and no others.
+READ = (nn.ModuleList, Layer, Mixer, SwiGLU, RMSNorm, nn.Linear, nn.Embedding)
 
 _QUANTIZED: WeakKeyDictionary[nn.Module, tuple[list[Any], list[Tensor], Tensor, Tensor]] = WeakKeyDictionary()
 
@@ -89,24 +80,33 @@ class Decoder:
         self.positions, self.embedded = self.counts[0], self.counts[-1]
         self.longest = 0  # no sequence of the pool is longer; known on the host
         self.room = 0  # tokens of a sequence that the caches have room for now
-        self.pool = [self._empty(i) for i in range(config.num_layers)]
+        self.grows = any(model.mixer(i).grows for i in range(config.num_layers))
+        self.pool = [self._pool(i) for i in range(config.num_layers)]
         self.layers: list[_Layer] = []
         if not self.called:
             for layer, kept in zip(model.layers, self.pool, strict=True):
                 assert isinstance(layer, Layer)
-                kind: type[_Layer] = _Mamba2Layer if isinstance(kept, MambaSlots) else _AttentionLayer
-                self.layers.append(kind(layer, self, config.stack_of(layer.index), kept))
+                self.layers.append(_Layer(layer, self, kept))
             self.head = _Map(model, [model.head])
+        self._stream: CaptureStream | None = None
         self._graphs: dict[int, _Graph] = {}
 
-    def _empty(self, index: int) -> MambaSlots | KVSlots:
+    def _pool(self, index: int) -> Pool[Any]:
         """A layer's part of the pool, where the layer is and in the dtype of its projections."""
-        model, layer = self.model, self.model.layers[index]
-        weight = weight_of(model.mixer(index).step_maps()[0])
+        model, mixer = self.model, self.model.mixer(index)
+        weight = weight_of((mixer.step_maps() or [mixer.o_proj])[0])
         dtype = model.dtype if weight is None or not weight.is_floating_point() else weight.dtype
-        wide = self.state_dtype or torch.promote_types(dtype, torch.float32)
-        device = device_of(layer) or model.device
-        return empty_slots(model.config, index, self.slots, dtype=dtype, state_dtype=wide, device=device)
+        embedded = self.max_embedded if index < model.config.embedding.num_layers else None
+        return mixer.pool(
+            PoolSpec(
+                slots=self.slots,
+                dtype=dtype,
+                wide=self.state_dtype or torch.promote_types(dtype, torch.float32),
+                device=device_of(model.layers[index]) or model.device,
+                max_length=embedded or self.max_length,
+                seed=self.seeds[index : index + 1],
+            )
+        )
 
     def admit(self, slots: Tensor, state: State) -> None:
         """Lay the sequences of ``state`` into ``slots`` (s,), over whatever was there.
@@ -139,7 +139,7 @@ class Decoder:
 
     def reserve(self, length: int) -> None:
         """Make room for sequences of ``length`` tokens. Graphs hold the old caches, and go with them."""
-        if length <= self.room or not self.model.config.attention_layers:
+        if length <= self.room or not self.grows:
             return
         self.room = min(self.capacity, max(2 * self.room, length + AHEAD))
         self._graphs.clear()
@@ -179,7 +179,8 @@ class Decoder:
         # A graph for each power of two and one for the whole pool, filled up with idle rows.
         rows = max(len(tokens), min(1 << (len(tokens) - 1).bit_length(), self.slots))
         if rows not in self._graphs:
-            self._graphs[rows] = _Graph(rows, self.model.device)
+            self._stream = self._stream or CaptureStream(self.model.device)
+            self._graphs[rows] = _Graph(rows, self._stream)
         return self._graphs[rows](self, tokens, slots)[: len(tokens)]
 
     def _pass(self, tokens: Tensor, slots: Tensor) -> Tensor:
@@ -232,49 +233,39 @@ def _called(module: nn.Module | None) -> nn.Module | None:
     kind = _kind(of)
     if kind is None or not plain(kind, module):
         return module
-    return next((found for part in module._modules.values() if (found := _called(part)) is not None), None)
+    parts: Iterable[nn.Module | None] = module._modules.values()
+    if isinstance(module, Mixer) and not module.step_maps():  # the step is a pass of the mixer: only W_o is read
+        parts = [module.o_proj]
+    return next((found for part in parts if (found := _called(part)) is not None), None)
 
 
 @functools.lru_cache(maxsize=64)
 def _kind(of: type) -> type[nn.Module] | None:
-    """Which of :data:`KINDS` a class is."""
-    return next((kind for kind in KINDS if issubclass(of, kind)), None)
+    """Which of the classes that a step reads a class is."""
+    named = [part for mixer in kinds().values() for part in mixer.step_modules]
+    return next((kind for kind in (*READ, *named) if issubclass(of, kind)), None)
 
 
 def graphable(model: Model) -> bool:
     """Whether a decoding step can be a CUDA graph: the kernels serve all of it, and no length changes its rotation."""
-    config = model.config
-    sizes: list[dict[str, int]] = [{"head_dim": config.stack_of(i).head_dim} for i in config.attention_layers]
-    served = all(why_not(model.head.weight, **size) is None for size in [{}, *sizes])
-    return model.device.type == "cuda" and served and not model.dynamic_rope
+    served = model.device.type == "cuda" and why_not(model.head.weight) is None
+    mixers = (model.mixer(i) for i in range(model.config.num_layers))
+    return served and not model.dynamic_rope and all(mixer.step_graphable() for mixer in mixers)
 
 
 class _Graph:
     """The step of one batch size: tensors that stay, and a graph over them."""
 
-    def __init__(self, rows: int, device: torch.device) -> None:
-        self.tokens = torch.zeros(rows, dtype=torch.long, device=device)
-        self.slots = torch.zeros(rows, dtype=torch.long, device=device)
-        self.taken = 0
-        self.graph: Any = None
-        self.logits: Tensor | None = None
+    def __init__(self, rows: int, stream: CaptureStream) -> None:
+        self.tokens, self.slots = (torch.zeros(rows, dtype=torch.long, device=stream.device) for _ in range(2))
+        self.replayed: Replayed[Tensor] = Replayed(stream)
 
     def __call__(self, decoder: Decoder, tokens: Tensor, slots: Tensor) -> Tensor:
         # The decoder is given, not kept: it and its graphs go when its last user does, not when garbage is collected.
         self.tokens[: len(tokens)] = tokens
         self.slots[: len(slots)] = slots
         self.slots[len(slots) :] = -1
-        if self.graph is None:
-            if self.taken < WARM_UP:
-                self.taken += 1
-                return decoder._step(self.tokens, self.slots)
-            graph = torch.cuda.CUDAGraph()
-            with uncollected(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.logits = decoder._step(self.tokens, self.slots)
-            self.graph = graph
-        self.graph.replay()
-        assert self.logits is not None
-        return self.logits
+        return self.replayed(lambda: decoder._step(self.tokens, self.slots))
 
 
 class _Map:
@@ -297,22 +288,25 @@ class _Map:
         return linear_step(x, self.weight, self.bias, scale=self.scale, chained=chained, **before, **options)
 
 
-class _Layer(ABC):
-    """What every layer has around its mixer. ``counts``: the tokens that its stack (0, or -1) has seen of each slot."""
+def _normed(x: Tensor, *, norm: RMSNorm, chained: bool) -> Tensor:
+    """What a mixer reads whose step is a pass of its own."""
+    return rms_norm(x, norm.weight, norm.eps, compute_dtype(x))
 
-    def __init__(self, layer: Layer, decoder: Decoder, stack: StackConfig, kept: MambaSlots | KVSlots) -> None:
-        model, mixer, mlp = decoder.model, layer.mixer, layer.mlp
-        into, gate_up = maps_of(layer)
+
+class _Layer:
+    """What every layer has around its mixer's part of the pool."""
+
+    def __init__(self, layer: Layer, decoder: Decoder, pool: Pool[Any]) -> None:
+        model, mlp = decoder.model, layer.mlp
+        *into, gate_up = maps_of(layer)
+        self.pool = pool
         self.input_norm, self.mlp_norm = layer.input_norm, layer.mlp_norm
-        self.project = _Map(model, into)
-        self.out = _Map(model, [mixer.o_proj])
+        self.project: Callable[..., Tensor] = _Map(model, into[0]) if into else _normed
+        self.out = _Map(model, [layer.mixer.o_proj])
         self.gate_up = _Map(model, gate_up)
         self.down = _Map(model, [mlp.down])
-        self.first = layer.index == 0  # behind the embedding, which is no part of the chain
+        self.first = layer.index == 0  # it reads the embedding, which is no part of the chain
         self.stack = -1 if layer.index < model.config.embedding.num_layers else 0
-        self.counts = decoder.counts[self.stack]
-        embedding = decoder.max_embedded if self.stack == -1 else None
-        self.max_length = embedding or decoder.max_length
 
     def step(self, x: Tensor, slots: Tensor, at: Tensor, longest: int | None) -> Tensor:
         """Rows x (b, d) through the layer, in place.
@@ -320,72 +314,9 @@ class _Layer(ABC):
         ``at`` (b,): how many tokens each row's slot has seen. ``longest``: none has seen more than that with this one.
         """
         projected = self.project(x, norm=self.input_norm, chained=not self.first)
-        x = self.out(**self.heads(projected, slots, at, longest), residual=x)
+        x = self.out(**self.pool.heads(projected, slots, at, longest), residual=x)
         inner = self.gate_up(x, norm=self.mlp_norm, swiglu=True)
         return self.down(inner, residual=x)
-
-    @abstractmethod
-    def heads(self, projected: Tensor, slots: Tensor, at: Tensor, longest: int | None) -> dict[str, Any]:
-        """The mixer's heads from its projections, as x (b, h·p) and options of the map behind them; its state on."""
-
-
-class _Mamba2Layer(_Layer):
-    """A Mamba-2 layer's part of the pool and of the step."""
-
-    def __init__(self, layer: Layer, decoder: Decoder, stack: StackConfig, kept: MambaSlots | KVSlots) -> None:
-        super().__init__(layer, decoder, stack, kept)
-        assert isinstance(layer.mixer, Mamba2) and isinstance(kept, MambaSlots)
-        self.mixer, self.kept, config = layer.mixer, kept, layer.mixer.options
-        h, g, p = stack.num_heads, stack.num_kv_heads, stack.head_dim
-        self.sizes = [(h + 2 * g) * p, h * p, h, *([h] if config.rule == "gated_delta" else [])]
-        wide, device = torch.promote_types(kept.conv.dtype, torch.float32), kept.conv.device
-        self.squares = torch.empty(1, h, PARTS, dtype=wide, device=device)
-        self.seed = decoder.seeds[layer.index : layer.index + 1]
-        self.frequencies = inverse_frequencies(stack, self.max_length, device, wide) if config.rope else None
-
-    def heads(self, projected: Tensor, slots: Tensor, at: Tensor, longest: int | None) -> dict[str, Any]:
-        mixer, eps = self.mixer, self.mixer.options.norm_eps
-        vkq, gate, dt, *beta = projected.split(self.sizes, dim=-1)
-        # A single row's heads are worked on in parts, side by side: the norm waits for the map that reads them all.
-        squares = self.squares if len(vkq) == 1 else None
-        heads = mixer_step(
-            vkq,
-            gate,
-            dt,
-            conv_weight=mixer.conv.weight,
-            conv_bias=mixer.conv.bias,
-            dt_bias=mixer.dt_bias,
-            A_log=mixer.A_log,
-            norm_weight=mixer.norm.weight,
-            conv_state=self.kept.conv,
-            ssm_state=self.kept.ssm,
-            slots=slots,
-            eps=eps,
-            activation=mixer.options.conv_activation,
-            qk_norm=mixer.options.qk_norm,
-            positions=None if self.frequencies is None else at,
-            frequencies=self.frequencies,
-            seed=self.seed,
-            squares=squares,
-            beta_raw=beta[0] if beta else None,
-            chained=True,
-        )
-        return {"x": heads} if squares is None else {"x": heads, "squares": squares, "eps": eps}
-
-
-class _AttentionLayer(_Layer):
-    """A softmax layer's part of the pool and of the step."""
-
-    def __init__(self, layer: Layer, decoder: Decoder, stack: StackConfig, kept: MambaSlots | KVSlots) -> None:
-        super().__init__(layer, decoder, stack, kept)
-        assert isinstance(kept, KVSlots)
-        self.kept = kept
-        wide = torch.promote_types(kept.k.dtype, torch.float32)
-        self.frequencies = inverse_frequencies(stack, self.max_length, kept.k.device, wide)
-
-    def heads(self, projected: Tensor, slots: Tensor, at: Tensor, longest: int | None) -> dict[str, Any]:
-        pool = self.kept.k, self.kept.v
-        return {"x": attention_step(projected, *pool, slots, at, self.frequencies, longest=longest, chained=True)}
 
 
 def quantized(maps: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:

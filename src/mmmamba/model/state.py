@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmmamba.device import to_host
-from mmmamba.model.mixers.contract import LayerState
+from mmmamba.model.mixers import LayerState
 
 
 @dataclass(frozen=True)

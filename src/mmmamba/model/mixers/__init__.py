@@ -3,7 +3,6 @@
 from mmmamba.model.mixers.attention import ATTENTION, Attention, AttentionOptions
 from mmmamba.model.mixers.contract import (
     Init,
-    LayerState,
     Mixer,
     Options,
     Part,
@@ -16,6 +15,7 @@ from mmmamba.model.mixers.contract import (
     register,
 )
 from mmmamba.model.mixers.cost import Passes, StateBytes
+from mmmamba.model.mixers.layer_state import LayerState, Pool, PoolSpec
 from mmmamba.model.mixers.mamba2 import MAMBA2, Mamba2, Mamba2Options
 
 __all__ = [
@@ -31,6 +31,8 @@ __all__ = [
     "Options",
     "Part",
     "Passes",
+    "Pool",
+    "PoolSpec",
     "StateBytes",
     "default_options",
     "float32_names",

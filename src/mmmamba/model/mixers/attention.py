@@ -15,12 +15,14 @@ from torch.nn.attention.varlen import varlen_attn
 
 from mmmamba.model.mixers.contract import Mixer, Options, Part, register
 from mmmamba.model.mixers.cost import WIDE, Passes, StateBytes
-from mmmamba.model.mixers.kv_cache import GrowingKV, KVState
+from mmmamba.model.mixers.kv_cache import GrowingKV, KVPool, KVState
+from mmmamba.model.mixers.layer_state import PoolSpec
 from mmmamba.model.mixers.softmax import LONG, attend, merge
 from mmmamba.model.plain import plain
 from mmmamba.model.rope import Rotation
 from mmmamba.model.stack import StackConfig
 from mmmamba.ops import Layout, compute_dtype, layout_of, rotate
+from mmmamba.ops.dispatch import why_not
 
 # A packed row is attended as a right-padded rectangle while that wastes at most this factor, else one by one.
 MAX_PADDING = 2.0
@@ -92,6 +94,12 @@ class Attention(Mixer[KVState | GrowingKV]):
 
     def step_maps(self) -> list[nn.Linear]:
         return [self.q_proj, self.k_proj, self.v_proj]
+
+    def pool(self, spec: PoolSpec) -> KVPool:
+        return KVPool(self.stack, spec)
+
+    def step_graphable(self) -> bool:
+        return why_not(self.o_proj.weight, head_dim=self.head_dim) is None
 
     def state_bytes(self, dtype: torch.dtype, wide: torch.dtype = torch.float32) -> StateBytes:
         return StateBytes(recurrent=0, per_token=dtype.itemsize * 2 * self.groups * self.head_dim)

@@ -1,6 +1,7 @@
 """The contract of a kind of layer, and the register of all kinds.
 
-A kind is a class: a :class:`Mixer` with its :class:`Options` and its :class:`LayerState`. Everything that differs
+A kind is a class: a :class:`Mixer` with its :class:`Options` and its
+:class:`~mmmamba.model.mixers.layer_state.LayerState`. Everything that differs
 between kinds is a method or an attribute of that class. No other package compares the names of kinds: it asks the
 mixer, or :func:`kind_named` for the class of an entry of the layer map.
 
@@ -18,18 +19,16 @@ fixed size, and that a kind overrides to be faster.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mmmamba.model.mixers.cost import WIDE, Passes, StateBytes, bytes_saved
+from mmmamba.model.mixers.layer_state import Pool, PoolSpec, S
 from mmmamba.model.rope import Rotation, rotation
 from mmmamba.model.stack import StackConfig
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 UNNAMED = "mamba2"  # the kind of options that do not say whose they are
 Init = Literal["mimic", "inherit", "scratch"]  # how new mixers start: see :func:`mmmamba.distill.seeding.seed`
@@ -57,40 +56,6 @@ class Options:
         """Refuse a way to start that does not go with these options (ValueError)."""
 
 
-class LayerState:
-    """What a layer keeps of the tokens seen: a frozen dataclass of tensors, each with one row a sequence (s, …).
-
-    It is a value: a pass takes one and returns another. Its fields are the names of its tensors in session files.
-    """
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """The state with each tensor changed, in the order of :meth:`tensors`."""
-        changed: Any = {name: change(tensor) for name, tensor in self.tensors().items()}
-        return replace(self, **changed)  # type: ignore[type-var]
-
-    def to(self, device: torch.device | str | int | None) -> Self:
-        return self.map(lambda tensor: tensor.to(device))
-
-    def gapless(self) -> Tensor | None:
-        """Whether no sequence has gaps (a scalar on the device), of a state that can grow in place; None of others."""
-        return None
-
-    def growing(self, more: int) -> LayerState:
-        """A state that ``more`` tokens can be added to in place, by passes that return the same object."""
-        return self
-
-    def settled(self) -> LayerState:
-        """The state as a value again, which no pass changes."""
-        return self
-
-    def trimmed(self, length: int) -> Self:
-        """The state without its room for more than ``length`` tokens: no sequence is longer."""
-        return self
-
-
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """A part of a mixer that distillation can train by name: one parameter, or those of one module.
@@ -109,9 +74,6 @@ class Part:
     float32: bool = False
     decays: bool | None = None
     rate: float = 1.0
-
-
-S = TypeVar("S", bound=LayerState)
 
 
 class Mixer(nn.Module, Generic[S]):
@@ -134,6 +96,8 @@ class Mixer(nn.Module, Generic[S]):
         capturable: whether ``heads`` can be part of a CUDA graph: with kernels for it, it waits for no answer of the
             device, and takes borders that only the device knows (:class:`~mmmamba.ops.packing.DeviceLayout`).
         parts: what can be trained by name, W_o (``o_proj``) left out.
+        step_modules: where the kind has a decoding step of its own, the classes of the modules, beside
+            ``torch.nn.Linear``, whose weights the step reads without calling them.
     """
 
     name: ClassVar[str]
@@ -142,6 +106,7 @@ class Mixer(nn.Module, Generic[S]):
     grows: ClassVar[bool] = False
     capturable: ClassVar[bool] = False
     parts: ClassVar[Mapping[str, Part]] = {}
+    step_modules: ClassVar[tuple[type[nn.Module], ...]] = ()
 
     o_proj: nn.Linear
 
@@ -237,8 +202,20 @@ class Mixer(nn.Module, Generic[S]):
     # ------------------------------------------------------------------------------------------ decoding
 
     def step_maps(self) -> list[nn.Linear]:
-        """The maps that read the mixer's input, where a decoding step reads their matrices as one, in this order."""
+        """The maps that read the mixer's input, whose matrices the pool's step reads as one, in this order.
+
+        Empty where the step is a pass of the mixer. A kind that has some has a pool of its own, which reads the weights
+        of the mixer's modules and calls none of them.
+        """
         return []
+
+    def pool(self, spec: PoolSpec) -> Pool[S]:
+        """Room for many sequences' states, and the step that decodes them."""
+        return Pool(self, spec)
+
+    def step_graphable(self) -> bool:
+        """Whether the pool's step can be captured as a CUDA graph."""
+        return self.capturable
 
     # ------------------------------------------------------------------------------------------ cost
 

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmmamba.model.mixers.contract import Init, LayerState, Mixer, Options, Part, draw_uniform, register
+from mmmamba.model.mixers.contract import Init, Mixer, Options, Part, draw_uniform, register
 from mmmamba.model.mixers.cost import WIDE, Passes
+from mmmamba.model.mixers.layer_state import LayerState, Pool, PoolSpec
 from mmmamba.model.plain import plain, weight_of
-from mmmamba.model.rope import Rotation
+from mmmamba.model.rope import Rotation, inverse_frequencies
 from mmmamba.model.stack import StackConfig
-from mmmamba.ops import causal_conv, gated_delta, gated_norm, joined_linear, linear_wide, ssd, unit_norm
+from mmmamba.ops import causal_conv, gated_delta, gated_norm, joined_linear, linear_wide, mixer_step, ssd, unit_norm
 from mmmamba.ops.gated_delta.tuning import TUNED as DELTA_TUNED
 from mmmamba.ops.packing import chunk_size
 from mmmamba.ops.ssd.tuning import TUNED as SSD_TUNED
@@ -26,6 +27,7 @@ GATE_GAIN = 2**-2.5  # the published gain of the gate's Xavier-uniform start
 OPEN_GATE = 1.2784645  # SiLU(1.2784645) = 1
 A_RANGE = (1.0, 16.0)  # of Mamba-2's usual start
 CHUNK = 64  # tokens a chunk of the kernels, where they are not tuned for the head size
+PARTS = 8  # that a head is worked on in, where a step has a single row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,33 @@ class MambaState(LayerState):
     ssm: Tensor
 
 
+class Conv(nn.Module):
+    """The depthwise convolution: weight (c, k) and bias (c,)."""
+
+    def __init__(self, channels: int, kernel: int, activation: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, kernel))
+        self.bias = nn.Parameter(torch.empty(channels))
+        self.activation = activation
+
+    def forward(self, x: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+        """x (b, l, c) and the options of :func:`mmmamba.ops.causal_conv` → what that gives."""
+        return causal_conv(x, self.weight, self.bias, activation=self.activation, **options)
+
+
+class GatedNorm(nn.Module):
+    """The per-head RMSNorm, weight (p,), times the SiLU of a gate."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        """x and gate (b, l, h, p) → (b, l, h, p)."""
+        return gated_norm(x, gate, self.weight, self.eps)
+
+
 @register
 class Mamba2(Mixer[MambaState]):
     """q, k, v as in attention; depthwise conv + activation on v | k | q; a recurrence over v, k and q with an
@@ -110,6 +139,7 @@ class Mamba2(Mixer[MambaState]):
         "norm": Part(),
         **{name: Part(inherited=True, matrix=True) for name in ("q_proj", "k_proj", "v_proj")},
     }
+    step_modules = (Conv, GatedNorm)
 
     options: Mamba2Options
 
@@ -302,6 +332,8 @@ class Mamba2(Mixer[MambaState]):
         """Tokens a chunk of the recurrence's kernels in bfloat16."""
         tuned = (DELTA_TUNED if self.options.rule == "gated_delta" else SSD_TUNED).get((self.head_dim, 2))
         return CHUNK if tuned is None else tuned.chunk
+    def pool(self, spec: PoolSpec) -> MambaPool:
+        return MambaPool(self, spec)
 
 
 def _wide(projection: nn.Linear, x: Tensor) -> Tensor:
@@ -315,28 +347,53 @@ def _wide(projection: nn.Linear, x: Tensor) -> Tensor:
     return y.to(torch.promote_types(y.dtype, torch.float32))
 
 
-class Conv(nn.Module):
-    """The depthwise convolution: weight (c, k) and bias (c,)."""
+class MambaPool(Pool[MambaState]):
+    """The states of a pool: conv (slots, k-1, c) and ssm (slots, h, p, n). One kernel steps them in place."""
 
-    def __init__(self, channels: int, kernel: int, activation: str) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels, kernel))
-        self.bias = nn.Parameter(torch.empty(channels))
-        self.activation = activation
+    mixer: Mamba2
 
-    def forward(self, x: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
-        """x (b, l, c) and the options of :func:`mmmamba.ops.causal_conv` → what that gives."""
-        return causal_conv(x, self.weight, self.bias, activation=self.activation, **options)
+    def __init__(self, mixer: Mamba2, spec: PoolSpec) -> None:
+        options, stack = mixer.options, mixer.stack
+        h, g, p = stack.num_heads, stack.num_kv_heads, stack.head_dim
+        state = mixer.empty_state(spec.slots, dtype=spec.dtype, wide=spec.wide, device=spec.device)
+        self.mixer, self.conv, self.ssm, self.seed = mixer, state.conv, state.ssm, spec.seed
+        self.sizes = [(h + 2 * g) * p, h * p, h, *([h] if options.rule == "gated_delta" else [])]
+        wide = torch.promote_types(spec.dtype, torch.float32)
+        self.squares = torch.empty(1, h, PARTS, dtype=wide, device=spec.device)
+        self.frequencies = inverse_frequencies(stack, spec.max_length, spec.device, wide) if options.rope else None
 
+    def tensors(self) -> list[Tensor]:
+        return [self.conv, self.ssm]
 
-class GatedNorm(nn.Module):
-    """The per-head RMSNorm, weight (p,), times the SiLU of a gate."""
+    def export(self, slots: Tensor, counts: Tensor) -> MambaState:
+        wide = torch.promote_types(self.ssm.dtype, torch.float32)
+        return MambaState(self.conv[slots], self.ssm[slots].to(wide))
 
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        """x and gate (b, l, h, p) → (b, l, h, p)."""
-        return gated_norm(x, gate, self.weight, self.eps)
+    def heads(self, x: Tensor, slots: Tensor, at: Tensor, longest: int | None) -> dict[str, Any]:
+        mixer, eps = self.mixer, self.mixer.options.norm_eps
+        vkq, gate, dt, *beta = x.split(self.sizes, dim=-1)
+        # A single row's heads are worked on in parts, side by side: the norm waits for the map that reads them all.
+        squares = self.squares if len(vkq) == 1 else None
+        heads = mixer_step(
+            vkq,
+            gate,
+            dt,
+            conv_weight=mixer.conv.weight,
+            conv_bias=mixer.conv.bias,
+            dt_bias=mixer.dt_bias,
+            A_log=mixer.A_log,
+            norm_weight=mixer.norm.weight,
+            conv_state=self.conv,
+            ssm_state=self.ssm,
+            slots=slots,
+            eps=eps,
+            activation=mixer.options.conv_activation,
+            qk_norm=mixer.options.qk_norm,
+            positions=None if self.frequencies is None else at,
+            frequencies=self.frequencies,
+            seed=self.seed,
+            squares=squares,
+            beta_raw=beta[0] if beta else None,
+            chained=True,
+        )
+        return {"x": heads} if squares is None else {"x": heads, "squares": squares, "eps": eps}
