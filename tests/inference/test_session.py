@@ -332,7 +332,7 @@ STRANGE = {
     "NaN": ("layers.1.ssm", lambda t: t * torch.nan, r"'layers.1.ssm' has values that are not finite"),
     "infinity": ("layers.0.v", lambda t: t / 0, r"'layers.0.v' has values that are not finite"),
     "flags": ("layers.0.filled", lambda t: t.byte(), r"'layers.0.filled' is uint8"),
-    "no tokens": ("layers.0.filled", lambda t: t & False, r"'layers.0.filled' counts other tokens than 'positions'"),
+    "no tokens": ("layers.0.filled", lambda t: t & False, r"'layers.0.filled' counts 0 tokens, but the sequence has"),
     "scalar": ("layers.0.filled", lambda t: t[0, 0].clone(), r"'layers.0.k' is .*, expected \(1, 0,"),
     "negative": ("positions", lambda t: -t, "'positions' is no number of positions"),
     "endless": ("positions", lambda t: t + 2**62, "'positions' is no number of positions"),

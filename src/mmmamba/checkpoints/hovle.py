@@ -52,8 +52,9 @@ def write_hovle(ours: dict[str, Tensor], config: ModelConfig, part: int | None) 
         UserError: naming the first layer that the layout has no place for.
     """
     if config.new_layers:
+        layer = config.new_layers[0]
         raise UserError(
-            f"layer {config.new_layers[0]} is mamba2: the HoVLE layout holds softmax attention only "
+            f"layer {layer} is {config.layer_map[layer]}: the HoVLE layout holds softmax attention only "
             "(write our own layout or a release instead)"
         )
     out = write_common(ours, config, part)

@@ -22,15 +22,13 @@ from mmmamba.checkpoints.pickles import read_pickle
 from mmmamba.device import host_bytes
 from mmmamba.errors import UserError
 from mmmamba.jsonfile import parse_json, read_json
+from mmmamba.model.mixers import float32_names
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
 
 MAX_HEADER = 100_000_000  # bytes of a safetensors file's header: the format's own limit
-
-FLOAT32_PARAMETERS = ("A_log", "dt_bias")  # they set decays close to 1, which bf16 can't tell apart
-
 
 # ---------------------------------------------------------------------------------------------- reading
 
@@ -467,7 +465,7 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     Raises:
         UserError: naming the tensor, when a value becomes infinite.
     """
-    keep = name.rsplit(".", 1)[-1] in FLOAT32_PARAMETERS
+    keep = name.rsplit(".", 1)[-1] in float32_names()
     wanted = torch.float32 if keep and dtype != torch.float64 else dtype
     found = tensor.to(wanted)
     most = torch.finfo(wanted).max

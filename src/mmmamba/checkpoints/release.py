@@ -70,8 +70,8 @@ def write_release(
     out = write_common(ours, config, part)
     if part is None:
         return out
-    mixer = write_attention if config.layer_map[part] == ATTENTION else partial(_write_mamba2, fused=fused)
-    return out | mixer(ours, config, part)
+    writers = {ATTENTION: write_attention, MAMBA2: partial(_write_mamba2, fused=fused)}
+    return out | writers[config.layer_map[part]](ours, config, part)
 
 
 def read_release(state: Mapping[str, Tensor], config: ModelConfig, part: int | None) -> dict[str, Tensor]:
@@ -79,7 +79,8 @@ def read_release(state: Mapping[str, Tensor], config: ModelConfig, part: int | N
     out = read_common(state, config, part)
     if part is None:
         return out
-    return out | (read_attention if config.layer_map[part] == ATTENTION else read_mamba2)(state, config, part)
+    readers = {ATTENTION: read_attention, MAMBA2: read_mamba2}
+    return out | readers[config.layer_map[part]](state, config, part)
 
 
 def is_fused(names: Iterable[str]) -> bool:
@@ -170,8 +171,14 @@ def config_to_release(config: ModelConfig) -> dict[str, Any]:
 
 
 def refuse_options(config: ModelConfig) -> None:
-    """Refuse a mixer that is not the published one, naming the first option that makes it another."""
-    if not config.new_layers:
+    """Refuse a kind of layer, or an option of the mixer, that the layout has no place for, naming it."""
+    for layer, kind in enumerate(config.layer_map):
+        if kind not in _KINDS.values():
+            raise UserError(
+                f"layer {layer} is {kind!r}: the release layout holds {' and '.join(map(repr, _KINDS.values()))} only; "
+                "write a student folder instead"
+            )
+    if MAMBA2 not in config.layer_map:
         return
     for field in fields(Mamba2Options):
         value = getattr(config.options(MAMBA2), field.name)

@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 
 from mmmamba.errors import UserError
-from mmmamba.model.mixers.attention import Attention
-from mmmamba.model.mixers.kv_cache import KVState
 from mmmamba.model.model import Model
 from mmmamba.model.rope import Rotation
 from mmmamba.model.state import State
@@ -30,7 +28,7 @@ class AttentionWeights:
 
     def __init__(self, network: Model, mask: Tensor | None, state: State | None) -> None:
         for i in range(network.config.num_layers):
-            if not isinstance(network.mixer(i), Attention):
+            if not network.mixer(i).attends:
                 raise UserError(
                     f"output_attentions: layer {i} is a state space layer, which attends to a state and not to "
                     "tokens: it has no attention weights"
@@ -38,22 +36,17 @@ class AttentionWeights:
         self.network, self.state = network, state
         self.mask = None if mask is None or bool((mask != 0).all()) else mask != 0
         if state is not None:
-            caches = [layer for layer in state.layers if isinstance(layer, KVState)]
-            if self.mask is not None or not all(bool(cache.filled.all()) for cache in caches):
+            gapless = [flag for layer in state.layers if (flag := layer.gapless()) is not None]
+            if self.mask is not None or not all(map(bool, gapless)):
                 raise UserError("output_attentions: padded rows that go on from a cache have no columns to show")
         self.layers: list[Tensor] = []
 
     def __call__(self, index: int, u: Tensor, heads: Tensor, rotation: Rotation) -> None:
         """Take in layer ``index``: the mixer's input u (b, l, d), or (1, n, d) where padding is left out."""
         mixer = self.network.mixer(index)
-        assert isinstance(mixer, Attention)
-        q, k = (rotation(project(u).unflatten(-1, (-1, mixer.head_dim))) for project in (mixer.q_proj, mixer.k_proj))
+        q, k = mixer.queries_and_keys(u, rotation, None if self.state is None else self.state.layers[index])
         if self.mask is not None:
             q, k = self._repad(q), self._repad(k)
-        if self.state is not None:
-            past = self.state.layers[index]
-            assert isinstance(past, KVState)
-            k = torch.cat([past.k.to(k.dtype), k], 1)
         k = k.repeat_interleave(mixer.heads_count // mixer.groups, 2)
         scores = torch.einsum("blhp,bmhp->bhlm", q, k) * mixer.head_dim**-0.5
         new, seen = scores.shape[-2:]

@@ -13,11 +13,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from mmmamba.checkpoints import load
-from mmmamba.checkpoints.io import FLOAT32_PARAMETERS
 from mmmamba.errors import UserError
 from mmmamba.hf.argument_checks import refuse_unknown
 from mmmamba.hf.configuration import MMMambaConfig
 from mmmamba.hf.state_cache import CACHE_NAMES
+from mmmamba.model.mixers import float32_names
 from mmmamba.model.model import Model, initialise
 from mmmamba.model.vision import VisionEmbedding
 
@@ -38,7 +38,6 @@ class MMMambaPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _no_split_modules = ["CheckpointedLayer", "VisionEmbedding", "PatchEmbedding"]  # noqa: RUF012
     _skip_keys_device_placement = list(CACHE_NAMES)  # noqa: RUF012
-    _keep_in_fp32_modules_strict = list(FLOAT32_PARAMETERS)  # noqa: RUF012
 
     def __init__(self, config: MMMambaConfig) -> None:
         super().__init__(config)
@@ -47,13 +46,13 @@ class MMMambaPreTrainedModel(PreTrainedModel):
 
         network = CheckpointedModel(config.model_config())
         for name, parameter in network.named_parameters():
-            if name.endswith(FLOAT32_PARAMETERS) and parameter.dtype in _HALVES:
+            if name.endswith(float32_names()) and parameter.dtype in _HALVES:
                 parameter.data = parameter.data.float()
         if isinstance(network.vision, VisionEmbedding):
             for parameter in network.vision.unused():
                 parameter.requires_grad_(False)  # it never gets a gradient, for which distributed training would wait
-        if not network.config.new_layers:
-            self._keep_in_fp32_modules_strict = []
+        mixers = [network.mixer(i) for i in range(network.config.num_layers)]
+        self._keep_in_fp32_modules_strict = list(dict.fromkeys(name for mixer in mixers for name in mixer.float32))
         self._take(network)
 
     def _take(self, network: Model) -> None:
@@ -113,7 +112,7 @@ class MMMambaPreTrainedModel(PreTrainedModel):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Also ``model.to(torch.bfloat16)`` leaves in float32 what sets decays close to 1."""
-        kept = [(p, p.data) for name, p in self.named_parameters() if name.endswith(FLOAT32_PARAMETERS)]
+        kept = [(p, p.data) for name, p in self.named_parameters() if name.endswith(float32_names())]
         super()._apply(fn, recurse)
         for parameter, data in kept:
             if parameter.dtype in _HALVES and data.dtype == torch.float32:

@@ -33,9 +33,7 @@ from mmmamba.inference.conversation import Chat, Past
 from mmmamba.inference.model_fingerprint import fingerprint
 from mmmamba.inference.sampling import Sampling
 from mmmamba.jsonfile import parse_json
-from mmmamba.model.mixers import ATTENTION
-from mmmamba.model.mixers.kv_cache import KVState
-from mmmamba.model.mixers.mamba2 import Mamba2, MambaState
+from mmmamba.model.mixers import LayerState
 from mmmamba.model.model import Model
 from mmmamba.model.stack import MAX_POSITIONS
 from mmmamba.model.state import State
@@ -206,15 +204,22 @@ def _tensors(state: State) -> dict[str, Tensor]:
 
 
 def _state(path: Path, tensors: Mapping[str, Tensor], model: Model, header: Header) -> State:
-    kinds: Sequence[Any] = [KVState if k == ATTENTION else MambaState for k in model.config.layer_map]
-    names = [[f"layers.{i}.{field.name}" for field in dataclasses.fields(kind)] for i, kind in enumerate(kinds)]
-    expected = {"positions", *(["embedded"] if model.merges_late else []), *(name for layer in names for name in layer)}
+    wide = torch.promote_types(model.dtype, torch.float32)
+    empty = [
+        model.mixer(i).empty_state(1, dtype=model.dtype, wide=wide, device="meta")
+        for i in range(model.config.num_layers)
+    ]
+    counts = {"positions", *(["embedded"] if model.merges_late else [])}
+    expected = counts | {f"layers.{i}.{name}" for i, layer in enumerate(empty) for name in layer.tensors()}
     if wrong := sorted(expected ^ set(tensors)):
         raise UserError(f"{path}: is not a session of this model: tensor '{wrong[0]}' is missing or not of its state")
-    _check_tensors(path, tensors, model)
+    for name in sorted(counts):
+        found = tensors[name]
+        if found.dtype != torch.long or found.shape != (1,) or not 0 <= int(found) < MAX_POSITIONS:
+            raise _foreign(path, name, "is no number of positions")
     _check_header(path, header, tensors, model)
     return State(
-        layers=tuple(kind(*(tensors[name] for name in layer)) for kind, layer in zip(kinds, names, strict=True)),
+        layers=tuple(_layer_state(path, tensors, model, i, layer) for i, layer in enumerate(empty)),
         positions=tensors["positions"],
         max_length=header.max_length,
         embedded=tensors.get("embedded"),
@@ -222,46 +227,28 @@ def _state(path: Path, tensors: Mapping[str, Tensor], model: Model, header: Head
     ).to(model.device)
 
 
-def _check_tensors(path: Path, tensors: Mapping[str, Tensor], model: Model) -> None:
-    """Refuse a state that the model's layers cannot go on from: other shapes, other numbers, NaN.
+def _layer_state(path: Path, tensors: Mapping[str, Tensor], model: Model, index: int, empty: LayerState) -> LayerState:
+    """A layer's state, refused where the layer cannot go on from it: other shapes, other numbers, NaN.
 
     The checksum tells damage; whoever wrote a file may have written down a checksum of anything.
     """
+    prefix = f"layers.{index}."
+    state = empty.with_tensors({name: tensors[prefix + name] for name in empty.tensors()})
+    for (name, found), like in zip(state.tensors().items(), empty.tensors().values(), strict=True):
+        wide = torch.promote_types(like.dtype, torch.float32)
+        if found.dtype not in ((model.dtype, wide) if like.is_floating_point() else (like.dtype,)):
+            raise _foreign(path, prefix + name, f"is {_name(found.dtype)}")
+        if not_finite(found):
+            raise _foreign(path, prefix + name, "has values that are not finite (NaN or infinity)")
+    late = model.merges_late and index < model.config.embedding.num_layers
+    seen = int(tensors["embedded" if late else "positions"])
+    for name, what in model.mixer(index).misfits(state, seen):
+        raise _foreign(path, prefix + name, what)
+    return state
 
-    def refuse(name: str, what: str) -> None:
-        raise UserError(f"{path}: is not a session of this model: tensor '{name}' {what}")
 
-    floating = torch.promote_types(model.dtype, torch.float32)
-    for i, kind in enumerate(model.config.layer_map):
-        prefix, mixer = f"layers.{i}.", model.mixer(i)
-        if kind == ATTENTION:
-            length = tensors[f"{prefix}filled"].shape[-1] if tensors[f"{prefix}filled"].ndim else 0
-            heads = (1, length, mixer.groups, mixer.head_dim)
-            shapes: dict[str, tuple[int, ...]] = {"k": heads, "v": heads, "filled": (1, length)}
-        else:
-            assert isinstance(mixer, Mamba2)
-            channels = (mixer.heads_count + 2 * mixer.groups) * mixer.head_dim
-            shapes = {
-                "conv": (1, mixer.options.conv_kernel - 1, channels),
-                "ssm": (1, mixer.heads_count, mixer.head_dim, mixer.head_dim),
-            }
-        for name, shape in shapes.items():
-            found = tensors[prefix + name]
-            if found.shape != shape:
-                refuse(prefix + name, f"is {tuple(found.shape)}, expected {shape}")
-            if (found.dtype != torch.bool) if name == "filled" else found.dtype not in (model.dtype, floating):
-                refuse(prefix + name, f"is {_name(found.dtype)}")
-            if not_finite(found):
-                refuse(prefix + name, "has values that are not finite (NaN or infinity)")
-    for name in ("positions", "embedded"):
-        if name in tensors:
-            found = tensors[name]
-            if found.dtype != torch.long or found.shape != (1,) or not 0 <= int(found) < MAX_POSITIONS:
-                refuse(name, "is no number of positions")
-    for i in model.config.attention_layers:
-        seen = "embedded" if model.merges_late and i < model.config.embedding.num_layers else "positions"
-        if int(tensors[f"layers.{i}.filled"].sum()) != int(tensors[seen]):
-            refuse(f"layers.{i}.filled", f"counts other tokens than '{seen}'")
+def _foreign(path: Path, name: str, what: str) -> UserError:
+    return UserError(f"{path}: is not a session of this model: tensor '{name}' {what}")
 
 
 def _check_header(path: Path, header: Header, tensors: Mapping[str, Tensor], model: Model) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal, cast
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
-from mmmamba.model.mixers.contract import Mixer, Options, Part, register
+from mmmamba.model.mixers.contract import Mixer, Options, Part, other_shapes, register
 from mmmamba.model.mixers.cost import WIDE, Passes, StateBytes
 from mmmamba.model.mixers.kv_cache import GrowingKV, KVPool, KVState
 from mmmamba.model.mixers.layer_state import PoolSpec
@@ -44,7 +44,7 @@ class Attention(Mixer[KVState | GrowingKV]):
     """Multi-head causal attention, RoPE on queries and keys, g key/value heads shared by h query heads."""
 
     name, options_class = ATTENTION, AttentionOptions
-    seeded, grows, capturable = False, True, True
+    seeded, grows, attends, capturable = False, True, True, True
     parts: ClassVar = {name: Part(matrix=True) for name in ("q_proj", "k_proj", "v_proj")}
 
     def __init__(self, hidden_size: int, stack: StackConfig, options: AttentionOptions) -> None:
@@ -85,12 +85,26 @@ class Attention(Mixer[KVState | GrowingKV]):
         q, k, v = (one(x).unflatten(-1, (-1, self.head_dim)) for one in projections)
         return rotation(q), rotation(k), v
 
+    def queries_and_keys(
+        self, x: Tensor, rotation: Rotation, state: KVState | GrowingKV | None
+    ) -> tuple[Tensor, Tensor]:
+        q, k = (rotation(project(x).unflatten(-1, (-1, self.head_dim))) for project in (self.q_proj, self.k_proj))
+        return q, k if state is None else torch.cat([state.k.to(k.dtype), k], 1)
+
     def compile_parts(self) -> None:
         self.project = _compiled_project()
 
     def empty_state(self, rows: int, *, dtype: torch.dtype, wide: torch.dtype, device: torch.device | str) -> KVState:
         k, v = (torch.zeros(rows, 0, self.groups, self.head_dim, dtype=dtype, device=device) for _ in range(2))
         return KVState(k, v, torch.ones(rows, 0, dtype=torch.bool, device=device))
+
+    def misfits(self, state: KVState | GrowingKV, seen: int) -> Iterator[tuple[str, str]]:
+        assert isinstance(state, KVState)
+        length = state.filled.shape[-1] if state.filled.ndim else 0
+        heads = (1, length, self.groups, self.head_dim)
+        yield from other_shapes(state, {"k": heads, "v": heads, "filled": (1, length)})
+        if (filled := int(state.filled.sum())) != seen:
+            yield "filled", f"counts {filled:,} tokens, but the sequence has seen {seen:,}"
 
     def step_maps(self) -> list[nn.Linear]:
         return [self.q_proj, self.k_proj, self.v_proj]

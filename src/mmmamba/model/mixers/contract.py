@@ -1,9 +1,9 @@
 """The contract of a kind of layer, and the register of all kinds.
 
 A kind is a class: a :class:`Mixer` with its :class:`Options` and its
-:class:`~mmmamba.model.mixers.layer_state.LayerState`. Everything that differs
-between kinds is a method or an attribute of that class. No other package compares the names of kinds: it asks the
-mixer, or :func:`kind_named` for the class of an entry of the layer map.
+:class:`~mmmamba.model.mixers.layer_state.LayerState`. Everything that differs between kinds is a method or an attribute
+of that class. No other package compares the names of kinds: it asks the mixer, or :func:`kind_named` for the class of
+an entry of the layer map.
 
 A new kind is one file::
 
@@ -18,7 +18,7 @@ fixed size, and that a kind overrides to be faster.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from mmmamba.model.mixers.cost import WIDE, Passes, StateBytes, bytes_saved
-from mmmamba.model.mixers.layer_state import Pool, PoolSpec, S
+from mmmamba.model.mixers.layer_state import LayerState, Pool, PoolSpec, S
 from mmmamba.model.rope import Rotation, rotation
 from mmmamba.model.stack import StackConfig
 
@@ -95,6 +95,7 @@ class Mixer(nn.Module, Generic[S]):
         grows: whether the state of a sequence grows with its length.
         capturable: whether ``heads`` can be part of a CUDA graph: with kernels for it, it waits for no answer of the
             device, and takes borders that only the device knows (:class:`~mmmamba.ops.packing.DeviceLayout`).
+        attends: whether heads are sums over all tokens, weighted by softmax, so that there are weights to be shown.
         parts: what can be trained by name, W_o (``o_proj``) left out.
         step_modules: where the kind has a decoding step of its own, the classes of the modules, beside
             ``torch.nn.Linear``, whose weights the step reads without calling them.
@@ -105,6 +106,7 @@ class Mixer(nn.Module, Generic[S]):
     seeded: ClassVar[bool] = True
     grows: ClassVar[bool] = False
     capturable: ClassVar[bool] = False
+    attends: ClassVar[bool] = False
     parts: ClassVar[Mapping[str, Part]] = {}
     step_modules: ClassVar[tuple[type[nn.Module], ...]] = ()
 
@@ -161,6 +163,10 @@ class Mixer(nn.Module, Generic[S]):
     def reset_new_parameters(self, generator: torch.Generator | None = None) -> None:
         """Start what attention does not have, where :func:`~mmmamba.model.initialise` would start it otherwise."""
 
+    def queries_and_keys(self, x: Tensor, rotation: Rotation, state: S | None) -> tuple[Tensor, Tensor]:
+        """Rotated queries (b, l, h, p) of x (b, l, d), and keys (b, past + l, g, p), of a mixer that attends."""
+        raise NotImplementedError(f"{type(self).__name__} has no attention weights")
+
     @classmethod
     def parts_with(cls, options: Options) -> Mapping[str, Part]:
         """The parts of a mixer with these options."""
@@ -198,6 +204,15 @@ class Mixer(nn.Module, Generic[S]):
             wide: of what sums over the whole sequence; float32, where nothing else is asked for.
         """
         raise NotImplementedError(f"{type(self).__name__} has no empty_state()")
+
+    def misfits(self, state: S, seen: int) -> Iterator[tuple[str, str]]:
+        """The tensors of a stranger's state that are not those of one sequence after ``seen`` tokens: each one's name,
+        and what is wrong with it.
+
+        The tensors have the names and kinds of numbers of :meth:`empty_state`, and are finite.
+        """
+        empty = self.empty_state(1, dtype=torch.float32, wide=torch.float32, device="meta")
+        yield from other_shapes(state, {name: tensor.shape for name, tensor in empty.tensors().items()})
 
     # ------------------------------------------------------------------------------------------ decoding
 
@@ -277,6 +292,13 @@ def draw_uniform(parameter: Tensor, bound: float, generator: torch.Generator, lo
     """Fill a parameter with numbers from [-bound, bound], or [low, bound]."""
     low = -bound if low is None else low
     parameter.copy_(low + (bound - low) * torch.rand(parameter.shape, generator=generator))
+
+
+def other_shapes(state: LayerState, expected: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, str]]:
+    """The tensors of a state that have other shapes than expected: each one's name, and what is wrong with it."""
+    for name, tensor in state.tensors().items():
+        if tuple(tensor.shape) != tuple(expected[name]):
+            yield name, f"is {tuple(tensor.shape)}, expected {tuple(expected[name])}"
 
 
 # ---------------------------------------------------------------------------------------------- register

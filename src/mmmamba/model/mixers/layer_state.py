@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -28,7 +28,11 @@ class LayerState:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The state with each tensor changed, in the order of :meth:`tensors`."""
-        changed: Any = {name: change(tensor) for name, tensor in self.tensors().items()}
+        return self.with_tensors({name: change(tensor) for name, tensor in self.tensors().items()})
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """The state with these tensors in the places of its own."""
+        changed: Any = tensors
         return replace(self, **changed)  # type: ignore[type-var]
 
     def to(self, device: torch.device | str | int | None) -> Self:
