@@ -167,30 +167,6 @@ class Mixer(nn.Module, Generic[S]):
         """Rotated queries (b, l, h, p) of x (b, l, d), and keys (b, past + l, g, p), of a mixer that attends."""
         raise NotImplementedError(f"{type(self).__name__} has no attention weights")
 
-    @classmethod
-    def parts_with(cls, options: Options) -> Mapping[str, Part]:
-        """The parts of a mixer with these options."""
-        return cls.parts
-
-    def start_from_scratch(self, generator: torch.Generator) -> None:
-        """Start all of the mixer as its authors do, W_o too. By default its maps, as PyTorch's do: uniform in
-        ±1/√inputs, their biases too.
-        """
-        for layer in self.children():
-            if isinstance(layer, nn.Linear):
-                for parameter in layer.parameters():
-                    draw_uniform(parameter, layer.in_features**-0.5, generator)
-
-    def inherit(self, attention: Mixer[Any]) -> None:
-        """Copy what attention has too, and share its W_o."""
-        for name, part in self.parts_with(self.options).items():
-            if part.inherited:
-                source, target = getattr(attention, name), getattr(self, name)
-                target.weight.copy_(source.weight)
-                if target.bias is not None:
-                    target.bias.copy_(source.bias)
-        self.o_proj = attention.o_proj
-
     def compile_parts(self) -> None:
         """Compile what surrounds the kernels of :meth:`heads` (torch.compile); one compilation serves all layers."""
 
@@ -231,6 +207,32 @@ class Mixer(nn.Module, Generic[S]):
     def step_graphable(self) -> bool:
         """Whether the pool's step can be captured as a CUDA graph."""
         return self.capturable
+
+    # ------------------------------------------------------------------------------------------ training
+
+    @classmethod
+    def parts_with(cls, options: Options) -> Mapping[str, Part]:
+        """The parts of a mixer with these options."""
+        return cls.parts
+
+    def start_from_scratch(self, generator: torch.Generator) -> None:
+        """Start all of the mixer as its authors do, W_o too. By default its maps, as PyTorch's do: uniform in
+        ±1/√inputs, their biases too.
+        """
+        for layer in self.children():
+            if isinstance(layer, nn.Linear):
+                for parameter in layer.parameters():
+                    draw_uniform(parameter, layer.in_features**-0.5, generator)
+
+    def inherit(self, attention: Mixer[Any]) -> None:
+        """Copy what attention has too, and share its W_o."""
+        for name, part in self.parts_with(self.options).items():
+            if part.inherited:
+                source, target = getattr(attention, name), getattr(self, name)
+                target.weight.copy_(source.weight)
+                if target.bias is not None:
+                    target.bias.copy_(source.bias)
+        self.o_proj = attention.o_proj
 
     # ------------------------------------------------------------------------------------------ cost
 

@@ -332,6 +332,7 @@ class Mamba2(Mixer[MambaState]):
         """Tokens a chunk of the recurrence's kernels in bfloat16."""
         tuned = (DELTA_TUNED if self.options.rule == "gated_delta" else SSD_TUNED).get((self.head_dim, 2))
         return CHUNK if tuned is None else tuned.chunk
+
     def pool(self, spec: PoolSpec) -> MambaPool:
         return MambaPool(self, spec)
 
