@@ -51,8 +51,8 @@ class MMMambaPreTrainedModel(PreTrainedModel):
         if isinstance(network.vision, VisionEmbedding):
             for parameter in network.vision.unused():
                 parameter.requires_grad_(False)  # it never gets a gradient, for which distributed training would wait
-        mixers = [network.mixer(i) for i in range(network.config.num_layers)]
-        self._keep_in_fp32_modules_strict = list(dict.fromkeys(name for mixer in mixers for name in mixer.float32))
+        own = {name.rsplit(".", 1)[-1] for name, _ in network.named_parameters()}
+        self._keep_in_fp32_modules_strict = own.intersection(float32_names())
         self._take(network)
 
     def _take(self, network: Model) -> None:

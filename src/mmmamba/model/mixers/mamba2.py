@@ -260,6 +260,9 @@ class Mamba2(Mixer[MambaState]):
         maps = [self.v_proj, self.k_proj, self.q_proj, self.gate_proj, self.dt_proj]
         return [*maps, self.beta_proj] if self.options.rule == "gated_delta" else maps
 
+    def pool(self, spec: PoolSpec) -> MambaPool:
+        return MambaPool(self, spec)
+
     # ------------------------------------------------------------------------------------------ training
 
     @classmethod
@@ -332,9 +335,6 @@ class Mamba2(Mixer[MambaState]):
         """Tokens a chunk of the recurrence's kernels in bfloat16."""
         tuned = (DELTA_TUNED if self.options.rule == "gated_delta" else SSD_TUNED).get((self.head_dim, 2))
         return CHUNK if tuned is None else tuned.chunk
-
-    def pool(self, spec: PoolSpec) -> MambaPool:
-        return MambaPool(self, spec)
 
 
 def _wide(projection: nn.Linear, x: Tensor) -> Tensor:
