@@ -1,8 +1,8 @@
-"""The added tokens of a tokenizer's folder: what its files say together, as transformers merges them.
+"""The added tokens of a tokenizer's folder, merged from its files as transformers merges them.
 
 Three files may name them: ``tokenizer.json`` (``added_tokens``), ``tokenizer_config.json`` (``added_tokens_decoder``)
-and ``added_tokens.json``. A token is *special* or not. Special tokens stand for no text: never read from a user's text,
-and not shown. The others (``<think>``, runs of spaces) are read and shown as any text is. A token that has a role
+and ``added_tokens.json``. A token is *special* or not. A special token is never read from a user's text, and is never
+shown. The others (``<think>``, runs of spaces) are read and shown like any text. A token that has a role
 (``bos_token``, ``eos_token``, …) is special.
 """
 
@@ -20,27 +20,27 @@ from mmmamba.jsonfile import read_json
 CONFIG_FILE = "tokenizer_config.json"
 ADDED_FILE = "added_tokens.json"
 NAMES_FILE = "special_tokens_map.json"
-#: What a role of a token is called, in the order that transformers has them.
+#: The names of the roles that a token can have, in transformers' order.
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 Token = dict[str, Any]
-"""``content`` and the flags, as ``added_tokens`` of a ``tokenizer.json`` has them."""
+"""An entry of ``added_tokens`` in a ``tokenizer.json``: ``content`` and the flags."""
 
 
 def token(content: str, *, special: bool = True, normalized: bool | None = None, **flags: bool) -> Token:
-    """A token that is matched as it is written; one that is not special is matched after normalising, as by default."""
+    """An entry. By default, a special token is matched before the text is normalised, any other token after."""
     named = {"single_word": False, "lstrip": False, "rstrip": False, **flags}
     return {"content": content, **named, "normalized": not special if normalized is None else normalized,
             "special": special}  # fmt: skip
 
 
 def declared(folder: Path, config: Mapping[str, Any]) -> dict[int, Token]:
-    """id → token of what ``added_tokens_decoder`` of ``config`` and ``added_tokens.json`` of ``folder`` say.
+    """id → token, from ``added_tokens_decoder`` in ``config`` and from ``added_tokens.json`` in ``folder``.
 
     Raises:
-        UserError: for anything else than tokens under ids, or two texts for one id.
+        UserError: for anything but tokens under ids, or for two texts with one id.
     """
     where = folder / CONFIG_FILE
     decoder = {} if config.get("added_tokens_decoder") is None else config["added_tokens_decoder"]
@@ -69,7 +69,7 @@ def declared(folder: Path, config: Mapping[str, Any]) -> dict[int, Token]:
 
 
 def named_tokens(config: Mapping[str, Any]) -> set[str]:
-    """The texts that ``config`` gives a role, or lists as special."""
+    """The texts to which ``config`` gives a role, or which it lists as special."""
     more = [config.get(key) for key in ("additional_special_tokens", "extra_special_tokens")]
     found = [value for key, value in config.items() if key.endswith("_token")]
     for entries in more:
@@ -79,13 +79,16 @@ def named_tokens(config: Mapping[str, Any]) -> set[str]:
 
 
 def merged(definition: dict[str, Any], folder: Path, config: Mapping[str, Any]) -> bool:
-    """Lay what the files beside a ``tokenizer.json`` say over its ``added_tokens``, in place; whether that changed it.
+    """Add to the ``added_tokens`` of a ``tokenizer.json``, in place, what the files beside it say.
 
-    ``added_tokens_decoder`` goes before ``tokenizer.json``, which goes before ``added_tokens.json``. A token that is
-    only named by its role counts where the vocabulary has it.
+    ``added_tokens_decoder`` overrides ``tokenizer.json``, which overrides ``added_tokens.json``. A token that is only
+    named by its role is added if the vocabulary has it.
+
+    Returns:
+        whether this changed anything.
 
     Raises:
-        UserError: where the files give one token two ids, or one id two tokens.
+        UserError: if the files give one token two ids, or one id two tokens.
     """
     added = definition.setdefault("added_tokens", [])
     before = json.dumps(added)
@@ -101,7 +104,7 @@ def merged(definition: dict[str, Any], folder: Path, config: Mapping[str, Any]) 
             other = f"'{text}' has the id {known}" if known != i else f"the id {i} is '{by_id[i]}'"
             raise UserError(f"{where}: the id {i} is '{text}' here, but in tokenizer.json {other}")
         if text in by_text:
-            special = entry["special"] or by_text[text]["special"]  # what one file calls special is
+            special = entry["special"] or by_text[text]["special"]  # special if any of the files says so
             by_text[text].update({**entry, "special": special} if decoder else {})
             continue
         if i not in by_id and i != first_free:
@@ -115,12 +118,12 @@ def merged(definition: dict[str, Any], folder: Path, config: Mapping[str, Any]) 
 
 
 def if_any(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``; empty where there is no such file."""
+    """The JSON object in ``path``; empty if there is no such file."""
     return read_json(path) if path.is_file() else {}
 
 
 def _vocabulary(definition: Mapping[str, Any]) -> dict[str, int]:
-    """text → id of the model's own vocabulary, added tokens not counted."""
+    """text → id of the model's own vocabulary, without added tokens."""
     vocabulary = definition.get("model", {}).get("vocab", {})
     if isinstance(vocabulary, list):  # a unigram model: [[text, score], …]
         return {text: i for i, (text, _) in enumerate(vocabulary)}

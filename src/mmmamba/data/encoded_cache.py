@@ -20,19 +20,19 @@ from mmmamba.jsonfile import MAX_DATA_BYTES, read_json
 
 
 class EncodedCache:
-    """The same samples, encoded once and read from disk ever after.
+    """The samples of a dataset, encoded once and then read from disk.
 
-    A folder under ``directory`` holds one .npy array of each kind. Its name ends in a fingerprint of the JSONL's
-    bytes, the tokenizer and every setting that decides an encoding, so a change of any of them makes a new one. Where
-    pictures have changed in place, as :mod:`mmmamba.data.picture_hashes` sees it, everything is encoded again.
+    A folder in ``directory`` holds one .npy array of each kind. Its name ends in a fingerprint of the JSONL's bytes, the
+    tokenizer and every setting that decides an encoding. If any of these changes, a new cache is made. If pictures
+    changed in place (see :mod:`mmmamba.data.picture_hashes`), everything is encoded again.
 
-    It is written under another name and renamed when complete. Processes that want the same cache at the same time
-    wait for the one that makes it.
+    The folder is written under another name and renamed when it is complete. If several processes want the same cache
+    at the same time, one makes it and the others wait.
 
     Args:
         on_bad_sample: ``stop`` raises the first bad sample's error, and leaves no cache; ``skip`` lists bad samples in
             :attr:`bad_samples`, and :meth:`encode` raises each one's error.
-        workers: processes that encode; 0 encodes in this one.
+        workers: processes that encode; 0 encodes in this process.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class EncodedCache:
     def _make(self, source: EncodedSource, mark: str, workers: int, on_bad_sample: str) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(self.path.with_name(f"{self.path.name}.lock")):
-            # Another process may have made it meanwhile.
+            # Another process may have made it in the meantime.
             if not is_complete(self.path, mark, self.picture_hashes, say=False):
                 write_cache(source, self.path, mark, workers, on_bad_sample)
 
@@ -119,7 +119,7 @@ class EncodedCache:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process at a time. The system frees the lock of a process that dies."""
+    """Let in one process at a time. The system frees the lock of a process that dies."""
     import fcntl  # not on Windows, where only a cache needs it
 
     with open(path, "w") as file:

@@ -22,20 +22,21 @@ ARRAYS = {
 
 
 def is_complete(path: Path, mark: str, picture_hashes: PictureHashes, *, say: bool = True) -> bool:
-    """Whether a cache is there as it was written: its name is given last, but files can be cut or altered later.
+    """Whether a cache exists and its files are unchanged since they were written.
 
-    What was altered is said, and made again from the data; so is a cache of pictures that have changed since.
+    If they were altered, or if pictures have changed since, a message says so and the answer is False. The caller then
+    makes the cache again.
     """
     if not path.exists():
         return False
     try:
         _check(path, mark)
-    except (UserError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # whatever a byte leads to
+    except (UserError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # whatever a changed byte causes
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         if say:
             print(f"{path}: the cache was altered or damaged and is made again ({reason})", file=sys.stderr)
         return False
-    # A cache of an earlier version does not say which pictures it is of.
+    # A cache of an earlier version has no hashes of its pictures.
     changed = picture_hashes.changed(str(read_json(path / META, limit=MAX_DATA_BYTES).get("pictures", "")))
     if changed is not None and say:
         print(f"{printable(changed)}: changed since it was encoded: the cache is made again", file=sys.stderr)
@@ -43,13 +44,13 @@ def is_complete(path: Path, mark: str, picture_hashes: PictureHashes, *, say: bo
 
 
 def _check(path: Path, mark: str) -> None:
-    """Refuse a cache whose files are not what ``meta.json`` and one another say.
+    """Refuse a cache whose files do not agree with ``meta.json`` or with each other.
 
-    The small arrays are hashed; of the tiles, which may be hundreds of gigabytes, only the size is looked at.
+    The small arrays are hashed. The tiles may be hundreds of gigabytes, so only their size is checked.
     """
     meta = read_json(path / META, limit=MAX_DATA_BYTES)
     if set(meta) - TOLD or (meta["version"], meta["fingerprint"]) != (ENCODING_VERSION, mark):
-        raise UserError(f"{META} says other things")
+        raise UserError(f"{META} is about another cache")
     samples, sums = meta["samples"], meta.get("sha256", {})  # an older cache has no checksums
     arrays = {}
     for name, dtype in ARRAYS.items():

@@ -20,7 +20,7 @@ from mmmamba.errors import UserError
 
 
 class Source(Protocol):
-    """Anything that gives encoded samples by index; an unusable one raises :class:`BadSample`."""
+    """Anything that returns encoded samples by index. A sample that cannot be used raises :class:`BadSample`."""
 
     def __len__(self) -> int: ...
 
@@ -28,7 +28,7 @@ class Source(Protocol):
 
 
 class Concatenated:
-    """Several sources one after another, as :class:`Order` counts them."""
+    """Several sources one after another, with the indices that :class:`Order` gives."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self.sources = list(sources)
@@ -53,10 +53,10 @@ class Skipped:
 
 @dataclass
 class _Step:
-    """What a worker sends back for one step. Errors travel as values: raised in a worker they would lose their type.
+    """What a worker sends back for one step. Errors are sent as values: if a worker raised them, they would lose their type.
 
-    The step is one batch whatever the number of micro-batches: a few large arrays, of which
-    :meth:`micro_batches` are views.
+    The step is sent as one batch, whatever the number of micro-batches: a few large arrays. :meth:`micro_batches` returns
+    views of it.
     """
 
     batch: Batch | None
@@ -87,25 +87,25 @@ class _Step:
 
 
 class Loader:
-    """The steps of a run, each as a list of micro-batches; the same ones for any number of workers.
+    """The steps of a run, each as a list of micro-batches. They are the same for any number of workers.
 
-    Iterating gives step ``start_step``, ``start_step`` + 1, … A step whose samples are all skipped is an empty list.
+    Iterating gives step ``start_step``, ``start_step`` + 1, … If all samples of a step are skipped, its list is empty.
 
     Args:
         dataset: where samples come from.
         order: which samples each step takes.
         start_step: the first step (a resumed run starts where it stopped).
-        end_step: the step to stop before; None goes on for ever.
-        max_tokens: token budget of a micro-batch; None puts the whole step into one.
-        workers: processes that prepare steps ahead; 0 prepares them in this one, when asked.
-        on_bad_sample: ``stop`` raises the first bad sample's error; ``skip`` leaves it out of its step.
-        pin_memory: page-locked batches, for copies to a GPU.
+        end_step: the step to stop before; None never stops.
+        max_tokens: most tokens in a micro-batch; None puts the whole step into one.
+        workers: processes that prepare steps ahead; 0 prepares them in this process, when they are asked for.
+        on_bad_sample: ``stop`` raises the first bad sample's error; ``skip`` leaves the sample out of its step.
+        pin_memory: put batches into page-locked memory, for copies to a GPU.
         prefetch: steps that each worker prepares ahead.
 
     Attributes:
         bad_samples: what was skipped so far, each sample once.
-        skipped: how many samples of the steps given out were skipped.
-        truncated: how many samples of the steps given out were cut to fit.
+        skipped: how many samples were skipped, in the steps returned so far.
+        truncated: how many samples were cut to fit, in the steps returned so far.
     """
 
     def __init__(

@@ -20,12 +20,12 @@ class Batch:
     Attributes:
         input_ids: int64 (1, total)
         labels: int64 (1, total), unshifted, -100 where unscored.
-        cu_seqlens: int32 (s+1,), where each sequence starts and the last one ends.
+        cu_seqlens: int32 (s+1,), where each sequence starts, and where the last one ends.
         tiles: uint8 (t, H, W, 3) of all sequences, in order.
         ids: the samples' ids (s).
-        scored: int64 (k,), the tokens whose next one is scored; found in the labels when absent, on the host before a
-            row moves, so that no pass has to wait for a device's count.
-        real: int64 (), how many of the row's tokens are real, where padding stands behind them (None: all).
+        scored: int64 (k,), the positions whose next token is scored. Left out, it is found in the labels. That happens
+            on the host, before the row moves to a device, so that no pass waits for a count on the device.
+        real: int64 (), how many of the row's tokens are real if padding follows them (None: all are).
     """
 
     input_ids: Tensor
@@ -49,7 +49,7 @@ class Batch:
         return len(self.ids)
 
     def __getstate__(self) -> dict[str, Any]:
-        """As arrays: PyTorch would pickle a tensor as a name in shared memory, of which there may be too little."""
+        """Pickle tensors as arrays. PyTorch would put them into shared memory, and there may be too little of it."""
         return {key: value.numpy() if isinstance(value, Tensor) else value for key, value in self.__dict__.items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -67,7 +67,7 @@ class Batch:
         )
 
     def pin_memory(self) -> Batch:
-        """Page-locked copies, from which a GPU reads without waiting."""
+        """A copy in page-locked memory, from which a GPU reads without waiting."""
         return replace(
             self,
             input_ids=self.input_ids.pin_memory(),
@@ -79,7 +79,7 @@ class Batch:
 
 
 def pack(samples: Sequence[Encoded]) -> Batch:
-    """One row of all samples, nothing padded."""
+    """All samples in one row, without padding."""
     if not samples:
         raise ValueError("nothing to pack")
     starts = np.zeros(len(samples) + 1, dtype=np.int32)
@@ -118,14 +118,15 @@ def pad(samples: Sequence[Encoded], pad_id: int, side: Literal["left", "right"] 
 
 
 def split(samples: Sequence[Encoded], max_tokens: int | None) -> list[list[Encoded]]:
-    """Runs of samples, in order, of at most ``max_tokens`` tokens each (a longer sample stands alone).
+    """Cut the samples, in order, into groups of at most ``max_tokens`` tokens (a longer sample gets its own group).
 
-    There are as few runs as that allows, and they are of nearly one length: a replayed row is padded to the longest.
+    There are as few groups as possible. Their lengths are nearly equal, because rows that are replayed as a CUDA graph
+    are all padded to the longest.
     """
     if max_tokens is None:
         return [list(samples)] if samples else []
     groups = _runs(samples, max_tokens)
-    low, high = 1, max_tokens  # the least room that needs no more runs lies in (low - 1, high]
+    low, high = 1, max_tokens  # the smallest limit that needs no more groups lies in (low - 1, high]
     while low < high:
         middle = (low + high) // 2
         if len(_runs(samples, middle)) > len(groups):
@@ -136,7 +137,7 @@ def split(samples: Sequence[Encoded], max_tokens: int | None) -> list[list[Encod
 
 
 def _runs(samples: Sequence[Encoded], max_tokens: int) -> list[list[Encoded]]:
-    """Runs of samples, in order, each as long as ``max_tokens`` allows."""
+    """Groups of samples, in order, each filled up to ``max_tokens``."""
     groups: list[list[Encoded]] = []
     room = -1
     for sample in samples:

@@ -1,9 +1,8 @@
-"""Whether a set's pictures are still the ones that they were: hashes of their bytes, of all or of an even sample.
+"""Hashes of a set's pictures, which tell whether the pictures are still the same.
 
-The JSONL's own hash says nothing of the pictures that it names. Hashing a million of them whenever a run begins would
-take longer than it is worth, so of a large set only the pictures of :data:`SAMPLED` records are read, spread evenly:
-a set whose pictures were replaced is found, one picture that changed in a large set may not be. Of a set of up to
-:data:`ALL` records every picture is read.
+The hash of the JSONL says nothing about the pictures that it names. Hashing a million pictures at the start of each run
+would take too long. So in a set of more than :data:`ALL` records only the pictures of :data:`SAMPLED` records are hashed,
+spread evenly. This finds a set whose pictures were replaced. It may miss a single picture that changed in a large set.
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ from mmmamba.outputs import file_hash
 
 ALL = 4096  # records
 SAMPLED = 1024  # of a larger set
-_LOST = "-"  # a picture that is not there, which can't be told from what it was
+_LOST = "-"  # a missing picture: nothing says whether it changed
 
 
 @dataclass(frozen=True)
 class PictureHashes:
-    """The pictures of a set that are looked at, in order, and a hash of each."""
+    """The pictures of a set that are hashed, in order, each with its hash."""
 
     pictures: tuple[tuple[str, str], ...]
 
     @classmethod
     def of(cls, dataset: JsonlDataset) -> PictureHashes:
-        """Read the pictures; a record that is not right, and a picture that is not there, is told by what reads it."""
+        """Hash the pictures. Bad records and missing pictures are left to the code that reads the samples: it reports them."""
         count = len(dataset)
         rows: Iterable[int] = range(count) if count <= ALL else (i * count // SAMPLED for i in range(SAMPLED))
         paths: dict[str, None] = {}
@@ -43,14 +42,14 @@ class PictureHashes:
 
     @cached_property
     def text(self) -> str:
-        """The hashes, to be kept."""
+        """The hashes as one text, to be stored."""
         return " ".join(mark for _, mark in self.pictures)
 
     def changed(self, kept: str) -> str | None:
-        """The first picture whose hash is not the one that was kept; None where there is none, or no telling."""
+        """The first picture whose hash differs from the stored one. None if there is none, or if nobody can tell."""
         before = kept.split()
         if len(before) != len(self.pictures):
-            return None  # kept by a version that looked at others: the records are the same, by their own hash
+            return None  # a version that hashed other pictures stored it; the records' own hash says that they are the same
         for (path, mark), old in zip(self.pictures, before, strict=True):
             if mark != old and _LOST not in (mark, old):
                 return path

@@ -17,17 +17,17 @@ _PERIOD = 1 << 16
 
 
 class Order:
-    """Which samples each step takes: a pure function of the step, so that resuming needs the step alone.
+    """Which samples each step takes. This is a pure function of the step, so a resumed run needs only the step.
 
-    Each source is walked in epochs, in a fresh permutation each time: no sample comes again before every other one of
-    its source has come. Sources alternate evenly by weight (fixed to 1 part in 65,536), and the samples of a step are
-    shuffled. Indices count through the sources one after another, as :class:`Concatenated` does.
+    Each source is read in epochs, each in a new permutation: no sample is repeated before all others of its source were
+    used. Sources alternate evenly by weight (exact to 1 part in 65,536), and the samples of a step are shuffled.
+    Indices run through the sources one after another, as in :class:`mmmamba.data.loader.Concatenated`.
 
     Args:
-        sources: the number of samples, or one (number of samples, weight) for each source. A weight is the source's
-            share of all draws, relative to the other weights; None stands for its number of samples.
-        seed: another seed, another order.
-        batch_size: samples a step.
+        sources: the number of samples, or (number of samples, weight) for each source. A weight is the source's share
+            of all draws, relative to the other weights. None means its number of samples.
+        seed: decides the order.
+        batch_size: samples in a step.
     """
 
     def __init__(self, sources: int | Sequence[tuple[int, float | None]], *, seed: int = 0, batch_size: int) -> None:
@@ -46,7 +46,7 @@ class Order:
         self.seed = seed
         self.batch_size = batch_size
         self._first = np.concatenate([[0], np.cumsum(self.sizes)])[:-1]
-        #: (P,) source of each slot of a period, and how often it has come before in the period; (S,) slots a period.
+        #: (P,) the source of each slot of a period, and how often it came before in the period; (S,) slots of each source.
         self._source, self._rank, self._share = _alternation(weights)
         self._permutations: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
@@ -56,7 +56,7 @@ class Order:
             raise ValueError(f"step {step} is negative")
         period, slot = np.divmod(step * self.batch_size + np.arange(self.batch_size), len(self._source))
         source = self._source[slot]
-        drawn = period * self._share[source] + self._rank[slot]  # how often each slot's source was drawn before it
+        drawn = period * self._share[source] + self._rank[slot]  # how often the slot's source was drawn before
         result = np.empty(self.batch_size, dtype=np.int64)
         for s in np.unique(source):
             mine = np.flatnonzero(source == s)
@@ -69,7 +69,7 @@ class Order:
         return result.tolist()
 
     def epochs(self, step: int) -> list[float]:
-        """How many times each source has been gone through before ``step``."""
+        """How many times each source has been read before ``step``, as fractions of epochs."""
         period, slot = divmod(step * self.batch_size, len(self._source))
         now = np.bincount(self._source[:slot], minlength=len(self.sizes))
         return [
@@ -95,7 +95,7 @@ class Order:
 
 
 def _alternation(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The order in which sources take turns: slot -> source, slot -> earlier turns of that source, turns a period."""
+    """How sources take turns: slot -> source, slot -> earlier turns of that source, and each source's turns in a period."""
     if len(weights) == 1:
         return np.zeros(1, np.int64), np.zeros(1, np.int64), np.ones(1, np.int64)
     wanted = np.array(weights) / sum(weights) * _PERIOD
@@ -105,7 +105,7 @@ def _alternation(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.n
     missing = _PERIOD - int(share.sum())
     if missing >= 0:
         share[by_remainder[:missing]] += 1
-    else:  # the turns given to very rare sources are taken from the commonest one
+    else:  # take the turns of very rare sources from the most frequent one
         share[np.argmax(share)] += missing
     # Source s takes its j-th turn at (j + 1/2) / share[s] of the period.
     source = np.repeat(np.arange(len(weights)), share)
