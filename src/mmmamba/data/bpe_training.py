@@ -15,9 +15,9 @@ SPECIALS = (UNK, BOS, EOS, "<|im_start|>", "<|im_end|>", IMAGE_START, IMAGE_END,
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, specials: Sequence[str] = SPECIALS) -> tokenizers.Tokenizer:
-    """Train a byte-level BPE with digits split one by one; ``specials`` take the first ids, in their order.
+    """Train a byte-level BPE that splits numbers into digits. ``specials`` get the first ids, in their order.
 
-    All 256 bytes are in the vocabulary, so every text round-trips, seen in training or not.
+    All 256 bytes are in the vocabulary, so every text survives encoding and decoding, seen in training or not.
     """
     smallest = 256 + len(specials)
     if vocab_size < smallest:

@@ -15,7 +15,7 @@ from mmmamba.data.sample import GPT, HUMAN, IMAGE_MARK, SYSTEM, Turn
 from mmmamba.errors import UserError
 
 OF_TOKENIZER = "tokenizer"
-"""``config.template`` of a model whose tokenizer brings the chat template."""
+"""The value of ``config.template`` for a model whose tokenizer has the chat template."""
 
 IMAGE_START = "<img>"
 IMAGE_END = "</img>"
@@ -24,10 +24,10 @@ IMAGE_CONTEXT = "<IMG_CONTEXT>"
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a prompt that is tokenised by itself.
+    """A part of a prompt that is tokenised separately.
 
-    ``mark`` pieces are single special tokens; all other text, whatever it looks like, is plain. An ``image`` piece
-    stands for one picture's tokens and has no text.
+    A ``mark`` piece is a single special token. A ``text`` piece is plain text, whatever it looks like. An ``image``
+    piece is replaced by the tokens of one picture, and has no text.
     """
 
     kind: str
@@ -37,10 +37,10 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """A chat format of the form ``<start>role NEWLINE text<end>`` without anything between turns.
+    """A chat format ``<start>role NEWLINE text<end>``, with nothing between turns.
 
     Attributes:
-        adds_bos: whether ``bos_token_id`` goes before a conversation; else the template writes it, if anything does.
+        adds_bos: whether ``bos_token_id`` is put before a conversation. If not, the template may write it.
     """
 
     adds_bos: ClassVar[bool] = True
@@ -58,23 +58,23 @@ class Template:
         return (self.start, self.end, IMAGE_START, IMAGE_END, IMAGE_CONTEXT)
 
     def stop_marks(self) -> tuple[str, ...]:
-        """The mark that ends an answer, then what else can't be part of one."""
+        """The mark that ends an answer, then the other marks that cannot be part of one."""
         return (self.end, self.start)
 
     def appends(self, system_message: str | None) -> bool:
-        """Whether a conversation that goes on only grows at its end."""
+        """Whether a longer conversation only adds to the end of a shorter one."""
         return True
 
     def continuation(self, turn: Turn, system_message: str | None) -> list[Piece]:
-        """What follows the mark of a finished answer when the human says ``turn``, up to the next answer."""
+        """What follows the end mark of an answer when the human says ``turn``, up to the next answer."""
         return self.pieces([turn], system_message="", reply=True)
 
     def pieces(self, turns: Sequence[Turn], *, system_message: str | None = None, reply: bool) -> list[Piece]:
-        """The whole conversation; with ``reply`` the assistant's header follows, for the model to go on from.
+        """The whole conversation. With ``reply``, the header of the assistant's next answer follows.
 
         Args:
-            system_message: None for the template's own, "" for no system turn. A system turn among ``turns`` goes
-                before either.
+            system_message: None for the template's own, "" for no system turn. A system turn in ``turns`` overrides
+                both.
         """
         message = self.system_message if system_message is None else system_message
         if turns and turns[0].role == SYSTEM:
@@ -93,17 +93,17 @@ class Template:
         return [Piece("mark", self.start), *with_images(self.user_role + text), Piece("mark", self.end)]
 
     def _answer(self, text: str) -> list[Piece]:
-        # The header and the answer are tokenised apart, because in generation the answer follows a finished header.
+        # Header and answer are tokenised separately: in generation, the answer follows a finished header.
         scored = [Piece("text", text, scored=True)] if text else []
         return self.reply_header() + scored + [Piece("mark", self.end, scored=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SoloTemplate(Template):
-    """``[INST] question [/INST] answer</s>`` (SOLO): a turn's pictures stand before its text, and before ``<s>``.
+    """``[INST] question [/INST] answer</s>`` (SOLO). A turn's pictures come before its text, and before ``<s>``.
 
-    As the published fine-tuning code writes a sample with one picture; what it does with more, nothing says. There is
-    no system message.
+    This is how the published fine-tuning code writes a sample with one picture. Nothing says what it does with more.
+    There is no system message.
     """
 
     adds_bos: ClassVar[bool] = False
@@ -137,13 +137,13 @@ class SoloTemplate(Template):
         return [Piece("image")] * marks + [Piece("text", f"[INST] {text.strip()} [/INST]")]
 
     def _answer(self, text: str) -> list[Piece]:
-        # The published code tokenises an answer by itself, which puts a space before it.
+        # The published code tokenises an answer separately, which puts a space before it.
         scored = [Piece("text", f" {text}", scored=True)] if text else []
         return [*scored, Piece("mark", self.end, scored=True)]
 
 
 def with_images(text: str) -> list[Piece]:
-    """A human's text with a piece for each of its ``<image>`` marks."""
+    """A human's text as pieces, one of them for each ``<image>`` mark."""
     first, *rest = text.split(IMAGE_MARK)
     pieces = [Piece("text", first)]
     for after in rest:
@@ -154,7 +154,7 @@ def with_images(text: str) -> list[Piece]:
 
 
 def render(pieces: Sequence[Piece], image_tokens: Sequence[int] = ()) -> str:
-    """The prompt as one string; ``image_tokens`` has the number of ``<IMG_CONTEXT>`` of each picture, in order."""
+    """The prompt as one string. ``image_tokens`` gives the number of ``<IMG_CONTEXT>`` for each picture, in order."""
     counts: Iterator[int] = iter(image_tokens)
     return "".join(
         IMAGE_START + IMAGE_CONTEXT * next(counts) + IMAGE_END if piece.kind == "image" else piece.text
@@ -163,12 +163,12 @@ def render(pieces: Sequence[Piece], image_tokens: Sequence[int] = ()) -> str:
 
 
 def count_marks(turns: Sequence[Turn]) -> int:
-    """Pictures that the human turns ask for."""
+    """The number of picture marks in human turns."""
     return sum(turn.text.count(IMAGE_MARK) for turn in turns if turn.role == HUMAN)
 
 
 def add_missing_marks(turns: Sequence[Turn], images: int) -> tuple[Turn, ...]:
-    """Put ``<image>`` lines before the first human turn until there is a mark for each of ``images`` pictures."""
+    """Add ``<image>`` lines before the first human turn, so that each of ``images`` pictures has a mark."""
     missing = images - count_marks(turns)
     if missing <= 0:
         return tuple(turns)

@@ -22,8 +22,8 @@ from mmmamba.jsonfile import MAX_DATA_BYTES, read_json
 class EncodedCache:
     """The samples of a dataset, encoded once and then read from disk.
 
-    A folder in ``directory`` holds one .npy array of each kind. Its name ends in a fingerprint of the JSONL's bytes, the
-    tokenizer and every setting that decides an encoding. If any of these changes, a new cache is made. If pictures
+    A folder in ``directory`` holds one .npy array of each kind. Its name ends in a fingerprint of the JSONL's bytes,
+    the tokenizer and every setting that decides an encoding. If any of these changes, a new cache is made. If pictures
     changed in place (see :mod:`mmmamba.data.picture_hashes`), everything is encoded again.
 
     The folder is written under another name and renamed when it is complete. If several processes want the same cache

@@ -31,7 +31,8 @@ def is_complete(path: Path, mark: str, picture_hashes: PictureHashes, *, say: bo
         return False
     try:
         _check(path, mark)
-    except (UserError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # whatever a changed byte causes
+    # Whatever a changed byte causes.
+    except (UserError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         if say:
             print(f"{path}: the cache was altered or damaged and is made again ({reason})", file=sys.stderr)

@@ -1,7 +1,8 @@
-"""The one thing in a picture's metadata that matters, its orientation; and metadata kept from taking the memory.
+"""Reads a picture's orientation, and keeps its other metadata from filling the memory.
 
-Pillow keeps a copy of what every entry of a TIFF or EXIF directory points to, and 65,535 entries may point to the same
-megabytes. So a JPEG reaches it without its EXIF, and a TIFF's directories are added up before it opens the file.
+Pillow copies what every entry of a TIFF or EXIF directory points to, and 65,535 entries may point to the same
+megabytes. So Pillow gets a JPEG without its EXIF, and it gets a TIFF only after the sizes in its directories were added
+up.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ from typing import BinaryIO
 ORIENTATION = 0x0112
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _INTEGERS = {1: "B", 3: "H", 4: "L"}
-_LINKS = (0x8769, 0x8825, 0xA005, 0x014A)  # entries that lead to another directory: EXIF, GPS, interoperability, others
+# Entries that point to other directories: EXIF, GPS, interoperability, others.
+_LINKS = (0x8769, 0x8825, 0xA005, 0x014A)
 _DIRECTORIES = 1000  # of a TIFF file; each frame has one
 _XMP = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 _XMP_HEAD = b"http://ns.adobe.com/xap/1.0/\0"
 
 
 def orientation(exif: bytes, xmp: bytes = b"") -> int:
-    """How a picture lies, 1 (upright) to 8, as tag 0x0112 says; XMP is asked where it says nothing.
+    """The orientation of a picture, 1 (upright) to 8, from tag 0x0112 or, if that is missing, from XMP.
 
-    What is broken, or of another type or range, says nothing. Source: the TIFF 6.0 and EXIF 2.32 standards.
+    A tag that is broken, or of another type or range, counts as missing. Source: the TIFF 6.0 and EXIF 2.32 standards.
     """
     data = re.sub(rb"^(Exif\0\0){1,2}", b"", exif)
     try:
@@ -39,11 +41,12 @@ def orientation(exif: bytes, xmp: bytes = b"") -> int:
 
 
 def without_exif(jpeg: bytes) -> tuple[bytes, bytes, bytes]:
-    """A JPEG without what its APP1 and APP2 segments hold (EXIF, XMP, other pictures, colour profiles); EXIF; XMP."""
+    """A JPEG without its APP1 and APP2 segments (EXIF, XMP, other pictures, colour profiles); its EXIF; its XMP."""
     kept, exif, xmp, place = [jpeg[:2]], b"", b"", 2
     while place + 4 <= len(jpeg) and jpeg[place] == 0xFF and jpeg[place + 1] not in (0xD9, 0xDA):
         marker = jpeg[place + 1]
-        if marker in (0xFF, 0x00, 0x01) or 0xD0 <= marker <= 0xD8:  # has no length: a filling byte, or out of place
+        # It has no length: a fill byte, or a marker in the wrong place.
+        if marker in (0xFF, 0x00, 0x01) or 0xD0 <= marker <= 0xD8:
             place += 1 if marker == 0xFF else 2
             continue
         end = place + 2 + int.from_bytes(jpeg[place + 2 : place + 4], "big")
@@ -62,7 +65,7 @@ def check_tiff(file: BinaryIO, size: int) -> None:
     """Refuse a TIFF file whose directories point to more bytes than it has, or that has thousands of frames.
 
     Args:
-        file: open at any place; it is left at another.
+        file: open, at any position. The position changes.
         size: its bytes.
 
     Raises:
@@ -98,7 +101,7 @@ def check_tiff(file: BinaryIO, size: int) -> None:
             if total > size + 65536:
                 raise ValueError("its directories point to more bytes than the file has")
             todo.append(struct.unpack(place_form, file.read(struct.calcsize(place_form)))[0])
-    except struct.error:  # cut short: Pillow says so
+    except struct.error:  # the file is cut short, which Pillow reports
         pass
 
 

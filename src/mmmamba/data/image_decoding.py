@@ -1,4 +1,4 @@
-"""Any picture as 8-bit RGB, upright, of a known format, and with its size bounded before anything is decoded."""
+"""Decode any picture to 8-bit RGB, upright. Only known formats are read, and sizes are bounded before decoding."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ MAX_SIDE = 20_000
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 1 << 29  # of a file: the largest picture with 16 bits a channel
 
-#: What is read, by Pillow's names. Others may start programs (EPS), decode before their size can be seen (ICO), or
-#: are hardly ever met and little tested.
+#: The formats that are read, by Pillow's names. Other formats may start programs (EPS), decode before their size is
+#: known (ICO), or are rare and little tested.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 _TOO_LARGE = f"larger than {MAX_SIDE:,} pixels a side or {MAX_PIXELS // 1_000_000} megapixels"
@@ -41,21 +41,21 @@ _TURNS = {
 
 
 def load_image(path: str | Path, where: str) -> Image.Image:
-    """Read ``path`` as an upright RGB picture; the first frame of an animation.
+    """Read ``path`` as an upright RGB picture. Of an animation, the first frame is read.
 
-    Colours are converted as the published data path does: alpha is *dropped*, not composited (a transparent pixel
+    Colours are converted as in the published data path: alpha is *dropped*, not composited (a transparent pixel
     keeps the colour stored under it), palettes are looked up, grey is repeated, CMYK is inverted by Pillow. Sixteen-bit
     grey is scaled to 8 bits, not clipped.
 
     Args:
-        where: ``file:line`` or another place name that opens the error message.
+        where: ``file:line`` or another place. Error messages start with it.
 
     Raises:
-        BadSample: the file is missing, is no picture, is damaged, or its header asks for too many pixels.
+        BadSample: the file is missing, is not a picture, is damaged, or its header announces too many pixels.
     """
     prefix = f"{where}: 'image': "
     try:
-        # From memory: a file whose header says that gigabytes follow has Python make room for them before it reads.
+        # Decode from memory. If a header says that gigabytes follow, Python would reserve them before it reads a file.
         content = read_bytes(path, MAX_BYTES, "file", prefix)
     except UserError as error:
         raise BadSample(str(error)) from error
@@ -65,7 +65,7 @@ def load_image(path: str | Path, where: str) -> Image.Image:
 
 
 def decode_image(content: bytes, where: str, name: str = "picture") -> Image.Image:
-    """The same of a file's bytes; ``name`` stands in messages in place of its path.
+    """Decode the bytes of a picture file, as :func:`load_image` does. Messages give ``name`` instead of a path.
 
     Raises:
         BadSample: as :func:`load_image`.
@@ -76,10 +76,10 @@ def decode_image(content: bytes, where: str, name: str = "picture") -> Image.Ima
 
 
 def decode_text(text: str, where: str) -> Image.Image:
-    """The same of a ``data:image/…;base64,…`` URL.
+    """Decode a ``data:image/…;base64,…`` URL, as :func:`load_image` does.
 
     Raises:
-        BadSample: as :func:`load_image`; the text is no base64.
+        BadSample: as :func:`load_image`, or the text is not base64.
     """
     _, comma, encoded = text.partition(",")
     if not comma or len(encoded) > MAX_BYTES // 3 * 4:
@@ -92,21 +92,21 @@ def decode_text(text: str, where: str) -> Image.Image:
 
 
 def from_array(values: np.ndarray, where: str, channels_first: bool = False) -> Image.Image:
-    """An RGB picture of an array (H, W), (H, W, c) or (c, H, W) with c 1, 3 or 4 (the fourth is alpha, dropped).
+    """An array (H, W), (H, W, c) or (c, H, W) as an RGB picture; c is 1, 3 or 4 (the fourth is alpha and dropped).
 
-    Values are bytes, floats in [0, 1], 16-bit integers as a file of 16 bits holds them (grey is rounded, of colours the
-    upper byte is taken, as Pillow does), or other numbers that are whole and in [0, 255].
+    Values are bytes, floats in [0, 1], 16-bit integers, or other numbers that are whole and in [0, 255]. 16-bit values
+    are read as in a file of 16 bits: grey is rounded, and of colours the upper byte is taken, as Pillow does.
 
     Args:
-        channels_first: how a shape is read that may be either.
+        channels_first: how to read a shape that may be either.
 
     Raises:
-        BadSample: it has another shape or other values, or is too large.
+        BadSample: the array has another shape or other values, or is too large.
     """
     prefix = f"{where}: 'image': an array of shape {tuple(values.shape)}, {values.dtype}"
     if values.ndim == 2:
         values = values[..., None]
-    likely = {1: 2, 3: 2, 4: 1}  # four are rather a side of a small picture
+    likely = {1: 2, 3: 2, 4: 1}  # 4 is more likely the side of a small picture
     first, last = (likely.get(values.shape[end], 0) if values.ndim == 3 else 0 for end in (0, -1))
     if not first and not last:
         raise BadSample(f"{prefix}: must be (H, W), or have 1, 3 or 4 channels first or last")
@@ -124,7 +124,7 @@ def from_array(values: np.ndarray, where: str, channels_first: bool = False) -> 
 
 
 def _as_bytes(values: np.ndarray, prefix: str) -> np.ndarray:
-    """Floats in [0, 1], truth values, or whole numbers in [0, 255], as bytes."""
+    """Floats in [0, 1], booleans, or whole numbers in [0, 255], as bytes."""
     kind = values.dtype.kind
     if kind not in "biuf":
         raise BadSample(f"{prefix}: holds no real numbers")
@@ -137,10 +137,10 @@ def _as_bytes(values: np.ndarray, prefix: str) -> np.ndarray:
 
 
 def upright_rgb(image: Image.Image, where: str) -> Image.Image:
-    """The same of a Pillow picture.
+    """A Pillow picture as upright RGB.
 
-    One that Pillow opened from a file is what its file is: bounded, of a format that is read, turned as its
-    orientation says. What was made from it in memory is taken to lie as it should.
+    A picture that Pillow opened from a file is treated like its file: its size is bounded, its format must be one that
+    is read, and it is turned as its orientation says. A picture that was made in memory is taken to be upright.
 
     Raises:
         BadSample: as :func:`load_image`.
@@ -160,7 +160,7 @@ def upright_rgb(image: Image.Image, where: str) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode as RGB. 16-bit grey is scaled so that 65,535 becomes 255."""
+    """Convert any Pillow mode to RGB. 16-bit grey is scaled so that 65,535 becomes 255."""
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I"):  # "I;16" and its byte orders; some Pillow versions open 16-bit PNG as "I"
@@ -176,14 +176,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def scale_16_bits(values: np.ndarray) -> np.ndarray:
-    """Integers of 0 to 65,535 as 0 to 255, rounded to the nearest; what lies outside is clipped first."""
+    """Scale integers from 0…65,535 to 0…255, rounded to the nearest. Values outside are clipped first."""
     return ((np.clip(values.astype(np.int64), 0, 65535) * 255 + 32767) // 65535).astype(np.uint8)
 
 
 def _read(file: BinaryIO, size: int, where: str, name: str) -> Image.Image:
     """A picture from an open file of ``size`` bytes."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's own, on large or odd files: what matters is said by the error
+        warnings.simplefilter("ignore")  # Pillow's warnings about large or odd files; whatever matters is an error
         exif = xmp = b""
         try:
             head = file.read(4)
@@ -199,14 +199,14 @@ def _read(file: BinaryIO, size: int, where: str, name: str) -> Image.Image:
             raise BadSample(f"{where}: 'image': {_TOO_LARGE}: {name}") from error
         except Image.UnidentifiedImageError as error:
             raise BadSample(f"{where}: 'image': {_not_read()}: {name}") from error
-        except Exception as error:  # whatever Pillow's decoders raise on damaged files
+        except Exception as error:  # Pillow's decoders raise many kinds of errors on damaged files
             raise BadSample(f"{where}: 'image': damaged or unsupported picture ({_said(error)}): {name}") from error
         with image:
             return _finished(image, exif, xmp, where, name)
 
 
 def _finished(image: ImageFile.ImageFile, exif: bytes, xmp: bytes, where: str, name: str) -> Image.Image:
-    """Check the size, decode, turn; nothing of the file's metadata stays with the result."""
+    """Check the size, decode, and turn the picture. The result keeps no metadata of the file."""
     _check_size(image, where, name)
     try:
         image.load()
@@ -216,7 +216,7 @@ def _finished(image: ImageFile.ImageFile, exif: bytes, xmp: bytes, where: str, n
         turn = _TURNS.get(orientation(exif, xmp))
         if turn is not None:
             found = found.transpose(turn)
-        elif found is image:  # the file's object ends with the file
+        elif found is image:  # the object of the file is closed with the file
             found = found.copy()
     except Exception as error:
         raise BadSample(f"{where}: 'image': damaged or unsupported picture ({_said(error)}): {name}") from error
@@ -225,7 +225,7 @@ def _finished(image: ImageFile.ImageFile, exif: bytes, xmp: bytes, where: str, n
 
 
 def _metadata(image: Image.Image) -> tuple[bytes, bytes]:
-    """EXIF and XMP of an open picture; Pillow itself turns a TIFF when it is decoded."""
+    """EXIF and XMP of an open picture. (Pillow itself turns a TIFF when it decodes it.)"""
     if image.format == "TIFF":
         return b"", b""
     exif = image.info.get("exif", b"")
@@ -243,7 +243,7 @@ def _metadata(image: Image.Image) -> tuple[bytes, bytes]:
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Those of :data:`FORMATS` that the installed Pillow knows; older ones have no AVIF."""
+    """The :data:`FORMATS` that the installed Pillow knows. Older versions have no AVIF."""
     return tuple(name for name in FORMATS if name != "AVIF" or importlib.util.find_spec("PIL.AvifImagePlugin"))
 
 

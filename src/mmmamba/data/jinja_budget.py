@@ -1,6 +1,6 @@
-"""What a chat template may spend while it is rendered, and how large a value is: every bound of the sandbox.
+"""The budget of a chat template while it is rendered, and the size of values: all bounds of the sandbox.
 
-A value is weighed as the text that it may become, because that is what it costs to write, compare or hash it.
+A value's size is the size of the text that it may become, because that is what writing, comparing or hashing it costs.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ import jinja2
 from jinja2.utils import Namespace
 
 WORK = 1 << 24
-"""What a rendering may spend: about one a character that is made or a simple step, :data:`ITEM` an entry of a list."""
+"""The budget of one rendering. A character or a simple step costs about 1, an entry of a list costs :data:`ITEM`."""
 VALUE = 1 << 22
-"""Characters of one text, or one for each :data:`ITEM` of a list's entries."""
+"""The largest value: characters of a text; an entry of a list counts as :data:`ITEM` characters."""
 SECONDS = 3.0
-"""Processor time of one rendering."""
+"""Processor time for one rendering."""
 ITEM = 16
 BITS = 4096  # of a whole number
 _DEPTH = 100  # of lists within lists
 
 
 class OverBounds(Exception):
-    """A template asked for more than it may have."""
+    """A template asked for more than its budget."""
 
 
 class Budget:
     """What one rendering may still spend.
 
     Args:
-        size: characters that the template is given.
-        marks: what is written at the start and at the end of what a template marks as an answer.
+        size: characters of the template's input.
+        marks: what is written before and after each answer that the template marks.
     """
 
     def __init__(self, size: int, marks: tuple[str, str] = ("", "")) -> None:
@@ -64,10 +64,10 @@ BUDGET: ContextVar[Budget] = ContextVar("chat template")
 
 
 def weigh(value: Any, limit: int | None) -> int:
-    """How large the text of ``value`` may become, an entry that stands twice counted twice.
+    """How large the text of ``value`` may become. An entry that occurs twice counts twice.
 
     Raises:
-        OverBounds: beyond ``limit``, or for lists too deep within one another.
+        OverBounds: the value is larger than ``limit``, or its lists are nested too deeply.
     """
     total, stack = 0, [(value, 0)]
     while stack:
@@ -90,7 +90,7 @@ def weigh(value: Any, limit: int | None) -> int:
 
 
 def size_of(value: Any) -> int:
-    """What a value that is there already takes, without what its entries hold."""
+    """The size of an existing value, without the content of its entries."""
     if isinstance(value, (str, bytes)):
         return len(value)
     if isinstance(value, (Mapping, list, tuple)):
@@ -101,7 +101,7 @@ def size_of(value: Any) -> int:
 
 
 def checked(value: Any) -> Any:
-    """``value``, once it is known that comparing, hashing or writing it takes no more than its size allows."""
+    """``value``, after paying for comparing, hashing or writing it."""
     if isinstance(value, (list, tuple, Mapping, Namespace)):
         budget = BUDGET.get()
         budget.spend(weigh(value, budget.value) // ITEM)
@@ -114,7 +114,7 @@ def checked(value: Any) -> Any:
 
 
 def taken(values: Any) -> Any:
-    """Entries to go through: as they are where their number is known, a list of the others."""
+    """``values``, after paying for going through them. If their number is not known before, they become a list."""
     budget = BUDGET.get()
     if isinstance(values, (str, Mapping, list, tuple, set, frozenset, range, jinja2.Undefined)):
         if not isinstance(values, jinja2.Undefined):
@@ -128,7 +128,7 @@ def taken(values: Any) -> Any:
 
 
 def paid(value: Any) -> Any:
-    """``value``, once what it takes as a text is paid for."""
+    """``value``, after paying for the text that it may become."""
     budget = BUDGET.get()
     budget.make(len(value) if isinstance(value, str) else weigh(value, budget.value))
     return value

@@ -1,4 +1,4 @@
-"""A chat template's Jinja text: compiled once, rendered in bounds, with messages in the form that it reads."""
+"""A chat template in Jinja: compiled once, rendered within a budget, given messages in the form that it reads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BEFORE: Mapping[str, list[str]] = {"system": [], "user": [], "assistant": ["use
 
 
 class _TooMuch(UserError):
-    """The template goes beyond its bounds, whatever the messages are."""
+    """The template exceeds its budget, whatever the messages are."""
 
 
 class ChatJinja:
@@ -33,7 +33,7 @@ class ChatJinja:
         where: named in error messages.
 
     Raises:
-        UserError: the text is no template, or too long for one.
+        UserError: the text is not a template, or is too long.
     """
 
     def __init__(self, source: str, where: str) -> None:
@@ -46,27 +46,27 @@ class ChatJinja:
             self._template = BoundedEnvironment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"{where}: the chat template, line {error.lineno}: {_line(error.message)}") from error
-        except Exception as error:  # a text so nested that a parser gives up, numbers of too many digits, …
+        except Exception as error:  # such as nesting that the parser gives up on, or numbers with too many digits
             raise UserError(f"{where}: the chat template cannot be compiled ({_line(error)})") from error
 
     @cached_property
     def variables(self) -> frozenset[str]:
-        """The names that the template reads and does not make itself."""
+        """The names that the template reads but does not define itself."""
         return frozenset(jinja2.meta.find_undeclared_variables(BoundedEnvironment().parse(self.source)))
 
     def render(self, messages: Sequence[Message], **variables: Any) -> str:
-        """The prompt of ``messages``, whose contents are put into the form that the template reads.
+        """The prompt for ``messages``. Their contents are first put into the form that the template reads.
 
         Args:
-            variables: what the template may name beside the messages: plain data.
+            variables: other names that the template may read: plain data.
 
         Raises:
-            UserError: when the template refuses the messages, or takes too long over them.
+            UserError: the template refuses the messages, or takes too long.
         """
         return self._rendered([self._in_form(message, variables) for message in messages], variables)
 
     def spans(self, messages: Sequence[Message], **variables: Any) -> tuple[str, list[tuple[int, int]]]:
-        """As :meth:`render`, and where ``{% generation %}`` marks answers: (start, end) in characters of the prompt."""
+        """The prompt, and the spans that ``{% generation %}`` marks: (start, end) in characters of the prompt."""
         given = json.dumps([list(messages), variables], default=str, ensure_ascii=False)
         start = next(mark for i in range(len(given) + 1) if (mark := f"\ue002{i}") not in given)
         end = start.replace("\ue002", "\ue003")
@@ -83,9 +83,11 @@ class ChatJinja:
         return text, found
 
     def takes(self, role: str, form: Literal["text", "parts"], variables: Mapping[str, Any]) -> bool:
-        """Whether a message of ``role`` is read whose content is a text, or a list of parts (``{"type": "text", …}``).
+        """Whether the template reads messages of ``role`` in this form: a text, or a list of parts (``{"type": "text",
+        …}``).
 
-        Some templates read both, some one of them and write nothing (or the list as Python writes it) for the other.
+        Some templates read both forms. Others read one, and for the other write nothing, or the list as Python prints
+        it.
         """
         if (role, form) not in self._takes:
             content = _PROBE if form == "text" else [{"type": "text", "text": _PROBE}]
@@ -124,7 +126,7 @@ class ChatJinja:
             return render(self._template, {"messages": messages, **variables}, marks)
         except OverBounds as error:
             raise _TooMuch(f"{self._where}: the chat template {error}") from error
-        except Exception as error:  # whatever the template's own code raises
+        except Exception as error:  # the template's code may raise anything
             self.refuse(f"does not take this conversation ({_line(error)})", error)
 
     def refuse(self, message: str, cause: BaseException | None = None) -> NoReturn:
@@ -132,7 +134,7 @@ class ChatJinja:
 
 
 def flattened(parts: Sequence[Any]) -> str:
-    """The parts of a message as one text, with a mark for each picture, on a line of its own before what follows."""
+    """The parts of a message as one text. Each picture becomes a mark, on a separate line if something follows it."""
     text = ""
     for i, part in enumerate(parts):
         if isinstance(part, Mapping) and part.get("type") in ("image", "image_url"):
@@ -143,7 +145,7 @@ def flattened(parts: Sequence[Any]) -> str:
 
 
 def _line(error: object) -> str:
-    """An error of somebody else's code as one line of a bounded length."""
+    """An error of foreign code as one short line."""
     text = " ".join(str(error).split()) or type(error).__name__
     shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:200])
     return shown + ("..." if len(text) > 200 else "")

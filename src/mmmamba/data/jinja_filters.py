@@ -23,7 +23,7 @@ from mmmamba.data.jinja_budget import (
 )
 from mmmamba.data.jinja_methods import pay_all, pay_replace, percent
 
-_WIDE = 1 << 16  # columns, rows, spaces that a filter is asked for by number
+_WIDE = 1 << 16  # the most columns, rows or spaces that a filter may be asked for
 FREE_TESTS = ("boolean", "callable", "defined", "false", "float", "integer", "iterable", "mapping", "none",
                     "number", "sameas", "sequence", "string", "true", "undefined")  # fmt: skip
 
@@ -31,7 +31,7 @@ FREE_TESTS = ("boolean", "callable", "defined", "false", "float", "integer", "it
 def to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """JSON as chat templates expect it: characters as they are, nothing escaped for HTML."""
+    """JSON as chat templates expect it: no character is escaped for HTML."""
     for option in (indent, *(separators or ())):
         bounded_number(option, 64, "tojson")
         if isinstance(option, str) and len(option) > 64:
@@ -46,7 +46,7 @@ def to_json(
 
 
 def _pay_filter(name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """What a filter takes beyond going through its value, before it runs."""
+    """Pay for what a filter does beyond going through its value, before it runs."""
     budget = BUDGET.get()
     options = (*args, *kwargs.values())
     if name in ("batch", "slice", "center", "indent", "round", "truncate"):
@@ -79,14 +79,14 @@ PLAIN_FILTERS = ("abs", "attr", "count", "d", "default", "first", "float", "int"
 
 
 def paid_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter of Jinja's that pays before it runs."""
+    """One of Jinja's filters, which now pays before it runs."""
     place = 1 if hasattr(function, "jinja_pass_arg") else 0
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         budget = BUDGET.get(None)
         if budget is None:
-            raise OverBounds("is not rendered yet")  # so that the compiler leaves it for then
+            raise OverBounds("is not rendered yet")  # so that the compiler does not run it early
         before, value, rest = args[:place], args[place], args[place + 1 :]
         budget.spend(1)
         if name in AS_TEXT:

@@ -12,7 +12,7 @@ from mmmamba.data.jinja_budget import ITEM
 
 
 class MeteredTree(jinja2.visitor.NodeTransformer):
-    """A template's tree in which every pass of a loop and every call of a macro pays, and so does all that grows."""
+    """Changes a tree so that each pass of a loop, each call of a macro, and each value that grows pays."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         return self._body(node)
@@ -61,7 +61,7 @@ class MeteredTree(jinja2.visitor.NodeTransformer):
 
 
 def _within(node: nodes.Node) -> Iterable[nodes.Node]:
-    """What runs once for each pass of ``node``: not what stands in an inner loop, which pays for itself."""
+    """The nodes that run once for each pass of ``node``. An inner loop pays for its own body."""
     for child in node.iter_child_nodes():
         yield child
         if not isinstance(child, (nodes.For, nodes.Macro, nodes.CallBlock)):

@@ -10,7 +10,7 @@ from jinja2.sandbox import SandboxedFormatter
 
 from mmmamba.data.jinja_budget import BUDGET, ITEM, VALUE, OverBounds, paid, weigh
 
-_PRODUCT = 1 << 30  # text and characters to look for, where Python compares each with each
+_PRODUCT = 1 << 30  # length of a text times length of what is searched for: Python may compare each with each
 
 
 def _pay_split(text: str, separator: Any = None, maxsplit: int = -1) -> int:
@@ -30,7 +30,7 @@ def _pay_join(text: str, values: Any = ()) -> int:
 
 
 def pay_all(text: str, *more: Any) -> int:
-    """A method that makes no more than some texts of its own length."""
+    """The cost of a method that makes at most a few texts as long as its own."""
     if any(isinstance(entry, str) and len(entry) > 64 and len(entry) * len(text) > _PRODUCT for entry in more):
         raise OverBounds("looks for a text too long in another")
     return 3 * len(text) + ITEM
@@ -71,7 +71,7 @@ def _check_widths(form: str) -> None:
 
 
 def percent(form: str, values: Any) -> str:
-    """``form % values``, of which no column is too wide."""
+    """``form % values``; columns that are too wide are refused."""
     for spec in re.findall(r"%(?:\([^)]*\))?[^a-zA-Z%]*", form):
         _check_widths(re.sub(r"\([^)]*\)", "", spec))
     budget = BUDGET.get()

@@ -53,14 +53,14 @@ MAX_SOURCE = 1 << 17
 
 
 def render(template: jinja2.Template, variables: Mapping[str, Any], marks: tuple[str, str] = ("", "")) -> str:
-    """The text of ``template``, within bounds.
+    """Render ``template`` within the budget.
 
     Args:
-        variables: plain data (texts, numbers, lists, dicts): an object with methods would lend them to the template.
+        variables: plain data (texts, numbers, lists, dicts). The template could call the methods of anything else.
         marks: what is written where ``{% generation %}`` begins and ends.
 
     Raises:
-        OverBounds: where it would take too long or grow too large.
+        OverBounds: the text would take too long or grow too large.
     """
     budget = Budget(weigh(dict(variables), None), marks)
     token = BUDGET.set(budget)
@@ -87,7 +87,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class FormatMethod:
-    """``text.format``, within bounds."""
+    """``text.format``, within the budget."""
 
     def __init__(self, run: Callable[..., str]) -> None:
         self._run = run
@@ -101,7 +101,7 @@ _FUNCTIONS = (bounded_range, dict, Namespace, Cycler, Joiner, raise_exception)
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """The settings and names that chat templates rely on, in bounds."""
+    """A Jinja environment with the settings and names that chat templates rely on, within the budget."""
 
     intercepted_binops = frozenset(("+", "-", "*", "/", "//", "**", "%"))
 
@@ -188,7 +188,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return super().call(__context, __obj, *args, **kwargs)
 
     def _method(self, owner: Any, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a method of a text, a list, …, when it is known what it takes."""
+        """Call a method of a text, a list, …, if its cost is known."""
         if isinstance(owner, (Cycler, Joiner, LoopContext)):
             return method(*map(checked, args))
         kind = next((kind for kind in METHOD_PRICES if isinstance(owner, kind)), None)

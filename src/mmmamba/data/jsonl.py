@@ -59,16 +59,17 @@ class JsonlDataset:
 
 
 def _index(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, ...]]:
-    """Start, length and number of each line that is not blank, and the stamp of the file they are of."""
+    """Start, length and number of each line that is not blank, and the file's stamp at that time."""
     starts, lengths, lines = array("q"), array("q"), array("q")
     offset = number = 0
     with open_file(path, _WHAT) as file:
         stamp = stamp_of(os.fstat(file.fileno()))
         try:
-            # A file that says it is empty is not read: among the system's own are some that never end.
+            # A file of size 0 is not read: some of the system's own files say 0 and never end.
             while stamp[2] and (line := file.readline(MAX_LINE + 1)):
                 length, blank = len(line), line.isspace()
-                while len(line) > MAX_LINE and not line.endswith(b"\n"):  # too long a line is passed over in pieces
+                # Skip the rest of a line that is too long, in pieces.
+                while len(line) > MAX_LINE and not line.endswith(b"\n"):
                     line = file.readline(MAX_LINE + 1)
                     length, blank = length + len(line), blank and (not line or line.isspace())
                 number += 1
@@ -86,7 +87,7 @@ def _index(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, .
 
 
 def parse(line: bytes, *, where: str, image_root: Path) -> Sample:
-    """One JSON line as a :class:`Sample`; whatever is wrong with it is a :class:`BadSample` that names the field."""
+    """One JSON line as a :class:`Sample`. Anything wrong with it raises a :class:`BadSample` that names the field."""
     record = _load_object(line, where)
     if record.get("video") is not None:
         raise BadSample(f"{where}: 'video': video samples need a later version of mmmamba")
@@ -170,7 +171,7 @@ def _turn(item: Any, where: str, name: str) -> Turn:
 
 
 def encodable(text: str, where: str, name: str) -> str:
-    """JSON may hold half of a surrogate pair, which no tokenizer and no file system can take."""
+    """Refuse half of a surrogate pair: JSON may hold it, but no tokenizer and no file system can."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""The pictures of a prompt that are decoded only when the model comes to them: files, and frames of videos."""
+"""The pictures of a prompt that are decoded only when the model reads them: files, and frames of videos."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from mmmamba.errors import UserError
 
 @dataclass(frozen=True)
 class PictureFile:
-    """A picture file that is known to be good: its path and its size (width, height) in pixels, upright."""
+    """A picture file that was checked: its path and its upright size (width, height) in pixels."""
 
     path: Path
     size: tuple[int, int]
 
     @classmethod
     def check(cls, path: str | Path, where: str) -> PictureFile:
-        """Decode a file to see that it is a picture and how large; its pixels are not kept.
+        """Decode a file to check that it is a picture, and to learn its size. Its pixels are not kept.
 
         Raises:
             BadSample: as :func:`mmmamba.data.image_decoding.load_image` does.
@@ -34,25 +34,26 @@ class PictureFile:
         return cls(Path(path), load_image(path, where).size)
 
 
-#: What is decoded when it is read. It knows its size, so its tokens can be counted before.
+#: A picture that is decoded when it is read. Its size is known, so its tokens can be counted before that.
 Unread = PictureFile | Frame
 
-#: Whatever can be shown; a PIL picture, a plain path are decoded at once.
+#: Anything that can be shown. A PIL picture and a plain path are decoded at once.
 Picture = Image.Image | str | Path | PictureFile | Frame
 
 
 class Tiles:
-    """uint8 (t, H, W, 3) of pictures in order, never whole in memory unless an array is asked for.
+    """The tiles of pictures in order, uint8 (t, H, W, 3). They are never all in memory, unless somebody asks for an
+    array.
 
-    Iterating gives tile after tile, (H, W, 3) each, and decodes a picture when its first tile is due. It may be
-    repeated; nothing is kept from one time to the next.
+    Iterating gives one tile (H, W, 3) after the other, and decodes a picture when its first tile is needed. You can
+    iterate again; nothing is kept between iterations.
 
     Args:
-        pictures: tiles that are cut already, uint8 (…, H, W, 3), or what they will be cut from.
+        pictures: tiles that are already cut, uint8 (…, H, W, 3), or pictures that are still to be cut.
         grids: the leading dimensions of each picture's tiles, (t,) or (rows, columns).
-        cut: an RGB picture, and the one it was read from, to its tiles.
+        cut: cuts an RGB picture (first argument) that was read from a file or video (second argument) into tiles.
         tile: the shape of a tile, (H, W, 3).
-        where: opens the message of an error.
+        where: error messages start with it.
     """
 
     def __init__(
@@ -71,12 +72,12 @@ class Tiles:
 
     @property
     def decoded(self) -> bool:
-        """Whether all are in memory already."""
+        """Whether all tiles are in memory already."""
         return all(isinstance(picture, np.ndarray) for picture in self._pictures)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the array of all."""
+        """Bytes of an array of all tiles."""
         return prod(self.shape)
 
     def __len__(self) -> int:
@@ -104,7 +105,7 @@ class Tiles:
 
 
 def read(pictures: Iterable[Unread], where: str) -> Iterator[Image.Image]:
-    """The pictures, one at a time, upright and RGB; frames in a row of one video take one pass over it."""
+    """Read the pictures, one at a time, upright and RGB. Consecutive frames of one video take one pass over it."""
     for video, run in groupby(pictures, key=lambda picture: picture.path if isinstance(picture, Frame) else None):
         if video is None:
             yield from (load_image(picture.path, where) for picture in run)

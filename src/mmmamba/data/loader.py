@@ -53,10 +53,11 @@ class Skipped:
 
 @dataclass
 class _Step:
-    """What a worker sends back for one step. Errors are sent as values: if a worker raised them, they would lose their type.
+    """What a worker sends back for one step. Errors are sent as values: if a worker raised them, they would lose their
+    type.
 
-    The step is sent as one batch, whatever the number of micro-batches: a few large arrays. :meth:`micro_batches` returns
-    views of it.
+    The step is sent as one batch, whatever the number of micro-batches: a few large arrays. :meth:`micro_batches`
+    returns views of it.
     """
 
     batch: Batch | None

@@ -1,8 +1,7 @@
-"""Pictures as rows of patches (SOLO): any shape, nothing cut off, one token a patch and a mark between rows.
+"""Pictures as rows of patches (SOLO): any shape, nothing cut off, one token for each patch, a mark between rows.
 
 The size rule, the resampling and the marks are those of the published inference code. Its fine-tuning script stretches
-every picture to 1024×1024 instead; which of the two the released weights saw is not verified against a released
-checkpoint.
+every picture to 1024×1024 instead. We have not checked on a released checkpoint which of the two its weights have seen.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ PATCH_END = PATCH_START
 def fitted_size(width: int, height: int, patch_size: int, max_side: int) -> tuple[int, int]:
     """(width, height) that a picture is resized to: multiples of ``patch_size``, the longer side at most ``max_side``.
 
-    The longer side is rounded up to a multiple and bounded, the shorter one follows in proportion and is rounded up.
+    The longer side is rounded up to a multiple and bounded. The shorter side follows in proportion and is rounded up.
     """
     longer = min(ceil(max(width, height) / patch_size) * patch_size, max_side)
     in_proportion = int(longer * min(width, height) / max(width, height))
@@ -43,7 +42,7 @@ def patch_rows(image: Image.Image, patch_size: int, max_side: int) -> np.ndarray
 
 
 def patch_marks(rows: int, columns: int) -> list[str]:
-    """The special tokens that stand for a picture: rows of ``<vpatch>`` with ``<vrow_sep>`` between them."""
+    """The special tokens of a picture: rows of ``<vpatch>`` with ``<vrow_sep>`` between them."""
     marks = [PATCH_START]
     for row in range(rows):
         marks += [ROW_SEPARATOR] * (row > 0) + [PATCH] * columns

@@ -1,8 +1,9 @@
 """Hashes of a set's pictures, which tell whether the pictures are still the same.
 
 The hash of the JSONL says nothing about the pictures that it names. Hashing a million pictures at the start of each run
-would take too long. So in a set of more than :data:`ALL` records only the pictures of :data:`SAMPLED` records are hashed,
-spread evenly. This finds a set whose pictures were replaced. It may miss a single picture that changed in a large set.
+would take too long. So in a set of more than :data:`ALL` records only the pictures of :data:`SAMPLED` records are
+hashed, spread evenly. This finds a set whose pictures were replaced. It may miss a single picture that changed in a
+large set.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ class PictureHashes:
 
     @classmethod
     def of(cls, dataset: JsonlDataset) -> PictureHashes:
-        """Hash the pictures. Bad records and missing pictures are left to the code that reads the samples: it reports them."""
+        """Hash the pictures.
+
+        Bad records and missing pictures are left to the code that reads the samples: it reports them.
+        """
         count = len(dataset)
         rows: Iterable[int] = range(count) if count <= ALL else (i * count // SAMPLED for i in range(SAMPLED))
         paths: dict[str, None] = {}
@@ -49,7 +53,8 @@ class PictureHashes:
         """The first picture whose hash differs from the stored one. None if there is none, or if nobody can tell."""
         before = kept.split()
         if len(before) != len(self.pictures):
-            return None  # a version that hashed other pictures stored it; the records' own hash says that they are the same
+            # A version that hashed other pictures stored it; the records' own hash says that they are the same.
+            return None
         for (path, mark), old in zip(self.pictures, before, strict=True):
             if mark != old and _LOST not in (mark, old):
                 return path

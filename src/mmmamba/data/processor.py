@@ -1,4 +1,4 @@
-"""Samples and chat turns as what the model reads: token ids, labels and tiles."""
+"""Turns samples and chat turns into what the model reads: token ids, labels and tiles."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from mmmamba.data.video import Frame
 from mmmamba.errors import UserError
 from mmmamba.model.config import ModelConfig, VisionConfig
 
-#: Label of a token that no loss counts.
+#: The label of a token that no loss counts.
 UNSCORED = -100
 
-# White space as the tokenizers library has it: Unicode's, which Python's is but for four separators.
+# White space as the tokenizers library defines it: Unicode's. Python's has four more separators.
 _SPACE_AT_START, _SPACE_AT_END = re.compile(r"\A[^\S\x1c-\x1f]+"), re.compile(r"[^\S\x1c-\x1f]+\Z")
 
 
@@ -50,10 +50,10 @@ class Encoded:
 
     Attributes:
         input_ids: int32 (l,)
-        labels: int32 (l,), unshifted; the assistant's answers with their end marks are scored, the rest is -100.
-        tiles: uint8 (t, H, W, 3), in the order of the ``<IMG_CONTEXT>`` positions; :class:`Tiles` where pictures are
+        labels: int32 (l,), unshifted. The assistant's answers and their end marks are scored; the rest is -100.
+        tiles: uint8 (t, H, W, 3), in the order of the ``<IMG_CONTEXT>`` positions. :class:`Tiles` if pictures are
             decoded only when they are read.
-        cut: tokens of the text's tail that did not fit into ``max_length``.
+        cut: tokens at the end of the text that did not fit into ``max_length``.
     """
 
     input_ids: np.ndarray
@@ -67,8 +67,8 @@ class Encoded:
 class Processor:
     """Tokenizer, template and image settings of one model.
 
-    Every piece of text between two special tokens is tokenised by itself, and an answer apart from its header, so a
-    conversation's ids are those of its prompt, then of each generated answer and each :meth:`continuation` in turn.
+    The text between two special tokens is tokenised separately, and so are an answer and its header. So the ids of a
+    conversation are the ids of its first prompt, followed by each generated answer and each :meth:`continuation`.
     """
 
     def __init__(self, tokenizer: Tokenizer | tokenizers.Tokenizer, config: ModelConfig) -> None:
@@ -76,7 +76,7 @@ class Processor:
         reads_rows = config.vision is not None and config.vision.max_side is not None
         self._context, self._image_end = (PATCH, PATCH_END) if reads_rows else (IMAGE_CONTEXT, IMAGE_END)
         of_code = () if config.template == OF_TOKENIZER else get_template(config.template).marks()
-        # What our templates and pictures are made of is never read from a text, whatever the tokenizer calls it.
+        # The marks of our templates and pictures are never read from text, whatever the tokenizer calls them.
         self.tokenizer = given.withholding((*of_code, *((self._context, self._image_end) if config.vision else ())))
         self.config = config
         self.template = _template(config.template, self.tokenizer)
@@ -103,7 +103,7 @@ class Processor:
     @classmethod
     def from_folder(cls, folder: str | Path) -> Processor:
         """The processor of a checkpoint folder or a built-in model."""
-        from mmmamba.checkpoints import read_config, resolve  # checkpoints stand above data
+        from mmmamba.checkpoints import read_config, resolve  # a lazy import: checkpoints are above data
 
         path = resolve(folder)
         return cls(Tokenizer.from_folder(path), read_config(path))
@@ -117,14 +117,14 @@ class Processor:
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: the end mark first, then the end of text and the start of another turn."""
+        """Tokens that end an answer: first the end mark, then the end of text and the start of another turn."""
         marks = [self.tokenizer.token_id(mark) for mark in self.template.stop_marks()]
         ids = (*marks[:1], self.config.eos_token_id, *self.config.stop_token_ids, *marks[1:])
         return tuple(token for token in dict.fromkeys(ids) if token >= 0)
 
     @property
     def appends(self) -> bool:
-        """Whether a conversation only grows at its end, so that :meth:`continuation` can be used."""
+        """Whether a conversation only grows at its end. Then :meth:`continuation` can be used."""
         return self.template.appends(self.config.system_message)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
@@ -141,9 +141,9 @@ class Processor:
         """A whole conversation to train on or, with ``answer=False``, the prompt for its last answer.
 
         Args:
-            max_length: longest sequence. A conversation's text is cut at its tail (``cut`` counts the tokens); a
-                prompt, or a picture that does not fit, is a :class:`BadSample`.
-            max_tiles: most tiles a picture may take, thumbnail not counted; the model's own setting when omitted.
+            max_length: longest sequence. The text of a conversation is cut at its end (``cut`` counts the tokens). A
+                prompt, or a picture, that does not fit is a :class:`BadSample`.
+            max_tiles: most tiles for a picture, without the thumbnail. Default: the model's own setting.
         """
         turns = sample.turns
         if not answer and turns[-1].role == GPT:
@@ -157,24 +157,23 @@ class Processor:
     def prompt(self, turns: Sequence[Turn], images: Sequence[Picture] = (), *, max_tiles: int | None = None) -> Encoded:
         """The prompt of a conversation that ends with a human turn.
 
-        A picture that is given as a :class:`PictureFile` or a :class:`Frame` is decoded when the prompt is read. A
-        frame is one tile.
+        A :class:`PictureFile` or a :class:`Frame` is decoded when the prompt is read. A frame is one tile.
         """
         if not turns or turns[-1].role != HUMAN:
             raise UserError("a prompt must end with a human turn")
         return self.conversation(turns, images, "prompt", max_tiles, reply=True)
 
     def continuation(self, turn: Turn, images: Sequence[Picture] = (), *, max_tiles: int | None = None) -> Encoded:
-        """What follows a finished answer when the human says ``turn``; pictures without a mark go before its text.
+        """What follows a finished answer when the human says ``turn``. Pictures without a mark go before its text.
 
-        (prompt ids) + (answer ids with the end mark) + (these ids) are the ids of the prompt of the whole
-        conversation, in which a mark for each picture stands in its own turn.
+        (prompt ids) + (answer ids with the end mark) + (these ids) are the ids of the prompt of the whole conversation,
+        if each picture's mark is in its own turn.
 
         Raises:
-            UserError: when the template changes what came before (``appends`` is False).
+            UserError: the template changes what came before (``appends`` is False).
         """
         if not self.appends:
-            raise UserError("this model's chat template changes what came before: read the whole conversation anew")
+            raise UserError("this model's chat template changes what came before: read the whole conversation again")
         tiles = self._tiles([turn], images, "turn", max_tiles)
         (marked,) = add_missing_marks([turn], len(images))
         pieces = self.template.continuation(marked, self.config.system_message)
@@ -229,9 +228,9 @@ class Processor:
         return Encoded(input_ids, labels, np.asarray(tiles) if tiles.decoded else tiles, where=where)
 
     def _stripped(self, pieces: Sequence[Piece]) -> Iterator[Piece]:
-        """The pieces, without the white space that a mark takes with it (``lstrip``, ``rstrip``).
+        """The pieces, without the white space that marks remove (``lstrip``, ``rstrip``).
 
-        An answer stands as it was given: what was generated must be what is read again.
+        An answer is left as it is: what was generated must be exactly what is read again.
         """
         if not any(map(any, self._strips.values())):
             yield from pieces
@@ -263,7 +262,7 @@ class Processor:
         where: str,
         max_tiles: int | None,
     ) -> Tiles:
-        """The tiles of each picture, (t,), or (rows, columns) where it is read as rows of patches."""
+        """The tiles of each picture: (t,), or (rows, columns) if the model reads rows of patches."""
         marks = count_marks(turns)
         if marks > len(images):
             raise BadSample(f"{where}: 'conversations' has {marks} <image> marks for {len(images)} images")
@@ -292,7 +291,7 @@ class Processor:
         return Tiles(found, grids, cut, (side, side, 3), where)
 
     def _limits(self, most: int, picture: Unread | None) -> tuple[int, int]:
-        """How few and how many tiles a picture may be cut into; a frame of a video is always one."""
+        """The least and most tiles that a picture may be cut into. A frame of a video is always one tile."""
         if isinstance(picture, Frame) or not self.config.dynamic_image_size:
             return 1, 1
         return min(self.config.min_dynamic_patch, most), most
@@ -305,7 +304,7 @@ class Processor:
         return tile(image, vision.image_size, most, least, self.config.use_thumbnail)
 
     def _grid(self, vision: VisionConfig, most: int, picture: Unread) -> tuple[int, ...]:
-        """How many tiles :meth:`_cut` will give, known from the picture's size."""
+        """How many tiles :meth:`_cut` will return. This is known from the picture's size."""
         if vision.max_side is not None:
             width, height = fitted_size(*picture.size, vision.patch_size, vision.max_side)
             return height // vision.patch_size, width // vision.patch_size
@@ -333,7 +332,7 @@ class Processor:
 
 
 def _template(name: str, tokenizer: Tokenizer) -> Template | JinjaTemplate:
-    """The template ``name``, or the tokenizer's own (a plain one, where it has none)."""
+    """The template ``name``, or the tokenizer's own (a plain one, if it has none)."""
     if name != OF_TOKENIZER:
         return get_template(name)
     source, tokens = tokenizer.chat_template, tokenizer.named_tokens

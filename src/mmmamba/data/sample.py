@@ -1,4 +1,4 @@
-"""What one training or test record is, once read: turns of text and the pictures they speak of."""
+"""A training or test record after it is read: turns of text, and the pictures that they refer to."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ IMAGE_MARK = "<image>"
 
 
 class BadSample(UserError):
-    """A record that cannot be used; the message opens with its ``file:line`` and names the field."""
+    """A record that cannot be used. The message starts with ``file:line`` and names the field."""
 
 
 class NothingScored(BadSample):
-    """A conversation from which nothing can be learnt: it has no answer, or none within the greatest length."""
+    """A conversation from which nothing can be learnt: it has no answer, or none within the maximum length."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class Turn:
 
 @dataclass(frozen=True)
 class Sample:
-    """One record: an optional system turn, then human and gpt turns in alternation.
+    """One record: an optional system turn, then human and gpt turns that alternate.
 
     Attributes:
         images: paths of the pictures, absolute, in the order of their marks.
         where: ``file.jsonl:12``, for error messages.
         extra: every other key of the record (ability, choices, ...), as it was read.
-        named: whether the record has an ``id``; its line's number stands for one otherwise.
+        named: whether the record has an ``id``. If not, ``id`` is the number of its line.
     """
 
     id: str

@@ -46,7 +46,8 @@ class Order:
         self.seed = seed
         self.batch_size = batch_size
         self._first = np.concatenate([[0], np.cumsum(self.sizes)])[:-1]
-        #: (P,) the source of each slot of a period, and how often it came before in the period; (S,) slots of each source.
+        #: (P,) the source of each slot of a period, and how often it came before in the period; (S,) slots of each
+        #: source.
         self._source, self._rank, self._share = _alternation(weights)
         self._permutations: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
@@ -95,7 +96,7 @@ class Order:
 
 
 def _alternation(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How sources take turns: slot -> source, slot -> earlier turns of that source, and each source's turns in a period."""
+    """How sources take turns: slot -> source, slot -> earlier turns of that source; turns of each source."""
     if len(weights) == 1:
         return np.zeros(1, np.int64), np.zeros(1, np.int64), np.ones(1, np.int64)
     wanted = np.array(weights) / sum(weights) * _PERIOD

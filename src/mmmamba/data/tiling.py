@@ -17,7 +17,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def check_tiles(most: int | None, name: str = "max_tiles") -> None:
-    """Refuse a greatest number of tiles that no picture should be cut into: all of its grids are compared."""
+    """Refuse a limit on tiles that is too large (every grid up to it is compared) or below 1."""
     if most is not None and not 1 <= most <= MAX_TILES:
         bound = f"at most {MAX_TILES:,}" if most > MAX_TILES else "at least 1"
         raise UserError(f"{name} must be {bound}, got {most}")
@@ -45,7 +45,7 @@ def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
 def grid(width: int, height: int, image_size: int, min_tiles: int, max_tiles: int) -> tuple[int, int]:
     """(columns, rows) whose aspect ratio is nearest to the picture's.
 
-    Among equally near ones a larger grid wins while the picture has more than half of that grid's pixels.
+    If several grids are equally near, the largest one wins of which the picture has more than half the pixels.
     """
     aspect = width / height
     best, best_distance = (1, 1), float("inf")
@@ -78,7 +78,10 @@ def _resized(image: Image.Image, width: int, height: int) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """ImageNet's mean and deviation on ``device``, copied there once: a graph under capture takes no copies."""
+    """ImageNet's mean and deviation on ``device``.
+
+    They are copied once: while a CUDA graph is captured, nothing may be.
+    """
     return torch.tensor(IMAGENET_MEAN, device=device), torch.tensor(IMAGENET_STD, device=device)
 
 

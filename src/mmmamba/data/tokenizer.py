@@ -1,4 +1,4 @@
-"""Text to token ids and back, with special tokens that text alone can never produce."""
+"""Text to token ids and back. No text can produce a special token."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ SENTENCEPIECE_FILE = "tokenizer.model"
 TEMPLATE_FILE = "chat_template.jinja"
 
 STRETCH = 1 << 16
-"""Characters that are tokenised at once, where a text can be cut."""
+"""Characters that are tokenised at once, if a text can be cut."""
 MAX_STRETCH = 1 << 20
-"""Characters that are tokenised at once, where a text cannot be cut: the library takes up to 600 bytes for each."""
+"""Characters that may be tokenised at once if a text cannot be cut: the library takes up to 600 bytes for each."""
 WORD_END = re.compile(r"[A-Za-z](?=[ \n][A-Za-z])")
 
 
 class Tokenizer:
     """A thin wrapper of ``tokenizers.Tokenizer``, made from its JSON text.
 
-    Added tokens are transformers' own: those with ``special: false`` are read in any text and shown, by their flags
-    (``lstrip``, ``rstrip``, ``single_word``, ``normalized``). Special ones are withheld from text. Tokens with a role
-    (``bos_token``, …) are always special.
+    Added tokens work as in transformers: those with ``special: false`` are read in any text and shown, according to
+    their flags (``lstrip``, ``rstrip``, ``single_word``, ``normalized``). Special ones are never read from text. Tokens
+    with a role (``bos_token``, …) are always special.
 
     Args:
         definition: the content of a ``tokenizer.json``.
-        config: the content of ``tokenizer_config.json``; a minimal one is written by :meth:`save` when omitted.
+        config: the content of ``tokenizer_config.json``. If it is left out, :meth:`save` writes a minimal one.
         where: named in error messages.
-        withheld: added tokens that are special whatever the definition says.
+        withheld: added tokens that are treated as special, whatever the definition says.
     """
 
     def __init__(
@@ -61,7 +61,8 @@ class Tokenizer:
         self._added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = {token.content: i for i, token in self._added.items() if token.special}
         unknown = self._special_ids.get(getattr(self._tokenizer.model, "unk_token", None) or UNK)
-        self._withheld_ids = frozenset(self._special_ids.values()) - {unknown}  # (which stands for characters)
+        # (the unknown token replaces characters, so it may come from text).
+        self._withheld_ids = frozenset(self._special_ids.values()) - {unknown}
 
     @classmethod
     def from_bpe(cls, bpe: tokenizers.Tokenizer) -> Tokenizer:
@@ -72,10 +73,10 @@ class Tokenizer:
     def from_folder(cls, folder: str | Path) -> Tokenizer:
         """The tokenizer of a folder: ``tokenizer.json``, else a sentencepiece ``tokenizer.model``."""
         path, model = Path(folder) / TOKENIZER_FILE, Path(folder) / SENTENCEPIECE_FILE
-        from mmmamba.checkpoints.gguf import find_gguf, gguf_tokenizer  # checkpoints stand above data
+        from mmmamba.checkpoints.gguf import find_gguf, gguf_tokenizer  # a lazy import: checkpoints are above data
 
         gguf = find_gguf(folder)
-        if gguf is not None:  # which has all of it; nothing that lies next to it is read
+        if gguf is not None:  # a GGUF file has everything; nothing beside it is read
             return cls(*gguf_tokenizer(gguf), str(gguf))
         for name in (TOKENIZER_FILE, SENTENCEPIECE_FILE, CONFIG_FILE, NAMES_FILE, ADDED_FILE, TEMPLATE_FILE):
             refuse_foreign_link(Path(folder) / name)
@@ -87,7 +88,8 @@ class Tokenizer:
             found = cls._from_sentencepiece(model, config or {})
         else:
             names = if_any(path.with_name(NAMES_FILE))
-            if names and not (config or {}).get("added_tokens_decoder"):  # an older folder: the roles stand there
+            # An older folder, which names the roles in this file.
+            if names and not (config or {}).get("added_tokens_decoder"):
                 config = {**(config or {}), **names}
             found = cls(with_added(path, config or {}), config, str(path))
         template = Path(folder) / TEMPLATE_FILE
@@ -112,8 +114,8 @@ class Tokenizer:
         own = {role: bpe.id_to_token(i) for role, i in roles.items() if 0 <= i < len(model.pieces)}
         merged = {**own, **if_any(names), **config}
         for key in ("added_tokens_decoder", "auto_map", "sp_model_kwargs", "legacy"):
-            merged.pop(key, None)  # the definition says it now, or only the slow class knows it
-        for role in ("unk_token", "bos_token", "eos_token", "pad_token"):  # written as a text or as a whole token
+            merged.pop(key, None)  # the definition has it now, or only the slow class uses it
+        for role in ("unk_token", "bos_token", "eos_token", "pad_token"):  # written as a text, or as an object
             if isinstance(merged.get(role), dict):
                 merged[role] = merged[role].get("content")
         merged |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
@@ -134,8 +136,11 @@ class Tokenizer:
 
     @property
     def identity(self) -> str:
-        """What a fingerprint of this tokenizer covers: its definition and, where an added token is no plain mark, how
-        added tokens are read (tokens that are not special were once withheld from text)."""
+        """What a fingerprint of this tokenizer covers: its definition and, if an added token has flags, which are
+        special.
+
+        (Earlier versions never read tokens that are not special from text.)
+        """
         plain = all(t.special and not (t.lstrip or t.rstrip or t.single_word) for t in self._added.values())
         return self._definition + ("" if plain else f"\nadded tokens by their flags, {sorted(self._special_ids)}")
 
@@ -150,7 +155,7 @@ class Tokenizer:
 
     @property
     def largest_id(self) -> int:
-        """The largest of its ids, which need not follow one another."""
+        """The largest id. Ids may have gaps."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def token_id(self, token: str) -> int:
@@ -162,13 +167,13 @@ class Tokenizer:
     def encode(
         self, text: str, allow_special: bool = True, after: Literal["start", "special", "text"] = "start"
     ) -> list[int]:
-        """Token ids, nothing added. Without ``allow_special`` a special token's name is plain text like any other.
+        """Token ids, with nothing added. Without ``allow_special``, the name of a special token is plain text.
 
-        ``after`` says what precedes the text in its prompt (nothing, a special token, other text): a tokenizer that
-        puts a space before its text does so at the start, some behind special tokens, and none in the middle of a text.
+        ``after`` says what comes before the text in its prompt: nothing, a special token, or other text. Tokenizers
+        that put a space before a text do so at the start. Some also do so after special tokens, and none in the middle.
 
         Raises:
-            UserError: the text has a stretch of over a million characters that cannot be cut.
+            UserError: the text has more than a million characters that cannot be cut.
         """
         spaced = after == "start" or (after == "special" and not self._space_at_start_only)
         ids: list[int] = []
@@ -183,7 +188,7 @@ class Tokenizer:
         return ids
 
     def _ids(self, text: str, allow_special: bool, spaced: bool) -> list[int]:
-        """The ids of ``text``; unless ``spaced`` no space is put before it (but before what follows an added token)."""
+        """The ids of ``text``. Without ``spaced``, no space is put before it (one may be put after an added token)."""
         whole, bare = self._libraries(allow_special)
         encoding = self._encoded(whole if spaced else bare, text)
         ids: list[int] = encoding.ids
@@ -198,16 +203,16 @@ class Tokenizer:
         return ids[: found + 1] + (self._encoded(whole, rest).ids if rest else [])
 
     def _encoded(self, library: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
-        """What the library makes of ``text``; a definition that it takes may still fail at some texts."""
+        """The library's encoding of ``text``. A definition that it accepted may still fail at some texts."""
         try:
             return library.encode(text, add_special_tokens=False)
-        except BaseException as error:  # a panic of the library's is no Exception
+        except BaseException as error:  # a panic in the library is not an Exception
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise UserError(f"{self._where}: the tokenizer fails at this text ({error})") from error
 
     def _spelt_out(self, ids: Sequence[int], offsets: Sequence[tuple[int, int]], text: str) -> list[int]:
-        """``ids``, with the characters of a special token in its place: its name may be a word of the vocabulary."""
+        """``ids``, with special tokens replaced by their characters: such a name may be a word of the vocabulary."""
         _, bare = self._libraries(False)
         found: list[int] = []
         for token, (start, end) in zip(ids, offsets, strict=True):
@@ -216,14 +221,14 @@ class Tokenizer:
         return found
 
     def strips(self, token: str) -> tuple[bool, bool]:
-        """Whether a special token takes the white space before it, and behind it, with it."""
+        """Whether a special token removes the white space before it, and after it."""
         added = self._added.get(self.token_id(token))
         return (False, False) if added is None else (added.lstrip, added.rstrip)
 
     def _stretches(self, text: str) -> Iterator[str]:
-        """``text`` in stretches whose ids, one after another, are those of the whole.
+        """Cut ``text`` into parts whose ids, one after another, are the ids of the whole.
 
-        The library needs some hundred bytes a token while it works: a long text is not tokenised all at once.
+        The library needs some hundred bytes for each token while it works, so a long text is not tokenised at once.
         """
         start = 0
         while len(text) - start > STRETCH and self._keeps_to_words:
@@ -236,23 +241,23 @@ class Tokenizer:
 
     @cached_property
     def _keeps_to_words(self) -> bool:
-        """Whether a text can be cut behind a word: no token goes on from a letter to a space or a new line."""
+        """Whether a text can be cut after a word: no token continues from a letter to a space or a new line."""
         across = re.compile(
             "[A-Za-z][ \n\u2581\u0120\u010a]"
         )  # as they are, and as sentencepiece and byte-level BPE write them
         if any(across.search(token) for token in self._tokenizer.get_vocab(with_added_tokens=True)):
             return False
         if any(not token.special and (token.rstrip or token.single_word) for token in self._added.values()):
-            return False  # they look at what follows, or came before
+            return False  # these depend on the text before or after them
         library, bare = self._libraries(False)
         whole, first, rest = (
             tokenizer.encode(text, add_special_tokens=False).ids
             for tokenizer, text in ((library, "a b\nc"), (library, "a"), (bare, " b\nc"))
         )
-        return bool(whole == first + rest)  # not so where the ends of a text are trimmed
+        return bool(whole == first + rest)  # false if the ends of a text are trimmed
 
     def _libraries(self, allow_special: bool) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
-        """The library's tokenizer, and the same that puts no space before a text; both read special tokens or not."""
+        """The library's tokenizer, and one that puts no space before a text. ``allow_special`` goes for both."""
         if allow_special not in self._pairs:
             bare = without_first_space(parse(self._definition))
             same = bare == parse(self._definition)
@@ -265,16 +270,16 @@ class Tokenizer:
         return {}
 
     def _build(self, definition: str, allow_special: bool = False) -> tokenizers.Tokenizer:
-        """The library's tokenizer, in which tokens with a role are special; special ones are read if allowed."""
+        """The library's tokenizer. Tokens with a role are special; special tokens are read from text if allowed."""
         try:
             content = parse(definition)
             for token in content.get("added_tokens", []):
                 token["special"] = token["special"] or token["content"] in self._special_names
             tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
-            # The library also takes a part as the list of its values, which nothing writes.
+            # The library also accepts a part as a list of its values, but no tool writes that.
             if not all(isinstance(part, dict) for part in parts_of(content)):
                 raise TypeError("a normalizer or pre-tokenizer is no mapping")
-        except Exception as error:  # the library raises bare Exception on a malformed definition
+        except Exception as error:  # the library raises a bare Exception for a malformed definition
             raise UserError(f"{self._where}: not a usable tokenizer definition: {error}") from error
         tokenizer.encode_special_tokens = not allow_special
         tokenizer.no_truncation()
@@ -298,7 +303,7 @@ class Tokenizer:
 
     @property
     def named_tokens(self) -> dict[str, str]:
-        """``bos_token``, ``eos_token``, … → the token, as far as ``tokenizer_config.json`` names them."""
+        """``bos_token``, ``eos_token``, … → the token, for those that ``tokenizer_config.json`` names."""
         found: dict[str, Any] = {
             name: token.get("content") if isinstance(token, dict) else token
             for name, token in (self._config if self._config is not None else self._default_config()).items()
@@ -320,7 +325,7 @@ class Tokenizer:
         return tuple(token.content for token in self._added.values() if not token.special)
 
     def withholding(self, tokens: Iterable[str]) -> Tokenizer:
-        """This tokenizer, but ``tokens`` are special where they are added tokens: no text can hold them."""
+        """This tokenizer, with those of ``tokens`` that are added tokens made special: no text can produce them."""
         if not set(tokens).intersection(self.others):
             return self
         return Tokenizer(self._definition, self._config, self._where, self._withheld.union(tokens))
@@ -332,7 +337,7 @@ class Tokenizer:
         return bool(ids) and bos is not None and ids[0] == self._special_ids.get(bos)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Text of the ids; what stands between two special tokens that are shown is a text of its own."""
+        """The text of the ids. If special tokens are shown, the ids between two of them are decoded separately."""
         ids = [int(i) for i in ids]
         if skip_special:
             return self._tokenizer.decode(ids, skip_special_tokens=True)
@@ -341,7 +346,7 @@ class Tokenizer:
         return "".join(self._tokenizer.decode(list(text), skip_special_tokens=False) for _, text in texts)
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[str, dict[str, Any] | None, str, frozenset[str]]]:
-        # The wrapped object forgets `encode_special_tokens` when pickled, so a worker builds its own.
+        # The wrapped object loses `encode_special_tokens` when it is pickled, so each worker builds a new one.
         return (Tokenizer, (self._definition, self._config, self._where, self._withheld))
 
     def _default_config(self) -> dict[str, Any]:

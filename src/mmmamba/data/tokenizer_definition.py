@@ -12,7 +12,7 @@ from mmmamba.jsonfile import MAX_TOKENIZER_BYTES, parse, read_text
 
 
 def parts_of(definition: dict[str, Any]) -> list[dict[str, Any]]:
-    """The normalizers and pre-tokenizers of a definition, those of a sequence one by one."""
+    """The normalizers and pre-tokenizers of a definition. A sequence is given as its members."""
     found: list[dict[str, Any]] = []
     for kind, members in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
         part = definition.get(kind) or {}
@@ -34,13 +34,13 @@ def without_first_space(definition: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_added(path: Path, config: dict[str, Any]) -> str:
-    """The text of a ``tokenizer.json``, with the added tokens that the files beside it say; itself where they agree."""
+    """The text of a ``tokenizer.json``, with the added tokens of the files beside it. Unchanged if they agree."""
     text = read_text(path, limit=MAX_TOKENIZER_BYTES)
     try:
         content = parse(text)
         changed = merged(content, path.parent, config)
     except UserError:
         raise
-    except Exception as error:  # whatever a definition of another form leads to
+    except Exception as error:  # a definition of another form may cause anything
         raise UserError(f"{path}: not a usable tokenizer definition: {error}") from error
     return json.dumps(content, ensure_ascii=False) if changed else text

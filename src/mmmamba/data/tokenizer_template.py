@@ -12,7 +12,7 @@ from mmmamba.data.chat_template import OF_TOKENIZER, Piece, with_images
 from mmmamba.data.jinja_chat import ChatJinja
 from mmmamba.data.sample import GPT, HUMAN, SYSTEM, Turn
 
-#: For models without a chat template (base models): a line that names the speaker, the text, and an empty line.
+#: For models without a chat template (base models): a line with the speaker, then the text, then an empty line.
 PLAIN = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -24,27 +24,27 @@ PLAIN = (
 )
 
 _ROLES = {HUMAN: "user", GPT: "assistant", SYSTEM: "system"}
-_SLOT = re.compile("\ue000(\\d+)\ue001")  # stands for a turn's text; characters that nothing trims or escapes
+_SLOT = re.compile("\ue000(\\d+)\ue001")  # takes the place of a turn's text; nothing trims or escapes these characters
 
 
 class JinjaTemplate:
-    """The chat template of a tokenizer, rendered as transformers does, in a sandbox.
+    """The chat template of a tokenizer, rendered in a sandbox, with the result that transformers gives.
 
-    The conversation is rendered with a slot in place of each turn's text. What stands around the slots is the
-    template's, and only there do special tokens count; what goes into them is plain text. A second rendering, with the
-    texts, shows what the template makes of them: it may trim them, and one that changes them otherwise is refused.
-    So the prompt is transformers' own, with one exception: an answer stands as it was given where the template would
-    trim it, because what was generated must be what is read again.
+    First the conversation is rendered with a slot in place of each turn's text. The text around the slots comes from
+    the template, and only there do special tokens count. What is put into the slots is plain text. A second rendering,
+    with the texts, shows what the template does with them. It may trim them; a template that changes them in another
+    way is refused. So the prompt is the one of transformers, with one exception: an answer is never trimmed, because
+    what was generated must be exactly what is read again.
 
-    Without a system turn the template's default stands. There is no ``strftime_now``: a prompt must not depend on
-    the day.
+    Without a system turn the template uses its default. There is no ``strftime_now``: a prompt must not depend on the
+    date.
 
     Args:
         source: the Jinja text.
-        tokens: ``bos_token``, ``eos_token``, … as the template may name them.
+        tokens: ``bos_token``, ``eos_token``, …, which the template may name.
         specials: every special token of the tokenizer.
         where: named in error messages.
-        others: its added tokens that are not special: texts like any other, but they may end an answer.
+        others: its added tokens that are not special. They are ordinary text, but may end an answer.
     """
 
     adds_bos: ClassVar[bool] = False
@@ -68,7 +68,7 @@ class JinjaTemplate:
 
     @property
     def definition(self) -> str:
-        """All that decides the prompt of a conversation: what a fingerprint covers."""
+        """Everything that decides the prompt of a conversation, for a fingerprint."""
         return json.dumps(self._arguments[:3])
 
     def marks(self) -> tuple[str, ...]:
@@ -76,20 +76,20 @@ class JinjaTemplate:
         return tuple(sorted(self._specials))
 
     def stop_marks(self) -> tuple[str, ...]:
-        """The added token that ends an answer, then the special ones up to the next question."""
+        """The added token that ends an answer, then the special tokens up to the next question."""
         literals, order = self._slots([Turn(HUMAN, ""), Turn(GPT, ""), Turn(HUMAN, "")], reply=True)
         between = self._ends.findall(literals[order.index(1) + 1]) if self._ends else []
         return tuple(dict.fromkeys([*between[:1], *(mark for mark in between if mark in self._specials)]))
 
     def pieces(self, turns: Sequence[Turn], *, system_message: str | None = None, reply: bool) -> list[Piece]:
-        """The whole conversation; with ``reply`` the assistant's header follows, for the model to go on from.
+        """The whole conversation. With ``reply``, the header of the assistant's next answer follows.
 
         Args:
-            system_message: None for the template's own; an empty one is passed on as an empty system turn. A system
-                turn among ``turns`` goes before either.
+            system_message: None for the template's own. An empty one becomes an empty system turn. A system turn in
+                ``turns`` overrides both.
 
         Raises:
-            UserError: when the template refuses the conversation, or rewrites the text of a turn.
+            UserError: the template refuses the conversation, or rewrites the text of a turn.
         """
         if system_message is not None and not (turns and turns[0].role == SYSTEM):
             turns = (Turn(SYSTEM, system_message), *turns)
@@ -105,7 +105,8 @@ class JinjaTemplate:
                 literal = literal[end.end() :] if end else literal
             turn = None if index is None else turns[index]
             answered = turn is not None and turn.role == GPT
-            # What the template puts between the header that a prompt ends with and the answer is the model's to say.
+            # A prompt ends with a header. What the template writes between this header and the answer, the model must
+            # say.
             known = len(header) if answered and literal.startswith(header) else len(literal)
             built.literal(literal[:known], scored=False)
             built.literal(literal[known:], scored=True)
@@ -119,17 +120,18 @@ class JinjaTemplate:
         return built.pieces
 
     def appends(self, system_message: str | None) -> bool:
-        """Whether a conversation that goes on only grows at its end, so that a state can be carried.
+        """Whether a longer conversation only adds to the end of a shorter one, so that a state can be carried on.
 
-        Then prompt, answer with its end mark, and :meth:`continuation` are the prompt of the longer conversation. It is
-        not so where a template writes an answer otherwise than it prompts for one, or moves the system message along.
+        Then the prompt, the answer with its end mark, and :meth:`continuation` together are the prompt of the longer
+        conversation. This fails if a template writes past answers in another form than new ones, or moves the system
+        message.
         """
         if system_message not in self._appends:
             self._appends[system_message] = self._grows(system_message)
         return self._appends[system_message]
 
     def continuation(self, turn: Turn, system_message: str | None) -> list[Piece]:
-        """What follows the mark of a finished answer when the human says ``turn``, up to the next answer."""
+        """What follows the end mark of an answer when the human says ``turn``, up to the next answer."""
         turns = [Turn(HUMAN, "a"), Turn(GPT, "b"), turn]
         pieces = self.pieces(turns, system_message=system_message, reply=True)
         return pieces[max(i for i, piece in enumerate(pieces) if piece.scored) + 1 :]
@@ -148,14 +150,14 @@ class JinjaTemplate:
         return all(longer[i] + more == longer[i + 1] for i in range(2))
 
     def _header(self, system: bool) -> str:
-        """What a prompt ends with, behind the question, with or without a system turn."""
+        """The end of a prompt, after the question, with or without a system turn."""
         if system not in self._headers:
             turns = [Turn(SYSTEM, "s")] * system + [Turn(HUMAN, "a")]
             self._headers[system] = self._slots(turns, reply=True)[0][-1]
         return self._headers[system]
 
     def _slots(self, turns: Sequence[Turn], reply: bool) -> tuple[list[str], list[int]]:
-        """The template's own text (n + 1 stretches) around the texts of the turns, and the turns in that order."""
+        """The template's own text (n + 1 parts) around the texts of the turns, and the order of the turns."""
         rendered = self._render([replace(turn, text=f"\ue000{i}\ue001") for i, turn in enumerate(turns)], reply)
         parts = _SLOT.split(rendered)
         order = [int(index) for index in parts[1::2]]
@@ -167,7 +169,10 @@ class JinjaTemplate:
     def _written(
         self, turns: Sequence[Turn], literals: Sequence[str], order: Sequence[int], reply: bool
     ) -> dict[int, str]:
-        """What the template makes of the text of each turn: itself, or trimmed. Anything else is refused."""
+        """What the template writes for the text of each turn: the text, or the trimmed text.
+
+        Anything else is refused.
+        """
         rendered = self._render(turns, reply)
         texts: dict[int, str] = {}
         position = len(literals[0]) if rendered.startswith(literals[0]) else len(rendered) + 1
@@ -193,20 +198,20 @@ class JinjaTemplate:
 
 
 def _any_of(marks: Iterable[str]) -> re.Pattern[str] | None:
-    """Finds each of ``marks``, the longest first; None where there are none."""
+    """A pattern that finds any of ``marks``, the longest first. None if there are no marks."""
     longest_first = sorted(marks, key=len, reverse=True)
     return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
 
 
 class _Builder:
-    """Pieces while they grow: neighbouring texts are one, so that they are tokenised together."""
+    """Collects pieces. Neighbouring texts are joined, so that they are tokenised together."""
 
     def __init__(self, marks: re.Pattern[str] | None) -> None:
         self.pieces: list[Piece] = []
         self._marks = marks
 
     def literal(self, text: str, *, scored: bool) -> None:
-        """Text of the template, in which special tokens count."""
+        """Add text of the template, in which special tokens count."""
         parts = self._marks.split(text) if self._marks else [text]
         for i, part in enumerate(parts):
             if i % 2:
@@ -215,7 +220,7 @@ class _Builder:
                 self._text(part, scored)
 
     def turn(self, turn: Turn) -> None:
-        """The plain text of a turn."""
+        """Add the text of a turn, which is plain."""
         for piece in with_images(turn.text) if turn.role == HUMAN else [Piece("text", turn.text)]:
             if piece.kind == "text":
                 self._text(piece.text, turn.role == GPT)

@@ -1,4 +1,4 @@
-"""Frames of a video file: which ones are taken, and reading them one at a time (PyAV, an optional dependency)."""
+"""Chooses frames of a video file, and reads them one at a time (PyAV, an optional dependency)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from mmmamba.data.sample import IMAGE_MARK
 from mmmamba.errors import UserError
 from mmmamba.input_files import check_file, open_file
 
-# From the frame as it is stored to upright: PyAV gives the quarter turn, counter-clockwise, that shows it so.
+# From a stored frame to an upright one. PyAV gives the turn, counter-clockwise, that makes it upright.
 _TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A frame of a video: its number in the order of showing, its time in seconds from the first one, its size.
+    """A frame of a video: its number in display order, its time in seconds after the first frame, its size.
 
     The size is (width, height) in pixels, upright.
     """
@@ -37,7 +37,7 @@ class Frame:
 
 
 def choose_frames(path: str | Path, *, fps: float = 1.0, max_frames: int = 64) -> list[Frame]:
-    """The frames that stand for a video. The whole of it is decoded once, and no pixel kept.
+    """Choose the frames that represent a video. The whole video is decoded once; no pixels are kept.
 
     From the first frame's time on, the first frame of every interval of 1/``fps`` seconds is taken; an interval in
     which no frame begins gives none, whatever the rate of the video and however it varies. Of more than ``max_frames``
@@ -47,7 +47,7 @@ def choose_frames(path: str | Path, *, fps: float = 1.0, max_frames: int = 64) -
         UserError: PyAV is not installed; the file is missing, no video, broken, too large, or has no frame.
     """
     check_choice(fps, max_frames)
-    rate = Fraction(str(fps))  # 0.3 is meant as three tenths: an interval's end must not hang on binary rounding
+    rate = Fraction(str(fps))  # 0.3 means three tenths: binary rounding must not move the end of an interval
     path = Path(path)
     start: Fraction | None = None
     interval: int | None = None
@@ -63,7 +63,7 @@ def choose_frames(path: str | Path, *, fps: float = 1.0, max_frames: int = 64) -
 
 
 def check_choice(fps: float, max_frames: int) -> None:
-    """Refuse what no frames can be chosen by (UserError)."""
+    """Refuse values with which no frame can be chosen (UserError)."""
     if not (math.isfinite(fps) and fps > 0):
         raise UserError(f"fps must be positive, got {fps}")
     if max_frames < 1:
@@ -71,10 +71,10 @@ def check_choice(fps: float, max_frames: int) -> None:
 
 
 def read_frames(path: str | Path, indices: Iterable[int]) -> Iterator[Image.Image]:
-    """The frames with these numbers as upright RGB pictures, one at a time. Rising numbers take one pass.
+    """Read the frames with these numbers as upright RGB pictures, one at a time. Rising numbers take one pass.
 
     Raises:
-        UserError: as :func:`choose_frames`, and when the video has no frame of a number.
+        UserError: as :func:`choose_frames`, or if the video has no frame with a number.
     """
     path, before = Path(path), -1
     frames = enumerate(_decoded(path))
@@ -91,12 +91,12 @@ def read_frames(path: str | Path, indices: Iterable[int]) -> Iterator[Image.Imag
 
 
 def frame_marks(frames: Sequence[Frame]) -> str:
-    """What stands for a video in a question, before its text: a line ``Frame1: <image>`` for each frame (InternVL)."""
+    """The text that represents a video, before the question: a line ``Frame1: <image>`` for each frame (InternVL)."""
     return "".join(f"Frame{number}: {IMAGE_MARK}\n" for number in range(1, len(frames) + 1))
 
 
 def _decoded(path: Path) -> Iterator[tuple[Fraction, Any]]:
-    """(time in seconds, PyAV frame) of a video in the order of showing; a few frames are in memory at once."""
+    """(time in seconds, PyAV frame) of a video in display order. Only a few frames are in memory at once."""
     if importlib.util.find_spec("av") is None:
         raise UserError(f"{path}: reading a video needs PyAV: pip install 'mmmamba[video]' (or pip install av)")
     if check_file(path) == 0:
@@ -104,7 +104,7 @@ def _decoded(path: Path) -> Iterator[tuple[Fraction, Any]]:
     av = importlib.import_module("av")
     with contextlib.ExitStack() as opened:
         try:
-            # A stream, not a name, and no protocol: a playlist must not make us open other files or the network.
+            # Give PyAV a stream, not a name, and no protocols: a playlist must not open other files or the network.
             stream = opened.enter_context(open_file(path))
             container = opened.enter_context(av.open(stream, options={"protocol_whitelist": "none"}))
             if not container.streams.video:
@@ -126,7 +126,7 @@ def _decoded(path: Path) -> Iterator[tuple[Fraction, Any]]:
 
 
 def _time(path: Path, frame: Any, index: int, rate: Fraction | None) -> Fraction:
-    """Seconds; a stream without timestamps (raw H.264) goes by its frame rate."""
+    """The time in seconds. A stream without timestamps (raw H.264) is timed by its frame rate."""
     if frame.pts is not None and frame.time_base:
         return Fraction(frame.pts) * Fraction(frame.time_base)
     if not rate:

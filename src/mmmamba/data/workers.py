@@ -1,8 +1,8 @@
-"""Processes that work out numbered items ahead of the one that wants them, in order.
+"""Processes that prepare numbered items ahead of time, and deliver them in order.
 
-Each worker has a pipe of its own, and what it sends goes through that pipe: nothing lies in shared memory, which is
-64 MB in a container unless somebody asked for more, and kills or blocks who writes beyond it. A worker that dies closes
-its pipe, so that the one that waits for it knows at once; a worker whose parent has died ends too.
+Each worker sends its items through its own pipe. Nothing goes through shared memory: a container has only 64 MB of it
+unless more was asked for, and a process that writes beyond that is killed or blocked. A worker that dies closes its
+pipe, so its parent knows at once. A worker whose parent has died ends too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mmmamba.errors import UserError
 
 T = TypeVar("T")
 
-GRACE = 5.0  # seconds within which a process is gone whose pipe is closed
+GRACE = 5.0  # seconds that a process may take to end after its pipe was closed
 
 
 def ordered(
@@ -40,18 +40,18 @@ def ordered(
     ahead: int = 2,
     receive: Callable[[T], T] | None = None,
 ) -> Generator[T, None, None]:
-    """``work(start)``, ``work(start + 1)``, … up to ``stop`` (None: for ever). The processes are started by this call,
-    and killed when what it returns is closed.
+    """``work(start)``, ``work(start + 1)``, … up to ``stop`` (None: without end). This call starts the processes. They
+    are killed when the generator is closed.
 
     Args:
-        work: what makes an item; where processes are spawned, it is pickled. Its results are pickled in any case.
-        workers: processes; 0 works here, when an item is asked for.
+        work: makes an item. It is pickled if processes are spawned; its results are always pickled.
+        workers: the number of processes; 0 makes each item in this process, when it is asked for.
         ahead: items that each worker makes before they are asked for.
-        receive: applied to each item as it arrives, before it is asked for (in a thread).
+        receive: applied to each item in a thread as it arrives, before it is asked for.
 
     Raises:
-        UserError: when a worker died.
-        RuntimeError: when ``work`` raised in a worker; the message has its traceback.
+        UserError: a worker died.
+        RuntimeError: ``work`` raised in a worker; the message has its traceback.
     """
     numbers = range(start, sys.maxsize if stop is None else stop)
     if workers < 1:
@@ -74,7 +74,7 @@ def _delivered(
             for worker in crew:
                 worker.ask(next(asked, None))
         for worker, _ in zip(cycle(crew), numbers, strict=False):
-            for other in crew:  # one that died is said at once, not when its turn comes
+            for other in crew:  # report a dead worker at once, not when its turn comes
                 other.check()
             yield worker.next()
             worker.ask(next(asked, None))
@@ -86,11 +86,11 @@ def _delivered(
 
 
 class _Worker(Generic[T]):
-    """One process, as its parent sees it."""
+    """A worker process, seen from its parent."""
 
     def __init__(self, context: BaseContext, work: Callable[[int], T], older: list[Connection]) -> None:
         self.pipe, theirs = context.Pipe()
-        # A forked process holds what its parent holds: the pipes to its older siblings too, and this one's other end.
+        # A forked process inherits what its parent has open: the pipes of older workers, and the other end of its own.
         held = [*older, self.pipe] if context.get_start_method() == "fork" else []
         self.process = cast(
             BaseProcess,
@@ -108,7 +108,7 @@ class _Worker(Generic[T]):
 
     def ask(self, number: int | None) -> None:
         if number is not None:
-            with contextlib.suppress(OSError):  # it has died, which the next answer says
+            with contextlib.suppress(OSError):  # it has died, and the next answer will say so
                 self.pipe.send(number)
 
     def next(self) -> T:
@@ -124,7 +124,10 @@ class _Worker(Generic[T]):
             raise UserError(_epitaph(self.process.exitcode))
 
     def end(self) -> None:
-        """Once it was killed. Its pipe is closed last: nobody may read from a number that is another file's by now."""
+        """Clean up after it was killed.
+
+        Its pipe is closed last, so that nobody reads from a number that was given away.
+        """
         self.process.join()
         if self._listener is not None:
             self._listener.join()
@@ -161,7 +164,7 @@ def _serve(pipe: Connection, work: Callable[[int], Any], held: list[Connection],
 
     for other in held:
         other.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers for all
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C for all
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
     try:
@@ -172,21 +175,21 @@ def _serve(pipe: Connection, work: Callable[[int], Any], held: list[Connection],
             except BaseException:
                 answer = ("failed", traceback.format_exc())
             _send(pipe, answer)
-    except (EOFError, OSError):  # the parent wants no more, or has died
+    except (EOFError, OSError):  # the parent wants no more items, or has died
         os._exit(0)
 
 
 def _end_with(parent: int) -> None:
-    """End this process when the one that started it has ended, however it did."""
+    """End this process when its parent has ended, for whatever reason."""
     known = multiprocessing.parent_process()
-    forked = multiprocessing.get_start_method() != "forkserver"  # which is what it descends from otherwise
+    forked = multiprocessing.get_start_method() != "forkserver"  # whose child it would be otherwise
     while (known is None or known.is_alive()) and not (forked and os.getppid() != parent):
         time.sleep(0.5)
     os._exit(1)
 
 
 def _send(pipe: Connection, value: Any) -> None:
-    """Pickled; the content of arrays goes as it lies in memory, uncopied."""
+    """Send pickled; the content of arrays is sent from where it is in memory, without a copy."""
     buffers: list[pickle.PickleBuffer] = []
     head = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
     views = [buffer.raw() for buffer in buffers]
