@@ -167,7 +167,7 @@ def test_unsupported_annotation_is_our_mistake() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("a: 1\nb:\n  c: 1\n  c: 2\n", ":4: the key 'c' stands here again (first on line 3)"),
+        ("a: 1\nb:\n  c: 1\n  c: 2\n", ":4: the key 'c' appears here again (first on line 3)"),
         ("a: [1\nb: 2\n", ":2: expected ',' or ']'"),
         ("a: 1\n\tb: 2\n", ":2: found character '\\t'"),
         ("a: *x\n", ":1: found undefined alias 'x'"),

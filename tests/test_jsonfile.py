@@ -14,9 +14,9 @@ from mmmamba.errors import UserError
 from mmmamba.jsonfile import MAX_DEPTH, parse_json, read_any, read_bytes, read_json, read_lines
 
 REFUSED = {
-    "a key twice": ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' stands twice in one object"),
-    "a key twice, escaped": ('{"a": 1, "\\u0061": 2}', "the key 'a' stands twice in one object"),
-    "a key that moves the cursor": ('{"\\u001b[2J": 1, "\\u001b[2J": 1}', r"the key '\\x1b\[2J' stands twice"),
+    "a key twice": ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' appears twice in one object"),
+    "a key twice, escaped": ('{"a": 1, "\\u0061": 2}', "the key 'a' appears twice in one object"),
+    "a key that moves the cursor": ('{"\\u001b[2J": 1, "\\u001b[2J": 1}', r"the key '\\x1b\[2J' appears twice"),
     "NaN": ("[NaN]", "NaN is no number of JSON"),
     "-Infinity": ('{"a": -Infinity}', "-Infinity is no number of JSON"),
     "too large for a float": ("1e999", "the number 1e999 is too large"),

@@ -43,9 +43,9 @@ def test_scalars_of_the_core_schema(text: str, value: Any) -> None:
         ("!!binary x", "tag"), ("!!set {a}", "tag"), ("!mine 1", "tag"), ("!!python/name:os.system", "tag"),
         (r'"\UFFFFFFFF"', "not usable YAML"), (r'"\ud800"', "half of a surrogate pair"),
         ("[&b [*b]]", "stands inside what it repeats"), ("{[1]: 2}", "a key must be a single value"),
-        ("[&b [1], {*b : 2}]", "a key must be a single value"), ("{1: 2, 0x1: 3}", "the key '1' stands here again"),
-        ("{true: 1, 1: 2}", "stands here again"), ("{<<: 1}", "'<<' takes a mapping"),
-        ("{b: 1, 'b': 2}", "the key 'b' stands here again"),
+        ("[&b [1], {*b : 2}]", "a key must be a single value"), ("{1: 2, 0x1: 3}", "the key '1' appears here again"),
+        ("{true: 1, 1: 2}", "appears here again"), ("{<<: 1}", "'<<' takes a mapping"),
+        ("{b: 1, 'b': 2}", "the key 'b' appears here again"),
         ("[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1), "deep"),
     ],
 )  # fmt: skip

@@ -29,7 +29,7 @@ OK, USAGE, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141
 
 @dataclass(frozen=True, kw_only=True)
 class Verb:
-    """A verb: where its function is, what the overview says of it, and how to go on when it was interrupted."""
+    """A verb: its function, its line and example in the overview, and what to do after an interruption."""
 
     function: str  # "module:name"
     summary: str
@@ -40,15 +40,15 @@ class Verb:
 VERBS: Mapping[str, Verb | Mapping[str, Verb]] = {
     "teach": Verb(
         function="mmmamba.distill.train_teacher:teach",
-        summary="train a small softmax teacher from scratch, as a recipe says",
+        summary="train a small softmax teacher from scratch, following a recipe",
         example="mmmamba teach nano-teacher --out runs/nano-teacher",
-        go_on="add --resume to the same command to go on from the last checkpoint",
+        go_on="add --resume to the same command to continue from the last checkpoint",
     ),
     "distill": Verb(
         function="mmmamba.distill.distill:distill",
-        summary="turn a teacher into a linear or hybrid student, as a recipe says",
+        summary="turn a teacher into a linear or hybrid student, following a recipe",
         example="mmmamba distill pico-linear --out runs/pico-linear",
-        go_on="add --resume to the same command to go on from the last checkpoint",
+        go_on="add --resume to the same command to continue from the last checkpoint",
     ),
     "eval": Verb(
         function="mmmamba.evaluation.evaluate:evaluate",
@@ -57,15 +57,15 @@ VERBS: Mapping[str, Verb | Mapping[str, Verb]] = {
     ),
     "ablate": Verb(
         function="mmmamba.ablation.ablate:ablate",
-        summary="find out what matters in a recipe: a table of cells, distilled, asked and compared over seeds",
+        summary="find out what matters in a recipe: distil and test many variants, over several seeds",
         example="mmmamba ablate nano-ablation --only placement",
-        go_on="run the same command to go on with the cell it was in",
+        go_on="run the same command to continue with the cell it was in",
     ),
     "bench": Verb(
         function="mmmamba.benchmark.bench:bench",
         summary="measure what models cost: latency, prefill, memory, throughput, with plots",
         example="mmmamba bench --geometry nano",
-        go_on="add --resume to the same command to go on with what was measured",
+        go_on="add --resume to the same command to continue with what is left to measure",
     ),
     "chat": Verb(
         function="mmmamba.inference.chat:chat",
@@ -75,12 +75,12 @@ VERBS: Mapping[str, Verb | Mapping[str, Verb]] = {
     ),
     "inspect": Verb(
         function="mmmamba.inspection:inspect",
-        summary="say what a model is made of and what it costs, without loading it",
+        summary="show what a model is made of and what it costs, without loading it",
         example="mmmamba inspect pico-hybrid",
     ),
     "convert": Verb(
         function="mmmamba.convert:convert",
-        summary="write a model down in another layout, for transformers, or as the published ones",
+        summary="write a model in another layout: for transformers, or like the published students",
         example="mmmamba convert nano-linear nano-linear-whole",
     ),
     "data": {
@@ -92,23 +92,23 @@ VERBS: Mapping[str, Verb | Mapping[str, Verb]] = {
         ),
         "check": Verb(
             function="mmmamba.data.check:check",
-            summary="read a conversation set as training would: what is in it, what is wrong",
+            summary="read a data set as training would, and report what is in it and what is wrong",
             example="mmmamba data check mydata/train.jsonl --teacher pico-teacher",
         ),
         "convert": Verb(
             function="mmmamba.evaluation.converters:convert_dataset",
-            summary="convert a public benchmark's files to our JSONL",
+            summary="convert the files of a public benchmark to our JSONL",
             example="mmmamba data convert pope coco_pope_random.json --image-root val2014 --out pope.jsonl",
         ),
     },
     "demo": Verb(
         function="mmmamba.demo:demo",
-        summary="the whole story in small: teacher, distillation, student, comparison",
+        summary="see the whole way at small size: teacher, distillation, student, comparison",
         example="mmmamba demo",
     ),
     "version": Verb(
         function="mmmamba.cli:version",
-        summary="print the versions of mmmamba and of what it stands on",
+        summary="print the versions of mmmamba and of the packages it uses",
         example="mmmamba version",
     ),
 }
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             except SystemExit as done:  # tyro leaves this way after --help (0) and after wrong usage (2)
                 return done.code if isinstance(done.code, int) else USAGE
             call()
-        sys.stdout.flush()  # here, so that a closed pipe is met inside this `try`
+        sys.stdout.flush()  # flush here, so that a closed pipe is noticed inside this `try`
         return OK
     except UserError as error:
         console.complain(f"error: {error}")
@@ -141,29 +141,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         console.discard_stdout()  # the reader (head, less) has gone
         return BROKEN_PIPE
-    except OSError as error:  # a full disk, a folder that may not be read: the system's reason is the user's business
+    except OSError as error:  # such as a full disk or a folder that may not be read: show the system's reason
         console.complain(f"error: {printable(console.why_not_written(error))}")
         return USAGE
 
 
 def _check_place() -> None:
-    """Refuse a working folder that was removed: PyTorch's libraries end the process there, with a riddle.
+    """Refuse a working folder that was removed: in it, PyTorch's libraries end the process with an obscure message.
 
-    Figures go to files. The notebook that a command was started from may name a backend that is not installed here.
+    Also make matplotlib draw to files. A notebook may have set a backend that is not installed here.
     """
     try:
         os.getcwd()
     except FileNotFoundError as error:
-        raise UserError("the folder that this runs in was removed; go to another") from error
+        raise UserError("the folder that this runs in was removed; change to another one") from error
     os.environ["MPLBACKEND"] = "agg"
 
 
 def parse(argv: Sequence[str]) -> partial[Any]:
-    """The call that a command line asks for, not made: its function (``func``) and arguments (``args``, ``keywords``).
+    """The call that a command line asks for, without making it: its ``func``, ``args`` and ``keywords``.
 
     Raises:
         UserError: when there is no such verb.
-        SystemExit: when help is asked for (0) or the arguments are wrong (2); either has been printed then.
+        SystemExit: help was asked for (0) or the arguments are wrong (2). The text has been printed.
     """
     verb, name, rest = _find(VERBS, "mmmamba", list(argv))
     if verb is None:
@@ -172,7 +172,7 @@ def parse(argv: Sequence[str]) -> partial[Any]:
 
 
 def version() -> None:
-    """Print the versions of mmmamba and of what it stands on, for a bug report."""
+    """Print the versions of mmmamba and of the packages it uses, for a bug report."""
     import platform
     from importlib.metadata import version as installed
 
@@ -185,7 +185,7 @@ def version() -> None:
 def _find(
     verbs: Mapping[str, Verb | Mapping[str, Verb]], prog: str, args: list[str]
 ) -> tuple[Verb | None, str, list[str]]:
-    """(verb, its full name, its arguments); the verb is None when the overview was asked for, and printed."""
+    """(verb, its full name, its arguments). The verb is None if the overview was asked for; it was printed then."""
     if not args:
         console.complain(_overview(verbs, prog))
         raise UserError(f"{prog} needs a verb: {', '.join(verbs)}")
@@ -202,7 +202,7 @@ def _find(
 
 
 def _overview(verbs: Mapping[str, Verb | Mapping[str, Verb]], prog: str) -> str:
-    """What ``mmmamba --help`` prints: each verb in a line, with a worked example under it."""
+    """The text of ``mmmamba --help``: one line for each verb, with an example under it."""
     lines = [f"usage: {prog} VERB …", ""]
     if prog == "mmmamba":
         lines += [ABOUT, ""]
@@ -214,13 +214,13 @@ def _overview(verbs: Mapping[str, Verb | Mapping[str, Verb]], prog: str) -> str:
 
 
 def _parse(verb: Verb, name: str, args: Sequence[str]) -> partial[Any]:
-    """``args`` by the signature of the verb's function: the call, not made yet."""
+    """Parse ``args`` by the signature of the verb's function. Returns the call, not made yet."""
     import tyro
 
     module, _, attribute = verb.function.partition(":")
     function = getattr(importlib.import_module(module), attribute)
     if "-h" in args or "--help" in args:
-        # Not left to tyro's `description`, which joins and breaks lines as it likes and wraps none.
+        # tyro's `description` would join and break lines in its own way, and would not wrap them.
         print(_description(function, verb, name), end="\n\n")
     return tyro.cli(
         _from_command_line(function),
@@ -232,10 +232,10 @@ def _parse(verb: Verb, name: str, args: Sequence[str]) -> partial[Any]:
 
 
 def _from_command_line(function: Callable[..., Any]) -> Callable[..., partial[Any]]:
-    """What binds ``function`` to its arguments, with a signature that says to tyro how the command line should look.
+    """A function that binds ``function`` to its arguments. Its signature tells tyro how the command line looks.
 
-    Parameters before the ``*`` become positional; a list or tuple after it becomes an option to repeat
-    (``--image a.png --image b.png``), so that no option swallows the positional after it.
+    Parameters before the ``*`` become positional. A list or tuple after it becomes an option that can be repeated
+    (``--image a.png --image b.png``), so that no option takes the positional argument after it.
     """
     import tyro
 
@@ -252,7 +252,7 @@ def _from_command_line(function: Callable[..., Any]) -> Callable[..., partial[An
         elif _is_several(hints[parameter.name]):
             hint = Annotated[hint, tyro.conf.UseAppendAction]
             if default and default is not parameter.empty:
-                # tyro would append to the default; what is given here replaces it.
+                # tyro would append to the default. Here, given values replace it.
                 several_defaults[parameter.name] = default
                 shown = " ".join(str(item) for item in default)
                 hint = Annotated[hint, tyro.conf.arg(help_behavior_hint=f"(repeatable; default: {shown})")]
@@ -277,7 +277,7 @@ def _is_several(hint: Any) -> bool:
 
 
 def _description(function: Callable[..., Any], verb: Verb, name: str) -> str:
-    """The docstring up to its ``Args:``, wrapped for this terminal, with an example in any case."""
+    """The docstring up to its ``Args:``, wrapped for this terminal. An example is added if it has none."""
     lines = inspect.cleandoc(function.__doc__ or verb.summary).splitlines()
     sections = ("Args:", "Returns:", "Raises:", "Yields:")
     text = "\n".join(lines[: next((i for i, line in enumerate(lines) if line in sections), len(lines))]).strip()
@@ -289,5 +289,5 @@ def _description(function: Callable[..., Any], verb: Verb, name: str) -> str:
 
 
 def _joined_entries(docstring: str) -> str:
-    """``docstring`` with each entry under ``Args:`` on one line, so that the help wraps it to the terminal alone."""
+    """``docstring`` with each entry under ``Args:`` on one line, so that the help can wrap it to the terminal."""
     return re.sub(r"\n {8,}(?=\S)", " ", inspect.cleandoc(docstring))

@@ -1,4 +1,4 @@
-"""``mmmamba convert``: a model of any layout that we read, written down in another."""
+"""``mmmamba convert``: read a model in any known layout, and write it in another."""
 
 from __future__ import annotations
 
@@ -35,29 +35,30 @@ def convert(
     stage2: Path | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a model down in another layout, with its tokenizer.
+    """Write a model in another layout, with its tokenizer.
 
     Examples::
 
-        mmmamba convert HoVLE/ hovle-ours                                  # what transformers loads, too
-        mmmamba convert runs/my-run/model student --to mmmamba-release     # as the published students lie
+        mmmamba convert HoVLE/ hovle-ours                                  # a folder that transformers loads
+        mmmamba convert runs/my-run/model student --to mmmamba-release     # like the published students
         mmmamba convert stage3.pt student --teacher HoVLE/ --stage2 stage2.pt
 
-    The layout of SRC is found out. The model passes tensor by tensor: a few GB of memory do for any size. DST appears
-    when it is whole. What the layout can't express (a mixer option, a softmax layer that is none) is refused by name.
+    The layout of SRC is detected. The model is converted tensor by tensor, so a few GB of memory are enough for any
+    size. DST appears when it is complete. If the layout can't express something (such as an option of a mixer), the
+    command refuses and names it.
 
     Args:
         src: a folder (HoVLE, a published student, a Llama-family model, ours), a built-in name, a GGUF file, or a
             stage's file of the published trainer.
-        dst: the folder to write. What an earlier convert wrote there is replaced, if nobody has changed it since.
-        to: mmmamba (our layout, which transformers loads after `import mmmamba`; a student that stored only what
-            differs from its teacher becomes whole), hovle (softmax layers only), or mmmamba-release (the published
-            mixer only).
-        dtype: of the written tensors; A_log and dt_bias stay in float32.
-        separate: with mmmamba-release: write the projections one by one, as they are while training.
+        dst: the folder to write. A model that an earlier convert wrote there is replaced, unless it was changed since.
+        to: the layout. mmmamba is ours, which transformers loads after `import mmmamba` (a student that stores only its
+            differences from the teacher becomes complete). hovle is for models with softmax layers only, and
+            mmmamba-release for students with the published mixer only.
+        dtype: number format of the written tensors. A_log and dt_bias stay in float32.
+        separate: with mmmamba-release: write one tensor for each projection, as during training.
         teacher: with a stage's file: the HoVLE folder that it was trained from.
-        stage2: with stage 3's file: stage 2's, which has the decays that stage 3's lacks.
-        overwrite: replace any model that is in dst. A folder with other files in it is refused all the same.
+        stage2: with the file of stage 3: the file of stage 2. It has the decays that the file of stage 3 lacks.
+        overwrite: replace any model in dst. A folder with other files in it is still refused.
 
     Returns:
         the folder.
@@ -83,7 +84,7 @@ def convert(
 
 
 class _Beside:
-    """What lies beside config and weights: the source's own files and, where it has a tokenizer, our processor's."""
+    """The files beside config and weights: the source's own files and, if it has a tokenizer, our processor's."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -101,12 +102,12 @@ def _open(src: str, teacher: str | None, stage2: Path | None) -> Source:
     if not stage:
         return open_source(src)
     if teacher is None:
-        raise UserError(f"{src}: a stage's file has only what was trained: give its teacher with --teacher")
+        raise UserError(f"{src}: a stage's file holds only what was trained: give its teacher with --teacher")
     return open_partial(src, teacher=teacher, stage2=stage2)
 
 
 def _widest(source: Source) -> torch.dtype:
-    """What the checkpoint is said to be in: what it says itself, or the dtype of its largest tensor."""
+    """The dtype of the checkpoint: the one that it names, or the dtype of its largest tensor."""
     if source.dtype is not None:
         return source.dtype
     weights = source.weights

@@ -140,7 +140,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise JsonError(f"the key {shown(key)} stands twice in one object")
+                raise JsonError(f"the key {shown(key)} appears twice in one object")
             seen.add(key)
     return data
 

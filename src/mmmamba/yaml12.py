@@ -186,7 +186,7 @@ class _Builder:
                 raise BadYaml("a key must be a single value, not an alias of a list or mapping", line)
             if value in top.lines:  # 1 and true are one key to Python
                 name = "<<" if value is _MERGE else value
-                raise BadYaml(f"the key '{name}' stands here again (first on line {top.lines[value]})", line)
+                raise BadYaml(f"the key '{name}' appears here again (first on line {top.lines[value]})", line)
             top.lines[value] = top.key_line = line
             top.key = value
         else:

@@ -185,7 +185,7 @@ def test_two_cells_of_one_name_and_a_recipe_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "t.yaml"
     text = "name: x\nbase: nano-linear\ntables:\n  t:\n    title: x\n    cells:\n      a: {}\n      a: {seed: 1}\n"
     file.write_text(text)
-    with pytest.raises(UserError, match=r"t.yaml:8: the key 'a' stands here again \(first on line 7\)"):
+    with pytest.raises(UserError, match=r"t.yaml:8: the key 'a' appears here again \(first on line 7\)"):
         load_plan(file)
     with pytest.raises(UserError, match=r"nano-linear.yaml: has no 'tables': it is a recipe"):
         load_plan("nano-linear")

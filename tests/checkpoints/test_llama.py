@@ -159,7 +159,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("Llama", {"rope_parameters.rope_type": "linear"}, "'rope_parameters.factor' is missing"),
     ("Llama", {"rope_parameters.factor": 2.0}, "'rope_parameters.factor' is 2.0: it has no meaning"),
     ("Llama", {"rope_theta": 5.0}, "'rope_parameters.rope_theta' is 10000.0, but 'rope_theta' is 5.0"),
-    ("Llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'rope_scaling' stands beside 'rope_parameters'"),
+    ("Llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'rope_scaling' is set beside 'rope_parameters'"),
     ("Llama", {"qk_norm": True}, "'qk_norm' is True"),
     ("Llama", {"final_logit_softcapping": 30.0}, "'final_logit_softcapping' is 30.0"),
     ("Llama", {"residual_multiplier": 0.2}, "'residual_multiplier' is 0.2"),

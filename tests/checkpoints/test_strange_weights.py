@@ -232,7 +232,7 @@ def test_an_index_and_its_shards(folders, tmp_path: Path) -> None:
         write_json(index, wrong)
         refused("must map each tensor to its file")
     index.write_text('{"weight_map": {"a": "a.safetensors", "a": "b.safetensors"}}')
-    refused(r"index\.json: the key 'a' stands twice")
+    refused(r"index\.json: the key 'a' appears twice")
 
 
 # ---------------------------------------------------------------------------------------------- numbers that do not fit

@@ -86,10 +86,10 @@ BAD = {
     "not UTF-8": (b'{"id": "\xff"}', "not UTF-8"),
     "very deep": (b"[" * 100_000, "not usable JSON|not JSON"),
     "very long number": (b'{"id": ' + b"9" * 5000 + b"}", "a number of 5000 digits"),
-    "key twice": (b'{"image": "0.png", "image": "1.png"}', "the key 'image' stands twice"),
+    "key twice": (b'{"image": "0.png", "image": "1.png"}', "the key 'image' appears twice"),
     "key twice inside": (
         b'{"conversations": [{"from": "human", "value": "a", "value": "b"}]}',
-        "the key 'value' stands",
+        "the key 'value' appears",
     ),
     "NaN": (b'{"id": NaN}', "NaN is no number of JSON"),
     "infinity": (b'{"score": -Infinity}', "-Infinity is no number"),

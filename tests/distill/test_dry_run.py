@@ -187,7 +187,7 @@ def refusals(recipe: Path, tmp_path: Path) -> dict[str, tuple[dict[str, Any], st
         "no relative data": ({"set": ("data.sources=[{path: mine.jsonl}]",)}, "mine.jsonl: no such file"),
         "a folder": ({"data": (tmp_path,)}, "is a folder, not a file"),
         "empty data": ({"data": (empty,)}, "empty.jsonl: holds no sample"),
-        "bad sample": ({"data": (bad,)}, "bad.jsonl:1: the key 'id' stands twice"),
+        "bad sample": ({"data": (bad,)}, "bad.jsonl:1: the key 'id' appears twice"),
         "stranger's": ({"out": other}, "stranger: is not empty and not a run"),
         "file": ({"out": tmp_path / "file"}, "file: is a file"),
     }

@@ -177,7 +177,7 @@ TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=train_bpe(WORDS * 4, 320, S
         ({"text": "hi", "stride": False}, "no option 'stride'"),
         ({"text": "hi", "videos": [1]}, "'videos': this model reads text and pictures only"),
         ({"text": "hi", "audio_kwargs": {"x": 1}}, "'audio_kwargs': this model reads"),
-        ({"text": "hi", "padding": True, "text_kwargs": {"padding": False}}, "'padding' stands both in 'text_kwargs'"),
+        ({"text": "hi", "padding": True, "text_kwargs": {"padding": False}}, "'padding' is set both in 'text_kwargs'"),
         ({"text": "hi", "text_kwargs": {"max_tiles": 3}}, "no option 'max_tiles'"),
         ({"text": "hi", "return_tensors": "tf"}, "return_tensors must be 'pt', 'np' or None, got 'tf'"),
         ({"text": "hi", "device": "cpu"}, "device goes with return_tensors='pt'"),

@@ -360,7 +360,7 @@ def test_session_goes_on_from_its_file(folder, tmp_path, capsys, letters_only, m
     assert run(capsys, folder, "sure?", *same) == expected[1]
     assert read_session(file).header.transcript == whole.past.turns
     monkeypatch.setattr("sys.stdin", io.StringIO("and now?\n"))
-    assert f"goes on from {file} (question 3)" in run(capsys, folder, *same)
+    assert f"continues from {file} (question 3)" in run(capsys, folder, *same)
     assert read_session(file).header.answers == 3
 
 

@@ -102,7 +102,7 @@ class _Reader:
         for _ in range(self.count("fields", MAX_FIELDS)):
             name = self.text("a field's name")
             if name in fields:
-                raise self.error(f"the field {shown(name)} stands twice")
+                raise self.error(f"the field {shown(name)} appears twice")
             fields[name] = self.value(name, self.number("<I"))
         found = [self.tensor() for _ in range(tensors)]
         alignment = fields.get("general.alignment", 32)
@@ -112,7 +112,7 @@ class _Reader:
         entries: dict[str, Entry] = {}
         for name, entry in found:
             if name in entries:
-                raise self.error(f"the tensor {shown(name)} stands twice")
+                raise self.error(f"the tensor {shown(name)} appears twice")
             begin = start + entry.begin
             if begin + entry.size > len(self.data):
                 raise self.error(f"truncated: the tensor {shown(name)} ends after the file does")

@@ -189,7 +189,7 @@ def _rope(top: Section) -> dict[str, Any]:
     if top.data.get("rope_scaling" if not new else "rope_parameters") is None:
         return {"rope_theta": top.get("rope_theta", float, 10000.0)}
     if new and top.data.get("rope_scaling") is not None:
-        raise top.error("rope_scaling", "stands beside 'rope_parameters': only one of them can be meant")
+        raise top.error("rope_scaling", "is set beside 'rope_parameters': only one of them may be")
     rope = top.section("rope_parameters" if new else "rope_scaling")
     theta = top.get("rope_theta", float, rope.get("rope_theta", float, 10000.0))
     if rope.get("rope_theta", float, theta) != theta:

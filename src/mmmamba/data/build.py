@@ -50,12 +50,13 @@ def build(
 ) -> Path:
     """Make the built-in training, validation and test data.
 
-    Two sources. easy-vqa is a published set (4,000 + 1,000 pictures of one shape, 38,575 + 9,673 questions; it needs
-    ``pip install easy-vqa==1.0``). primer is generated: reading, counting, relations, what is absent, recall over three
-    lengths, and tasks in text, with words, numbers and scenes that training never sees kept for validation and test.
+    There are two sources. easy-vqa is a published set: 4,000 + 1,000 pictures of one shape, 38,575 + 9,673 questions.
+    It needs ``pip install easy-vqa==1.0``. primer is generated: reading, counting, relations, what is absent, recall
+    over three lengths, and tasks without a picture. Some words, numbers and scenes are kept for validation and test;
+    training never sees them.
 
-    The same seed gives the same data for any number of workers. A source that is already there is kept; one that was
-    left half-built is made again.
+    The same seed gives the same data for any number of workers. A source that is already complete is kept. A source
+    that is incomplete is made again.
 
     Example::
 
@@ -63,15 +64,15 @@ def build(
         mmmamba data build --out data/small --source primer --scale 0.1
 
     Args:
-        out: The folder to build in; each source gets a folder of its own in it.
-        source: Which sources: easy-vqa, primer.
-        scale: Size of the primer. 1 is 20,000 training records, 50 validation and 200 test records an ability; these
-            two stop growing at 2.5 and don't shrink below 1. easy-vqa is what it is.
-        seed: Everything random follows from it.
-        workers: Processes that draw. Default: one a core.
-        mixture: Weights of the primer's training files: scene, read, text, recall-1x, recall-4x, recall-16x. One that
-            is left out isn't made. Default: 38 30 12 12 6 2.
-        tokenizer: Folder with the tokenizer.json that measures the lengths of recall. Default: the one that
+        out: The folder to build in. Each source gets a folder in it.
+        source: Which sources to make: easy-vqa, primer.
+        scale: Size of the primer. 1 makes 20,000 training records and, for each ability, 50 validation and 200 test
+            records. Validation and test stop growing at 2.5 and don't shrink below 1. The size of easy-vqa is fixed.
+        seed: Decides everything random.
+        workers: Processes that make records. Default: one for each core.
+        mixture: Weights of the primer's training files: scene, read, text, recall-1x, recall-4x, recall-16x. A file
+            that is left out isn't made. Default: 38 30 12 12 6 2.
+        tokenizer: Folder with the tokenizer.json that measures lengths for recall. Default: the tokenizer that
             mmmamba teach trains.
 
     Returns:
@@ -106,28 +107,28 @@ def build(
     }
     try:
         check_folder(root)
-        # Two runs that find the data missing must not make it at once: the second waits, and finds it.
+        # If two runs find the data missing, one makes it. The other waits, then finds it.
         with alone_in(root, wait=True):
             _check_manifest(root / MANIFEST)
             for name in dict.fromkeys(source):
                 maker, settings, packages = makers[name]
                 _build_source(root / name, maker, settings, packages)
-                _write_manifest(root)  # after each, so that it never lags behind by more than one
+                _write_manifest(root)  # after each source, so that at most one is missing from it
     except OSError as error:
         raise UserError(f"{error.filename or root}: {error.strerror or error}") from error
     return root
 
 
 def _check_manifest(path: Path) -> None:
-    """Refuse a folder whose manifest is somebody else's: it would be replaced."""
+    """Refuse a folder whose manifest was not written by us: it would be replaced."""
     if path.exists() and "sources" not in read_json(path):
-        raise UserError(f"{path}: is there, but was not written by mmmamba data build; choose another --out")
+        raise UserError(f"{path}: exists, but was not written by mmmamba data build; choose another --out")
 
 
 def _build_source(
     folder: Path, maker: Callable[[Path], dict[str, int]], settings: Mapping[str, Any], packages: tuple[str, ...]
 ) -> None:
-    """Make one source in a folder beside its own, and give it its name when it is whole."""
+    """Make one source in a temporary folder, which is renamed when it is complete."""
     console = Terminal(stderr=True)
     if folder.exists():
         _check_same(folder, settings)

@@ -15,7 +15,7 @@ from mmmamba.errors import UserError
 from mmmamba.outputs import Ledger, check_folder
 from mmmamba.report.table import show
 
-MAX_LENGTH = 4096  # what a recipe's data.max_length is when it is left out
+MAX_LENGTH = 4096  # the default of data.max_length in a recipe
 
 
 def check(
@@ -27,27 +27,27 @@ def check(
     max_tiles: int | None = None,
     out: Path | None = None,
 ) -> None:
-    """Read a whole conversation set as training would, and say what is in it and what is wrong with it.
+    """Read a whole data set as training would, and report what is in it and what is wrong with it.
 
-    Every line is parsed, every picture decoded and cut into tiles, every conversation made into the teacher's tokens. A
-    bad sample is listed with its file, line and reason, and the reading goes on. For example:
+    Every line is parsed, every picture is decoded and cut into tiles, and every conversation becomes the teacher's
+    tokens. A bad sample is listed with its file, line and reason; then the next one is read. For example:
 
         mmmamba data check mydata/train.jsonl --teacher pico-teacher --out runs/check
 
-    It counts samples, pictures and turns, shows how long samples are, how many tiles they take and how many are cut,
-    what share of the tokens is scored, which ids come twice, and how fast samples can be read. When any sample is bad,
-    the last line says how many and the exit code is 2.
+    The report counts samples, pictures and turns. It shows how long samples are, how many tiles they take and how many
+    are cut, what share of the tokens is scored, which ids occur twice, and how fast samples can be read. If any sample
+    is bad, the last line says how many, and the exit code is 2.
 
     Args:
         file: the JSONL file.
-        teacher: a folder or built-in name; its tokenizer, template and picture settings are what counts.
-        workers: processes that read (default: one a core; 0 reads in this one).
-        max_length: tokens of a sample, as a recipe's data.max_length; a longer text tail is cut.
-        max_tiles: tiles of a picture, as a recipe's data.max_tiles (default: the teacher's own limit).
+        teacher: a folder or built-in name. Its tokenizer, template and picture settings are used.
+        workers: processes that read (default: one for each core; 0 reads in this process).
+        max_length: most tokens of a sample, like data.max_length in a recipe. Longer texts are cut at the end.
+        max_tiles: most tiles of a picture, like data.max_tiles in a recipe (default: the teacher's own limit).
         out: a folder for check.json (with every bad sample), check.md, check.png and check.svg.
 
     Raises:
-        UserError: when a sample is bad, after all have been read; when the file or the teacher can't be read at all.
+        UserError: a sample is bad (after all have been read), or the file or the teacher can't be read at all.
     """
     if workers is not None and not 0 <= workers <= MOST_WORKERS:
         raise UserError(f"--workers must be from 0 to {MOST_WORKERS}, got {workers}")

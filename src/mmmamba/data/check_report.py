@@ -20,7 +20,7 @@ VERB = "data check"
 FILES = ("check.png", "check.svg", "check.md", "check.json")  # what --out holds
 BAR = 24  # characters of the longest bar
 
-NONE = "–"  # in place of a figure that would be made of nothing
+NONE = "–"  # printed instead of a number if there is nothing to count
 PANELS = {"lengths": "Tokens of a sample, before cutting", "tiles": "Tiles of a sample", "cut": "Tokens cut off"}
 
 
@@ -46,7 +46,7 @@ def tables(found: Mapping[str, Any], bad: BadList) -> list[Table]:
         ("tokens of a sample", _spread(lengths)),
         ("samples cut", f"{cut['samples']:,}; {cut['tokens']:,} tokens lost"),
         ("samples with nothing scored", f"{found['nothing_scored']:,}"),
-        ("ids that come twice", f"{twice['ids']:,}, on {twice['samples']:,} samples" if twice["ids"] else "0"),
+        ("ids that occur twice", f"{twice['ids']:,}, on {twice['samples']:,} samples" if twice["ids"] else "0"),
         *(("", f"{one['id']!r}, lines {', '.join(map(str, one['lines']))}") for one in twice["examples"]),
         (
             "speed",
@@ -102,13 +102,13 @@ def write_report(found: Mapping[str, Any], bad: BadList, out: Path) -> None:
                 "check.png": render(figure, "png"),
                 "check.svg": render(figure, "svg"),
                 "check.md": page.encode(),
-                "check.json": write_json,  # the last, so that its presence means the rest is there
+                "check.json": write_json,  # written last: if it is there, the others are too
             }
         )
 
 
 def plot(found: Mapping[str, Any]) -> Figure:
-    """A panel for each histogram that has something in it."""
+    """One panel for each histogram that is not empty."""
     panels = {key: title for key, title in PANELS.items() if found[key]["histogram"]} or {"lengths": PANELS["lengths"]}
     figure = new_figure(4.6 * len(panels), 3.4)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]

@@ -1,6 +1,6 @@
-"""What is in a conversation set: every sample read as training would read it, counted and summed.
+"""Reads every sample of a data set as training would, and counts what is in it.
 
-Of what was read, only sums, counts by value and one number a line stay in memory.
+Only sums, counts by value and one number for each line stay in memory.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from mmmamba.data.workers import ordered
 from mmmamba.errors import UserError
 from mmmamba.progress import Progress
 
-SHOWN = 20  # bad samples that are kept as they are; the report file has them all
-KINDS = 200  # kinds of badness that are counted apart
+SHOWN = 20  # bad samples that are printed; the report file has them all
+KINDS = 200  # kinds of mistakes that are counted separately
 SLOWEST = 5
 BINS = 12
 _ROWS = 16  # samples that a worker reads before it reports
@@ -84,7 +84,7 @@ class _Tallies:
             except BadSample as error:
                 tally.unscored += isinstance(error, NothingScored)
                 tally.bad.append((row, str(error).removeprefix(f"{self.source.dataset.where(row)}: ")))
-            except UserError as error:  # of no one sample
+            except UserError as error:  # not about one sample
                 tally.error = error
                 return tally
             tally.seconds.append(time.perf_counter() - began)
@@ -108,16 +108,16 @@ class _Tallies:
 
 
 def _hash(name: str) -> int:
-    """64 bits that are never 0; among ten million ids two different ones meet with a chance of 3 in a million."""
+    """A hash of 64 bits that is never 0. Among ten million ids, the chance of any collision is 3 in a million."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") or 1
 
 
 class BadList:
-    """Bad samples in the order of their lines: counted, grouped by kind, and spooled to a file however many there are.
+    """Bad samples in the order of their lines. They are counted, grouped by kind, and written to a temporary file.
 
     Attributes:
         count: how many.
-        kinds: kind of badness → how many.
+        kinds: kind of mistake → how many.
         first: the first :data:`SHOWN` of them, as (line, reason).
     """
 
@@ -143,26 +143,26 @@ class BadList:
             self.first.append((line, reason))
 
     def blocks(self) -> Any:
-        """All of them as the items of a JSON list, in blocks of text."""
+        """All bad samples as the items of a JSON list, in blocks of text."""
         self._spool.seek(0)
         return iter(lambda: self._spool.read(1 << 20), "")
 
 
 def kind(reason: str) -> str:
-    """What a reason has in common with others: field and complaint, without numbers, paths and particulars."""
+    """The kind of a reason: its field and complaint, without numbers, paths and details."""
     head = ": ".join(reason.split(": ")[:2])
     head = re.sub(r" ?\([^()]*\)| ?/\S+", "", head)
     return re.sub(r"\d+", "N", head)[:100]
 
 
 def survey(source: EncodedSource, bad: BadList, workers: int = 0) -> dict[str, Any]:
-    """Read all of ``source`` in ``workers`` processes; bad samples go to ``bad``.
+    """Read all of ``source`` in ``workers`` processes. Bad samples are added to ``bad``.
 
     Returns:
-        plain data: counts, histograms, duplicate ids, and ``speed``, the only part that depends on time and workers.
+        plain data: counts, histograms, duplicate ids, and ``speed``. Only ``speed`` depends on time and workers.
 
     Raises:
-        UserError: for what is wrong with the request and not with a sample.
+        UserError: something is wrong with the request, not with a sample.
     """
     dataset, tallies = source.dataset, _Tallies(source)
     total = Tally(0)
@@ -218,7 +218,7 @@ def _line(dataset: JsonlDataset, row: int) -> int:
 
 
 def _duplicates(dataset: JsonlDataset, ids: np.ndarray) -> dict[str, Any]:
-    """Ids that come more than once: how many, on how many samples, and the first few with their first lines."""
+    """Ids that occur more than once: how many, on how many samples, and the first few with their first lines."""
     known = np.flatnonzero(ids)
     _, first, counts = np.unique(ids[known], return_index=True, return_counts=True)
     several = counts > 1
@@ -240,7 +240,7 @@ def _duplicates(dataset: JsonlDataset, ids: np.ndarray) -> dict[str, Any]:
 
 
 def _distribution(counts: Mapping[int, int]) -> dict[str, Any]:
-    """How many there are, their quantiles and a histogram; of none there is no quantile (None)."""
+    """How many there are, their quantiles (None if there are none) and a histogram."""
     return {
         "samples": sum(counts.values()),
         "median": quantile(counts, 0.5),
@@ -252,7 +252,7 @@ def _distribution(counts: Mapping[int, int]) -> dict[str, Any]:
 
 
 def quantile(counts: Mapping[int, int], share: float) -> int | None:
-    """The least value that at least ``share`` of the counted ones do not exceed; None of none."""
+    """The smallest value that at least ``share`` of all values do not exceed. None if there are no values."""
     left = share * sum(counts.values())
     for value in sorted(counts):
         left -= counts[value]
@@ -262,9 +262,9 @@ def quantile(counts: Mapping[int, int], share: float) -> int | None:
 
 
 def histogram(counts: Mapping[int, int], bins: int = BINS) -> list[tuple[int, int, int]]:
-    """(first value, last value, how many) of at most ``bins`` bins of one round width.
+    """At most ``bins`` bins of one round width, each as (first value, last value, how many).
 
-    The last one reaches to the largest value, so that a few very large ones do not squeeze the others into one bin.
+    The last bin reaches up to the largest value, so that a few very large values do not push all others into one bin.
     """
     if not counts:
         return []

@@ -171,7 +171,7 @@ class MMMambaProcessor(ProcessorMixin):
                     refuse_unknown("the processor", {name: value})
                 for kind in kinds:
                     if not group and name in (kwargs.get(kind) or {}):
-                        raise UserError(f"'{name}' stands both in '{kind}' and by itself")
+                        raise UserError(f"'{name}' is set both in '{kind}' and directly")
                     options[kind == "images_kwargs"][name] = value
         return options
 

@@ -1,4 +1,4 @@
-"""What is put before a question: pictures, videos and texts from files."""
+"""Pictures, videos and texts from files, which are put before a question."""
 
 from __future__ import annotations
 
@@ -47,9 +47,10 @@ class Attachments:
             kind.clear()
 
     def before(self, question: str) -> tuple[str, Sequence[Unread]]:
-        """The question with all that goes before it, and its pictures in the order of their marks.
+        """The question with everything that goes before it, and its pictures in the order of their marks.
 
-        Pictures come first (but those that the question has a mark for), then the texts, then the videos' frames.
+        First come the pictures (except those that have a mark in the question), then the texts, then the videos'
+        frames.
         """
         first = max(len(self.pictures) - question.count(IMAGE_MARK), 0)
         frames = [frame for video in self.videos for frame in video]
@@ -66,11 +67,11 @@ class Attachments:
 
 
 def read_text(path: Path) -> str:
-    """A text file whole, as lines to put before a question: the last one ends, whether it does in the file or not.
+    """A whole text file, to put before a question. It always ends with a line break.
 
     Raises:
-        UserError: naming ``path``: missing, empty, not UTF-8 (with the offset of the byte), or holding the mark that
-            stands for a picture (with the line).
+        UserError: naming ``path``: it is missing, empty, not UTF-8 (with the offset of the byte), or contains the mark
+            for a picture (with the line).
     """
     content = read_bytes(path, MAX_TEXT)
     try:
@@ -83,5 +84,5 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: the text file is empty")
     if IMAGE_MARK in text:
         line = text[: text.index(IMAGE_MARK)].count("\n") + 1
-        raise UserError(f"{path}:{line}: holds '{IMAGE_MARK}', which stands for a picture in what a model is asked")
+        raise UserError(f"{path}:{line}: contains '{IMAGE_MARK}', which marks a picture in a question")
     return text if text.endswith("\n") else f"{text}\n"

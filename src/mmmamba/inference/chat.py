@@ -69,12 +69,12 @@ def chat(
 ) -> None:
     """Ask a model about pictures, videos and text, once or in a conversation.
 
-    With a question, the answer is printed as it is generated and the command ends. Without one, a conversation begins:
-    each question adds to what the model remembers, and only the new text is read. For example:
+    With a question, the command prints the answer while it is generated, and ends. Without one, a conversation begins.
+    In it the model remembers what was said, and reads only the new text. For example:
 
         mmmamba chat nano-linear --image picture.png "What is in the picture?"
 
-    With --session the conversation is kept in a file, and the next command goes on from there.
+    With --session the conversation is kept in a file, and the next command continues it.
 
     Args:
         model: A checkpoint folder, or the name of a built-in model such as nano-linear, nano-hybrid or nano-teacher.
@@ -83,23 +83,24 @@ def chat(
         video: A video to show frames of with the (first) question. Repeat the option for several. Needs PyAV:
             pip install 'mmmamba[video]'.
         text: A text file (UTF-8) to put before the (first) question. Repeat the option for several.
-        fps: Frames of a video that are taken for each second of it.
-        max_frames: Most frames taken of a video; of a longer one this many, spread evenly.
-        session: The file that holds the conversation. If it exists, the conversation goes on from there, else it
-            begins; after each answer the file is written anew. It belongs to this model in this --dtype.
-        keep_session: Go on from the session, but leave its file as it is.
-        temperature: 0 always takes the most likely token. 1 draws from the model's own distribution; lower is more
-            cautious, higher more varied.
-        top_k: Draw among the k most likely tokens only. Off by default.
-        top_p: Draw among the most likely tokens that together hold this probability only, such as 0.9. Off by default.
-        repetition_penalty: Above 1, makes tokens that the answer already holds less likely.
+        fps: Frames to take for each second of a video.
+        max_frames: Most frames to take of a video. From a longer video, this many are taken, spread evenly.
+        session: The file that holds the conversation. If it exists, the conversation continues from there; if not, a
+            new one begins. The file is written again after each answer. It can only be used with this model and this
+            --dtype.
+        keep_session: Continue from the session, but do not change its file.
+        temperature: 0 always takes the most likely token. 1 draws from the model's own distribution. Lower is more
+            cautious, higher is more varied.
+        top_k: Draw only among the k most likely tokens. Off by default.
+        top_p: Draw only among the most likely tokens that together have this probability, such as 0.9. Off by default.
+        repetition_penalty: Above 1, makes tokens less likely that are already in the answer.
         seed: Which random numbers are drawn. The same seed and questions give the same answers.
         max_new_tokens: Longest answer, in tokens.
-        stop: A text that ends an answer where it begins; it is not shown. Repeat the option for several.
-        device: Where to run, such as cpu or cuda. The default takes a GPU when there is one.
+        stop: A text that ends an answer. It is not shown. Repeat the option for several.
+        device: Where to run, such as cpu or cuda. The default is a GPU, if there is one.
         dtype: Number format of the weights. The default is bfloat16 on a GPU and float32 elsewhere.
-        int8: Round the weights to int8 for the tokens of an answer (what is asked is read with the weights as they
-            are). A GPU then reads half the bytes for a token, which is what it waits for; a CPU gains nothing.
+        int8: Round the weights to int8 while an answer is generated (the question is read with the weights as they
+            are). A GPU then reads half the bytes for each token, and is faster. A CPU gains nothing.
     """
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed
@@ -158,7 +159,7 @@ def _chat(
         if kept is not None:
             save_session(kept, conversation)
         return
-    begun = f", goes on from {session} (question {conversation.turns + 1})" if conversation.turns else ""
+    begun = f", continues from {session} (question {conversation.turns + 1})" if conversation.turns else ""
     console.print(
         Text.assemble((printable(model), "bold"), printable(begun), ", /help lists the commands"), soft_wrap=True
     )

@@ -1,4 +1,4 @@
-"""A conversation that carries the model's state from turn to turn."""
+"""A conversation that keeps the model's state from turn to turn."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from mmmamba.model.state import State
 
 @dataclass(frozen=True, kw_only=True)
 class Past:
-    """A conversation up to some moment, as a value: what a conversation is gone on with, and what a session file holds.
+    """A conversation up to some moment, as a value. A conversation can continue from it; a session file holds one.
 
     Attributes:
-        turns: all that was said, the latest answer (or as much of it as there is) included.
-        state: what the model keeps of it; it has seen all but ``unfed`` and the mark that ends the answer.
-        unfed: the latest answer's tokens that the state has not seen.
-        answers: how many answers were begun: the number of the random sequence that the next one draws.
-        shown: the pictures of all turns, where the chat template has the whole conversation read anew; else none, for
-            the state holds what they showed.
+        turns: all that was said, including the latest answer (or its part so far).
+        state: the model's state. It has seen everything except ``unfed`` and the mark that ends the answer.
+        unfed: the tokens of the latest answer that the state has not seen.
+        answers: how many answers were begun. It is also the number of the random sequence for the next answer.
+        shown: the pictures of all turns, if the chat template needs the whole conversation to be read again. Otherwise
+            none, because the state holds what they showed.
     """
 
     turns: tuple[Turn, ...]
@@ -43,18 +43,18 @@ class Past:
 
 
 class Chat:
-    """A conversation with a model. Only the new turn is read at each question; the state holds the rest.
+    """A conversation with a model. At each question only the new turn is read; the state holds the rest.
 
-    (Some models' own chat templates change what came before when a conversation goes on, and then it is read anew.)
+    (Some models' chat templates change earlier turns when a conversation continues. Then all of it is read again.)
 
     Args:
         model: the network.
         processor: its processor.
         sampling: how tokens are picked; greedy by default. Turn i draws the random numbers of sequence i.
         max_new_tokens: longest answer.
-        stop: texts that end an answer where they begin. What they cut off is not shown but was said: the state has seen
-            it, and the next turn follows it.
-        past: a conversation to go on with; a new one without.
+        stop: texts that end an answer where they begin. What they cut off is not shown, but it counts as said: the
+            state has seen it, and the next turn follows it.
+        past: a conversation to continue; None begins a new one.
     """
 
     def __init__(
@@ -80,9 +80,9 @@ class Chat:
 
     @property
     def past(self) -> Past | None:
-        """The conversation at this moment, an answer left before its end counts as said up to there.
+        """The conversation at this moment. An answer that was left before its end counts as said up to there.
 
-        None when nothing has been said.
+        None if nothing has been said.
         """
         if self.answer is None:
             return self._resumed
@@ -97,17 +97,17 @@ class Chat:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The fingerprint of the model and its processor, worked out once: it takes a pass over all parameters."""
+        """The fingerprint of the model and its processor. It is computed once, because it reads all parameters."""
         return fingerprint(self.model, self.processor)
 
     def ask(self, text: str, images: Sequence[Picture] = ()) -> Iterator[str]:
-        """Pieces of the answer to ``text``, as they come.
+        """Pieces of the answer to ``text``, as they are generated.
 
-        The question is read at once, its pictures one by one. An answer left before its end counts as said up to
-        there. A question that cannot be read (a broken picture) leaves the conversation as it was.
+        The question is read immediately, its pictures one by one. An earlier answer that was left before its end counts
+        as said up to there. A question that cannot be read (a broken picture) does not change the conversation.
 
         Args:
-            text: the question; ``<image>`` marks say where pictures stand, those without a mark go before the text.
+            text: the question. ``<image>`` marks say where pictures are; pictures without a mark go before the text.
             images: PIL pictures, paths, :class:`PictureFile` or :class:`Frame`.
         """
         past, turn = self.past, Turn(HUMAN, text)
@@ -134,10 +134,10 @@ class Chat:
         return iter(self.answer)
 
     def branch(self) -> Chat:
-        """A conversation of its own that goes on from this moment: neither sees what is said in the other.
+        """A second conversation that continues from this moment. Neither sees what is said in the other.
 
-        The state is shared, for it is a value that no pass changes: a long text that was read once can be asked about
-        in any number of branches.
+        The two share the state, because no pass changes it. So a long text is read once, and any number of branches can
+        ask about it.
         """
         other = copy(self)
         other.answer, other._resumed = None, self.past
@@ -150,9 +150,9 @@ class Chat:
         self._turns, self._shown = (), ()
 
     def _follow(self, past: Past, turn: Turn, images: Sequence[Picture]) -> Encoded:
-        """What the state has not seen: the last of the answer, the mark that ends it, then the new turn.
+        """What the state has not seen: the end of the answer, the mark that ends it, then the new turn.
 
-        Whatever ended the answer (the model, its longest length, the user), the template closes it with its own mark.
+        Whatever ended the answer (the model, the length limit, the user), the template closes it with its own mark.
         """
         encoded = self.processor.continuation(turn, images)
         ending = np.array([*past.unfed, self.processor.stop_token_ids[0]], dtype=encoded.input_ids.dtype)
