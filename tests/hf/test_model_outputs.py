@@ -71,7 +71,7 @@ def test_attention_weights_of_a_teacher(
     assert torch.allclose(rest, mine[:, :, -2:])
     with pytest.raises(UserError, match="layer 1 is a state space layer"):
         wrap(tiny)(**prompt, output_attentions=True)
-    with pytest.raises(UserError, match="padded rows that go on from a cache"):
+    with pytest.raises(UserError, match="padded rows that continue from a cache"):
         model(alone["input_ids"][:, :1].expand(3, 1), **{CACHE: model(**prompt)[CACHE]}, output_attentions=True)
 
 

@@ -91,7 +91,7 @@ def test_positions_that_say_nothing_new(model: Any, prompt: dict[str, torch.Tens
         assert torch.equal(model(new, **{CACHE: past}, position_ids=positions).logits, rest)
     with pytest.raises(UserError, match="position_ids begin at"):
         model(new, **{CACHE: past}, position_ids=torch.tensor([[5]]))
-    with pytest.raises(UserError, match="can't go on from a cache"):
+    with pytest.raises(UserError, match="can't continue from a cache"):
         model(new.expand(3, 2), **{CACHE: past}, position_ids=torch.tensor([[0, 0]]))
     assert torch.equal(generated(model, **prompt, position_ids=counted), generated(model, **prompt))
 
@@ -109,7 +109,7 @@ def test_positions_that_say_nothing_new(model: Any, prompt: dict[str, torch.Tens
         ({**WAYS["borders"], "seq_idx": torch.zeros(1, 10)}, "other tokens than cu_seq_lens"),
         ({**WAYS["seq_idx"], "position_ids": torch.tensor([[0, 1, 0, 0, 1, 2, 3, 4, 0, 1]])}, "a sequence goes on"),
         ({**WAYS["borders"], "attention_mask": torch.tensor([[0] + [1] * 9])}, "attention_mask or cu_seq_lens"),
-        ({**WAYS["position_ids"], "use_cache": True}, "leave no cache"),
+        ({**WAYS["position_ids"], "use_cache": True}, "have no cache"),
         ({**WAYS["position_ids"], "output_attentions": True}, "no square of weights"),
     ],
 )

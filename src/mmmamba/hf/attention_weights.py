@@ -1,4 +1,4 @@
-"""The attention weights of a teacher's layers, for callers who want to look at them."""
+"""The attention weights of a teacher's layers, for callers who want to see them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from mmmamba.model.state import State
 
 
 class AttentionWeights:
-    """An observer of a pass that works out each layer's weights, next to the kernels, which never make them.
+    """Observes a pass and computes each layer's weights. (The kernels never store them.)
 
     Args:
-        mask: (b, l), non-zero for real tokens; None for all.
-        state: what the pass goes on from.
+        mask: (b, l), non-zero for real tokens; None if all are real.
+        state: the state from which the pass continues.
 
     Attributes:
-        layers: per layer (b, h, l, past + l), zero in rows of padding.
+        layers: for each layer (b, h, l, past + l), zero in rows of padding.
 
     Raises:
-        UserError: of a model with a layer that has no attention, and of padded rows that go on from a cache, whose
-            columns are no longer those of the caller.
+        UserError: a layer has no attention; or padded rows continue from a cache, so that columns no longer match the
+            caller's.
     """
 
     def __init__(self, network: Model, mask: Tensor | None, state: State | None) -> None:
@@ -38,11 +38,11 @@ class AttentionWeights:
         if state is not None:
             gapless = [flag for layer in state.layers if (flag := layer.gapless()) is not None]
             if self.mask is not None or not all(map(bool, gapless)):
-                raise UserError("output_attentions: padded rows that go on from a cache have no columns to show")
+                raise UserError("output_attentions: padded rows that continue from a cache have no columns to show")
         self.layers: list[Tensor] = []
 
     def __call__(self, index: int, u: Tensor, heads: Tensor, rotation: Rotation) -> None:
-        """Take in layer ``index``: the mixer's input u (b, l, d), or (1, n, d) where padding is left out."""
+        """Add layer ``index``, from the mixer's input u: (b, l, d), or (1, n, d) if padding is left out."""
         mixer = self.network.mixer(index)
         q, k = mixer.queries_and_keys(u, rotation, None if self.state is None else self.state.layers[index])
         if self.mask is not None:

@@ -19,7 +19,7 @@ Message = Mapping[str, Any]
 
 
 def turns_of(messages: Sequence[Message]) -> tuple[list[Turn], list[Any]]:
-    """The turns of a conversation, with a mark in the text for each picture, and the pictures."""
+    """The turns of a conversation, with a mark for each picture in the text; and the pictures."""
     turns, images = [], []
     for i, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
@@ -53,7 +53,7 @@ def picture_of(part: Message, message: int) -> Any:
 
 
 def as_mapping(entry: Any) -> Message:
-    """A message, or a part of one, that is given as an object (a dataclass, a pydantic model), as its dict."""
+    """A message, or a part of one, as a dict. It may be given as an object (a dataclass, a pydantic model)."""
     if isinstance(entry, str):
         raise UserError(f"a message must have a role and a content, got {entry!r:.80}")
     found = entry
@@ -71,9 +71,9 @@ def as_mapping(entry: Any) -> Message:
 
 
 def plain_messages(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Messages as plain data, for a template: without the pictures themselves, which come second.
+    """Messages as plain data for a template, without the pictures; and the pictures.
 
-    A template is somebody else's program: what has methods would lend them to it.
+    A template is foreign code: it could call the methods of any object it gets.
     """
     found, images = [], []
     for i, message in enumerate(messages):
@@ -105,7 +105,7 @@ def plain_messages(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], l
 
 
 def tool_schemas(tools: Sequence[Any] | None) -> list[Any] | None:
-    """Tools as JSON: functions are described by their signature and docstring, as transformers does."""
+    """Tools as JSON. A function is described by its signature and docstring, as in transformers."""
     if tools is None:
         return None
     if not isinstance(tools, (list, tuple)):
@@ -130,7 +130,7 @@ def left_open(prompt: str, messages: Sequence[Message]) -> str:
 
 
 def share_out(images: Any, texts: Sequence[str], *, single: bool, marks: Sequence[str]) -> list[list[Any]]:
-    """The pictures of each text, as many as it has of ``marks``."""
+    """Give each text as many of the pictures as it has ``marks``."""
     counts = [sum(text.count(mark) for mark in marks) for text in texts]
     nested = isinstance(images, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in images)
     if single or not nested:

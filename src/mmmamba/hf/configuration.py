@@ -13,11 +13,11 @@ from mmmamba.errors import UserError
 from mmmamba.model.config import ModelConfig
 
 ARCHITECTURE = "MMMambaForConditionalGeneration"
-_NONE = -1  # how our config says that there is no such token
+_NONE = -1  # in our config, this means that there is no such token
 
 
 def _field(name: str) -> Any:
-    """A field of the nested config under the name that transformers knows."""
+    """A field of the nested config, under transformers' name."""
 
     def get(config: MMMambaConfig) -> Any:
         return config.model[name]
@@ -29,7 +29,7 @@ def _field(name: str) -> Any:
 
 
 def _token(name: str) -> Any:
-    """A token id of the nested config; None where there is no such token."""
+    """A token id of the nested config. None if there is no such token."""
 
     def get(config: MMMambaConfig) -> int | None:
         token: int = config.model[name]
@@ -52,9 +52,9 @@ class MMMambaConfig(PretrainedConfig):
 
     Args:
         model: our :class:`~mmmamba.model.config.ModelConfig`, or its nested dict.
-        delta: the weights are only what differs from the teacher's.
-        tensors: how many tensors are stored (None: not said).
-        teacher: the name and fingerprint of what a student was made from.
+        delta: whether the folder stores only what differs from the teacher.
+        tensors: how many tensors are stored (None: unknown).
+        teacher: the name and fingerprint of a student's teacher.
 
     Raises:
         UserError: naming the field that is missing, unknown or wrong.
@@ -91,7 +91,8 @@ class MMMambaConfig(PretrainedConfig):
         self.delta = folder.delta
         self.tensors = folder.tensors
         self.teacher: dict[str, Any] | None = to_dict(folder.teacher)
-        # No code in a folder makes the model; trainers that look for such code, and for a class by name, ask for both.
+        # No code in a folder makes the model. Some trainers look for such code, and for a class name, and need both
+        # fields.
         super().__init__(**{"auto_map": {}, "architectures": [ARCHITECTURE]} | kwargs)
 
     @property
@@ -99,11 +100,11 @@ class MMMambaConfig(PretrainedConfig):
         return self.model_config().num_layers
 
     def model_config(self) -> ModelConfig:
-        """What the network is made of."""
+        """The config of the network."""
         return folder_from_json({"model": self.model}, "config.json").model
 
     def to_dict(self) -> dict[str, Any]:
-        """What ``config.json`` holds: our own layout, which knows no version of transformers."""
+        """The content of ``config.json``, in our layout, which has no version of transformers in it."""
         data: dict[str, Any] = super().to_dict()
         data.pop("transformers_version", None)
         if not data.get("auto_map"):

@@ -1,4 +1,4 @@
-"""One pass of the network, from the arguments that transformers' callers give to what they take from it."""
+"""One pass of the network: from the arguments of transformers' callers to the outputs that they expect."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class Passed:
-    """What a pass gave, and the fields of transformers' outputs that go with it: cache, hidden states, attentions."""
+    """The result of a pass, and further fields of transformers' outputs: cache, hidden states, attentions."""
 
     hidden: Tensor  # (b, l, d), zeros at padding
     logits: Tensor | None
@@ -109,7 +109,7 @@ def run(
 
 
 def _placed_as(x: Tensor, value: Any) -> Any:
-    """A tensor, or a list of numbers, where ``x`` is: collators leave borders on the host."""
+    """Move a tensor, or a list of numbers, to the device of ``x``. Collators leave borders on the host."""
     return torch.as_tensor(value, device=x.device) if isinstance(value, (Tensor, list)) else value
 
 
@@ -127,7 +127,7 @@ def _kept(hidden: Tensor, logits_to_keep: int | Tensor, row: Packed | None) -> T
 
 
 def _selected(layers: list[Tensor], wanted: Any) -> tuple[Tensor | None, ...]:
-    """All hidden states, or None for those that are not among the indices ``wanted``."""
+    """All hidden states, with None for those whose indices are not ``wanted``."""
     if isinstance(wanted, bool):
         return tuple(layers)
     indices = {int(i) % len(layers) for i in ([wanted] if isinstance(wanted, int) else wanted)}
@@ -135,14 +135,14 @@ def _selected(layers: list[Tensor], wanted: Any) -> tuple[Tensor | None, ...]:
 
 
 def _uses_cache(model: MMMambaPreTrainedModel, asked: bool | None, row: Packed | None) -> bool:
-    """Whether the pass leaves a cache behind."""
+    """Whether the pass returns a cache."""
     if row is not None:
         if asked:
-            raise UserError("use_cache: rows that hold several sequences leave no cache, which has one of each row")
+            raise UserError("use_cache: rows that hold several sequences have no cache (it holds one for each row)")
         return False
     if asked is None:
         return bool(model.config.use_cache) and not model.training
     if asked and model.training and torch.is_grad_enabled() and model.network.layers[0].gradient_checkpointing:
-        logger.warning_once("use_cache=True does not go with gradient checkpointing: no cache is kept")
+        logger.warning_once("use_cache=True cannot be combined with gradient checkpointing: no cache is kept")
         return False
     return asked

@@ -1,4 +1,4 @@
-"""``generate()`` over our state."""
+"""transformers' ``generate()``, with our state as its cache."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from mmmamba.hf.state_cache import CACHE, CACHE_NAMES, StateCache
 from mmmamba.inference.steps import fixed_length
 from mmmamba.model.model import Model
 
-# What generate itself reads, and hands on to every pass all the same.
+# Arguments that generate reads itself, but also passes on to every pass.
 _READ_BY_GENERATE = ("tokenizer",)
 
 
 class StateGeneration(GenerationMixin):
-    """transformers' generation, where what a pass leaves behind is a :class:`~mmmamba.hf.state_cache.StateCache`."""
+    """transformers' generation, with :class:`~mmmamba.hf.state_cache.StateCache` as the cache."""
 
     network: Model
 
@@ -32,9 +32,9 @@ class StateGeneration(GenerationMixin):
         is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Pictures are read with the prompt; without a cache, at every step.
+        """Pass pictures with the prompt only, or at every step if there is no cache.
 
-        Positions are read with the prompt only: what follows stands where it stands.
+        Positions are passed with the prompt only: later tokens follow it.
         """
         for name in _READ_BY_GENERATE:
             kwargs.pop(name, None)
@@ -49,7 +49,7 @@ class StateGeneration(GenerationMixin):
         return inputs
 
     def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
-        """None: the network counts by itself."""
+        """None: the network counts positions itself."""
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -57,21 +57,21 @@ class StateGeneration(GenerationMixin):
         if generation_config.cache_implementation is not None:
             raise UserError(
                 f"cache_implementation is '{generation_config.cache_implementation}': this model's cache is its state, "
-                "which is of one kind"
+                "and there is only one kind of it"
             )
         given = {name: model_kwargs.pop(name) for name in CACHE_NAMES if model_kwargs.get(name) is not None}
         if generation_config.use_cache is False:
             if given:
-                raise UserError("use_cache=False reads the whole sequence for every token: it goes without a cache")
+                raise UserError("use_cache=False reads the whole sequence for every token, so no cache can be given")
             return
         start = StateCache(max_length=fixed_length(self.network, generation_config.max_length or 0))
         model_kwargs[CACHE] = StateCache.of(**given) if given else start
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse pages of keys and values (UserError), in which no state can be kept."""
+        """Refuse (UserError): continuous batching keeps pages of keys and values, which cannot hold a state."""
         raise UserError(
-            "continuous batching keeps keys and values in pages, and this model keeps a state: mmmamba.generate takes "
-            "prompts of any number and fills places that get free"
+            "continuous batching keeps keys and values in pages, but this model keeps a state: mmmamba.generate takes "
+            "any number of prompts and starts the next one when an answer ends"
         )
 
     def _expand_inputs_for_generation(
@@ -82,7 +82,7 @@ class StateGeneration(GenerationMixin):
         pixel_values: Tensor | None = None,
         **model_kwargs: Any,
     ) -> Any:
-        """Several sequences a prompt: each has the prompt's tiles, which are not one a row."""
+        """Repeat each prompt for several sequences, with its tiles (a row may have any number of them)."""
         base: Any = super()
         if expand_size > 1 and pixel_values is not None:
             embeds, network = model_kwargs.get("inputs_embeds"), self.network
@@ -99,7 +99,7 @@ class StateGeneration(GenerationMixin):
 
 
 def generation_config(config: MMMambaConfig) -> GenerationConfig:
-    """What the network's config alone says about generating."""
+    """The generation settings that follow from the network's config alone."""
     ours = config.model_config()
     return GenerationConfig(**generation_settings(ours, (ours.eos_token_id, *ours.stop_token_ids)))
 

@@ -1,4 +1,4 @@
-"""Layers whose activations transformers may drop and work out once more ("gradient checkpointing")."""
+"""Layers for transformers' gradient checkpointing: activations are dropped, then computed again."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ class CheckpointedLayer(GradientCheckpointingLayer, Layer):
 
 
 class CheckpointedModel(Model):
-    """The network of such layers."""
+    """A network of such layers."""
 
     layer_class = CheckpointedLayer

@@ -1,4 +1,4 @@
-"""Pictures as tiles, as a transformers image processor."""
+"""A transformers image processor: pictures to tiles."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from mmmamba.data.patches import fitted_size, patch_rows
 from mmmamba.data.tiling import IMAGENET_MEAN, IMAGENET_STD, check_tiles, grid, normalise, tile
 from mmmamba.errors import UserError
 
-MAX_DOWNLOAD, MAX_SECONDS = 100 << 20, 60  # of a picture that a URL names
+MAX_DOWNLOAD, MAX_SECONDS = 100 << 20, 60  # bytes and seconds for a picture from a URL
 _WHERE = "images"
 
 
 class MMMambaImageProcessor(BaseImageProcessor):
-    """Cuts each picture into the grid of tiles that is nearest to its shape, and normalises them.
+    """Cuts each picture into the grid of tiles that is nearest to its shape, and normalises the tiles.
 
-    Tiles are always made by resizing pictures, bicubic, to ``image_size``. ``do_resize``, ``resample`` and ``size`` may
-    be given, but only with these values.
+    Pictures are always resized to tiles of ``image_size``, bicubic. ``do_resize``, ``resample`` and ``size`` may be
+    given, but only with these values.
 
     Args:
-        image_size: side of a tile, in pixels; None in a model that reads text only.
+        image_size: side of a tile, in pixels; None for a model that reads text only.
         dynamic_image_size: whether a picture may become several tiles.
-        use_thumbnail: whether the whole picture follows several tiles.
-        min_dynamic_patch, max_dynamic_patch: fewest and most tiles, the thumbnail not counted.
-        max_side: longer side, in pixels, of a picture that is read as rows of patches of ``image_size`` instead; None
-            for tiles.
+        use_thumbnail: whether a thumbnail of the whole picture follows if there are several tiles.
+        min_dynamic_patch, max_dynamic_patch: fewest and most tiles, without the thumbnail.
+        max_side: if set, a picture is read as rows of patches of ``image_size`` pixels, not as tiles, and this is the
+            largest side in pixels that it may have.
         do_rescale, rescale_factor: whether pixels are multiplied, and by what (1/255).
-        do_normalize, image_mean, image_std: whether pixels are normalised, and with what (ImageNet's, which our models
-            are trained with).
-        do_convert_rgb: whether other pictures become RGB; otherwise they are refused.
+        do_normalize, image_mean, image_std: whether pixels are normalised, and with what (ImageNet's values; our models
+            are trained with them).
+        do_convert_rgb: whether other pictures are converted to RGB. If not, they are refused.
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012
@@ -99,7 +99,7 @@ class MMMambaImageProcessor(BaseImageProcessor):
         return tile(open_image(image), self.image_size, most, min(least, most), self.use_thumbnail)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Pictures in place of paths and URLs, in lists as they were given: transformers' own way has no bounds."""
+        """Replace paths and URLs by pictures, keeping the lists. (transformers' own method has no bounds.)"""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(image) for image in image_url_or_urls]
         return open_image(image_url_or_urls)
@@ -116,9 +116,9 @@ class MMMambaImageProcessor(BaseImageProcessor):
         Args:
             images: one picture or (nested) lists of them.
             return_tensors: ``pt``, ``np`` or None for numpy arrays.
-            max_tiles: most tiles a picture may take, thumbnail not counted (default: the processor's own setting).
-            kwargs: ``do_rescale``, ``rescale_factor``, ``do_normalize``, ``image_mean`` and ``image_std`` in place of
-                the processor's own, and ``device``.
+            max_tiles: most tiles for a picture, without the thumbnail (default: the processor's own setting).
+            kwargs: ``device``, and ``do_rescale``, ``rescale_factor``, ``do_normalize``, ``image_mean`` and
+                ``image_std`` to override the processor's own.
 
         Raises:
             UserError: for any other option, unless it asks for what is done anyway.
@@ -137,7 +137,7 @@ class MMMambaImageProcessor(BaseImageProcessor):
         return tensors(data, return_tensors, device)
 
     def pixels(self, tiles: np.ndarray, **options: Any) -> np.ndarray:
-        """uint8 (t, H, W, 3) → float32 (t, 3, H, W), by the processor's settings or by ``options`` in their place."""
+        """uint8 (t, H, W, 3) → float32 (t, 3, H, W). ``options`` override the processor's settings."""
         named = {name: getattr(self, name) if options.get(name) is None else options[name] for name in PIXEL_OPTIONS}
         mean, std = (tuple(_three(named[name], name)) for name in ("image_mean", "image_std"))
         factor = named["rescale_factor"]
@@ -153,7 +153,7 @@ class MMMambaImageProcessor(BaseImageProcessor):
         return np.ascontiguousarray(values.transpose(0, 3, 1, 2))
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: Any = None) -> int:
-        """Tiles (or patches, where a picture is read as rows of them) of a picture of this size, thumbnail included."""
+        """The number of tiles (or patches) for a picture of this size, including the thumbnail."""
         if self.image_size is None:
             raise UserError("this model reads text only, it cannot be shown pictures")
         if self.max_side is not None:
@@ -167,19 +167,19 @@ class MMMambaImageProcessor(BaseImageProcessor):
         return columns * rows + (self.use_thumbnail and columns * rows > 1)
 
 
-#: What can be said at a call about the pixels of the tiles.
+#: Options of a call about the pixels of the tiles.
 PIXEL_OPTIONS = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
-#: What is always done so, by name: another value is refused.
+#: Options that have only one allowed value.
 _FIXED = ("do_resize", "resample", "size", "do_center_crop", "crop_size", "do_pad", "data_format",
           "input_data_format", "disable_grouping", "default_to_square")  # fmt: skip
 IMAGE_OPTIONS = (*PIXEL_OPTIONS, *_FIXED, "do_convert_rgb", "max_tiles")
 
 
 def refuse_changes(options: dict[str, Any], image_size: int | None) -> None:
-    """Refuse, by name, what would change how tiles are made.
+    """Refuse options that would change how tiles are made.
 
     Raises:
-        UserError: naming the option and what it may be.
+        UserError: naming the option and its allowed value.
     """
     side = {"height": image_size, "width": image_size}
     allowed: dict[str, tuple[Any, ...]] = {
@@ -199,7 +199,7 @@ def refuse_changes(options: dict[str, Any], image_size: int | None) -> None:
 
 
 def tensors(data: dict[str, Any], return_tensors: Any, device: Any = None) -> BatchFeature:
-    """``data`` as tensors of the kind that is asked for, on ``device``."""
+    """``data`` as tensors of the requested kind, on ``device``."""
     kind = getattr(return_tensors, "value", return_tensors)
     if kind not in (None, "pt", "np"):
         raise UserError(f"return_tensors must be 'pt', 'np' or None, got {return_tensors!r}")
@@ -226,12 +226,12 @@ def in_order(tiles: np.ndarray) -> np.ndarray:
 
 
 def open_image(image: Any) -> Image.Image:
-    """An RGB picture: Pillow's, an array or tensor, a file's bytes, a path, a URL or a data URL.
+    """An RGB picture from a Pillow picture, an array or tensor, a file's bytes, a path, a URL or a data URL.
 
-    All ways give the same pixels, and all are checked for format and size before they are decoded.
+    All sources give the same pixels. Format and size are always checked before decoding.
 
     Raises:
-        UserError: naming what is wrong with it.
+        UserError: saying what is wrong with the picture.
     """
     if isinstance(image, Image.Image):
         return upright_rgb(image, _WHERE)
@@ -257,7 +257,7 @@ def open_image(image: Any) -> Image.Image:
 
 
 def _fetched(url: str) -> bytes:
-    """What a URL answers with, at most :data:`MAX_DOWNLOAD` bytes in :data:`MAX_SECONDS`."""
+    """The content of a URL: at most :data:`MAX_DOWNLOAD` bytes within :data:`MAX_SECONDS`."""
     parts, size, began = [], 0, time.monotonic()
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "mmmamba"})
@@ -273,14 +273,14 @@ def _fetched(url: str) -> bytes:
 
 
 def flat(images: Any) -> list[Any]:
-    """The pictures in nested lists of them, in order; one picture is a list of one."""
+    """The pictures of nested lists, in order. A single picture becomes a list of one."""
     if isinstance(images, (list, tuple)):
         return [found for image in images for found in flat(image)]
     return [] if images is None else [images]
 
 
 def refuse_unknown(what: str, kwargs: dict[str, Any]) -> None:
-    """Nothing that a caller asks for is dropped silently; None asks for nothing."""
+    """Refuse unknown options, so that nothing is dropped silently. None asks for nothing."""
     for name, value in kwargs.items():
         if value is not None:
             raise UserError(f"{what} has no option '{name}'")

@@ -1,4 +1,4 @@
-"""Our network as transformers models: the same modules under the same names, with transformers' manners."""
+"""Our network as transformers models: the same modules under the same names, with transformers' interface."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class MMMambaModel(MMMambaPreTrainedModel):
 
     @classmethod
     def of(cls, model: MMMambaForConditionalGeneration) -> MMMambaModel:
-        """A view of a model: the same config and modules, but for the head."""
+        """A view of a model: the same config and modules, without the head."""
         view = cls.__new__(cls)
         PreTrainedModel.__init__(view, model.config)
         view._take(model.network)
@@ -69,7 +69,7 @@ class MMMambaModel(MMMambaPreTrainedModel):
 
 
 class MMMambaForConditionalGeneration(StateGeneration, MMMambaPreTrainedModel, GenerationMixin):
-    """:class:`~mmmamba.model.model.Model` with transformers' manners, ``generate`` among them."""
+    """:class:`~mmmamba.model.model.Model` with transformers' interface, including ``generate``."""
 
     _tied_weights_keys = {f"{HEAD}.weight": "text_embeddings.weight"}  # noqa: RUF012
 
@@ -88,7 +88,7 @@ class MMMambaForConditionalGeneration(StateGeneration, MMMambaPreTrainedModel, G
 
     @property
     def base_model(self) -> MMMambaModel:
-        """All but the head: the same modules, whatever was put in their place since."""
+        """Everything but the head: the same modules, including replaced ones."""
         view = self.__dict__.get("_base")
         if view is None:
             view = MMMambaModel.of(self)
@@ -126,14 +126,14 @@ class MMMambaForConditionalGeneration(StateGeneration, MMMambaPreTrainedModel, G
             attention_mask: (b, l) or (b, past + l), non-zero for real tokens.
             inputs_embeds: (b, l, d) in place of ids; pictures go where ``<IMG_CONTEXT>``'s own embedding is.
             labels: (b, l), unshifted; -100 is not scored.
-            cache: what the sequences left behind before.
-            use_cache: also return what they leave behind now (default: the config's, and not while training).
-            logits_to_keep: 0 for logits everywhere; n for the last n positions; indices (n,) for those. 1 gives those
-                behind each row's last real token, on whichever side it is padded.
-            return_dict: a tuple instead, when False (default: the config's).
+            cache: the cache of the sequences so far.
+            use_cache: also return the new cache (default: the config's setting, and never while training).
+            logits_to_keep: 0 for logits everywhere; n for the last n positions; indices (n,) for those positions. 1
+                gives the logits after each row's last real token, on whichever side it is padded.
+            return_dict: False returns a tuple (default: the config's setting).
             past_key_values: ``cache``, by its older name.
-            position_ids: (b, l) or (1, l), which go on by one; where they start again at 0, the next sequence of a
-                packed row begins.
+            position_ids: (b, l) or (1, l), rising by one. Where they start again at 0, the next sequence of a packed
+                row begins.
             **kwargs: ``shift_labels`` (b, l), which need no shifting, in place of ``labels``; ``num_items_in_batch``
                 for the loss; ``cu_seq_lens_q`` and ``cu_seq_lens_k``, or ``seq_idx``, for packed rows
                 (:mod:`~mmmamba.hf.sequence_borders`); ``output_hidden_states``; ``output_attentions``, of a teacher.

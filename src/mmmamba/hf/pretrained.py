@@ -1,4 +1,4 @@
-"""What our transformers models share: the network under its own names, its folders, its weights."""
+"""The common base of our transformers models: the network under its own names, its folders, its weights."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class MMMambaPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: MMMambaConfig) -> None:
         super().__init__(config)
-        # Not at the top: the module imports the Auto classes, with which the whole of this module registers.
+        # Not at the top: this module would import the Auto classes, whose registration needs this module.
         from mmmamba.hf.gradient_checkpointing import CheckpointedModel
 
         network = CheckpointedModel(config.model_config())
@@ -50,13 +50,13 @@ class MMMambaPreTrainedModel(PreTrainedModel):
                 parameter.data = parameter.data.float()
         if isinstance(network.vision, VisionEmbedding):
             for parameter in network.vision.unused():
-                parameter.requires_grad_(False)  # it never gets a gradient, for which distributed training would wait
+                parameter.requires_grad_(False)  # it never gets a gradient, and distributed training would wait for one
         own = {name.rsplit(".", 1)[-1] for name, _ in network.named_parameters()}
         self._keep_in_fp32_modules_strict = own.intersection(float32_names())
         self._take(network)
 
     def _take(self, network: Model) -> None:
-        # One dict of modules, seen by both: whatever is replaced here (by an adapter, say) is replaced in the network.
+        # Both share one dict of modules: what is replaced here (by an adapter, say) is also replaced in the network.
         self._modules = network._modules
         object.__setattr__(self, "network", network)  # not as a module, which would put a prefix before every name
 
@@ -64,9 +64,9 @@ class MMMambaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """As in every transformers model, but no tensor may be missing, left over or of another shape.
+        """Load as any transformers model does, but refuse tensors that are missing, left over or of another shape.
 
-        A folder that stores only what differs from its teacher is completed from the teacher, if that is there.
+        If a folder stores only what differs from its teacher, the rest is read from the teacher.
         """
         where, config = pretrained_model_name_or_path, kwargs.get("config")
         asked = kwargs.pop("output_loading_info", False)
@@ -87,31 +87,34 @@ class MMMambaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _completed(cls, folder: Path) -> dict[str, Tensor]:
-        """Every tensor of a student that stored only what differs from its teacher."""
+        """Every tensor of a student that stores only what differs from its teacher."""
         if not folder.is_dir():
             raise UserError(
-                f"{folder}: this student stores only what differs from its teacher: download it and write a whole one "
+                f"{folder}: this student stores only what differs from its teacher: download it, and write it whole "
                 "with 'mmmamba convert FOLDER WHOLE --to mmmamba'"
             )
         return load(folder).state_dict()
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Write a whole folder of ours, which ``mmmamba.load`` reads as well."""
+        """Write a complete folder, which ``mmmamba.load`` reads too."""
         self.config = whole(self.config)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def init_weights(self) -> None:
-        """Start a network that has no weights yet, from torch's own generator: ``set_seed`` decides on them."""
-        started = getattr(self, "_is_hf_initialized", False)  # or loaded
+        """Initialise a network that has no weights yet.
+
+        torch's generator is used, so ``set_seed`` decides the weights.
+        """
+        started = getattr(self, "_is_hf_initialized", False)  # or it was loaded
         if not started and not any(parameter.is_meta for parameter in self.parameters()):
             initialise(self.network, int(torch.randint(2**62, ())))
         super().init_weights()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        """Nothing: :meth:`init_weights` starts the network as a whole."""
+        """Do nothing: :meth:`init_weights` initialises the whole network."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Also ``model.to(torch.bfloat16)`` leaves in float32 what sets decays close to 1."""
+        """Keep parameters in float32 that set decays close to 1, even after ``model.to(torch.bfloat16)``."""
         kept = [(p, p.data) for name, p in self.named_parameters() if name.endswith(float32_names())]
         super()._apply(fn, recurse)
         for parameter, data in kept:
@@ -122,11 +125,11 @@ class MMMambaPreTrainedModel(PreTrainedModel):
     # ---------------------------------------------------------------------------------- pictures
 
     def get_image_features(self, pixel_values: Tensor, return_dict: bool | None = None, **kwargs: Any) -> Any:
-        """What stands for pictures at the network's entrance.
+        """The embeddings of pictures at the network's entrance.
 
         Args:
             pixel_values: (tiles, 3, H, W) normalised.
-            **kwargs: ``output_hidden_states`` and ``output_attentions``: there is one layer, which has no attention.
+            **kwargs: ``output_hidden_states`` and ``output_attentions``. There is one layer, and it has no attention.
 
         Returns:
             ``last_hidden_state``, the patches (tiles, patches, d), and ``pooler_output``, the tokens (tiles, n, d) that
@@ -138,9 +141,7 @@ class MMMambaPreTrainedModel(PreTrainedModel):
         if vision is None:
             raise UserError("this model reads no pictures")
         if self.network.merges_late:
-            raise UserError(
-                "pixel_shuffle_loc 'post': pictures become tokens behind the embedding stack, with the text"
-            )
+            raise UserError("pixel_shuffle_loc 'post': pictures become tokens after the embedding stack, with the text")
         if isinstance(vision, VisionEmbedding):
             grid, merged = vision(pixel_values, with_patches=True)
             patches, tokens = grid.flatten(1, 2), merged if vision.config.pixel_shuffle_loc == "pre" else None
@@ -169,21 +170,21 @@ class MMMambaPreTrainedModel(PreTrainedModel):
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
         ours = self.config.model_config()
         if ours.special_token_maps or ours.text_vocab_size is not None:
-            raise UserError("a vocabulary whose special tokens have embeddings of their own can't be resized")
+            raise UserError("a vocabulary whose special tokens have separate embeddings can't be resized")
         resized = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         self.network.config = self.config.model_config()
         return resized
 
 
 def whole(config: MMMambaConfig) -> MMMambaConfig:
-    """The config of a model all of whose tensors are stored."""
+    """The config of a model that stores all its tensors."""
     config = copy.deepcopy(config)
     config.delta, config.tensors = False, None
     return config
 
 
 def _refuse_incomplete(where: Any, found: dict[str, Any]) -> None:
-    """Nothing is started at random that should have been read, and nothing that was read is dropped."""
+    """Refuse to initialise what should have been read, and to drop what was read."""
     for kind in ("missing", "unexpected", "mismatched"):
         names = sorted(one if isinstance(one, str) else one[0] for one in found.get(f"{kind}_keys") or ())
         if names:

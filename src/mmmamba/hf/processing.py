@@ -1,4 +1,4 @@
-"""Text and pictures as model inputs, as a transformers processor that stands on our own."""
+"""A transformers processor on top of our own: text and pictures to model inputs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from mmmamba.hf.image_processing import (
 from mmmamba.hf.padding import padded
 from mmmamba.model.config import ModelConfig
 
-#: Options that are the text's; see :meth:`MMMambaProcessor.__call__`.
+#: Options for the text; see :meth:`MMMambaProcessor.__call__`.
 TEXT_OPTIONS = ("add_special_tokens", "device", "max_length", "pad_to_multiple_of", "padding", "padding_side",
                 "return_attention_mask", "return_mm_token_type_ids", "return_tensors", "truncation")  # fmt: skip
 _OF_TOKENIZER_INIT = ("max_length", "padding", "truncation", "pad_to_multiple_of")
@@ -61,8 +61,9 @@ class MMMambaProcessor(ProcessorMixin):
     Args:
         image_processor: cuts pictures into tiles.
         tokenizer: the model's fast tokenizer.
-        model: the model's config (ours, or its nested dict): its template, its marks, the tokens of a tile.
-        chat_template: Jinja text in place of the model's own template.
+        model: the model's config (ours, or its nested dict). It gives the template, the marks, and the tokens of a
+            tile.
+        chat_template: Jinja text that replaces the model's own template.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class MMMambaProcessor(ProcessorMixin):
 
     @property
     def _ours(self) -> Processor:
-        """Our own processor on the tokenizer as it is now: tokens may have been added to it."""
+        """Our own processor, with the tokenizer as it is now: tokens may have been added to it."""
         tokenizer, image_processor = self.tokenizer, self.image_processor
         added = repr(sorted(tokenizer.added_tokens_decoder.items()))
         tiles = {name: getattr(image_processor, name) for name in _TILES}
@@ -114,23 +115,23 @@ class MMMambaProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Text and pictures → ``input_ids``, ``attention_mask`` and, with pictures, ``pixel_values``.
 
-        Special tokens in the text count as such (see :meth:`apply_chat_template` for text that must not be trusted),
-        and nothing is added to it. A picture's place is an ``<image>`` mark or ``image_token``.
+        The names of special tokens in the text become special tokens (use :meth:`apply_chat_template` for text that you
+        do not trust), and nothing is added to it. An ``<image>`` mark or ``image_token`` marks the place of a picture.
 
         Args:
-            images: the pictures of the marks, in order: one, a list, or a list a text. Pillow's pictures, arrays,
-                paths, URLs or base64 text.
+            images: the pictures for the marks, in order: one picture, a list, or a list for each text. A picture is a
+                Pillow picture, an array, a path, a URL or base64 text.
             text: one text or several.
-            kwargs: options of the text (:data:`TEXT_OPTIONS`) and of the pictures (those of the image processor), as
-                they are or within ``text_kwargs``, ``images_kwargs``, ``common_kwargs``:
-                ``return_tensors`` (``pt``, ``np``; lists otherwise), ``device``;
-                ``padding`` (``True``, ``longest``, ``max_length``; done by default when tensors are asked for),
-                ``padding_side``, ``pad_to_multiple_of``, ``max_length``, ``truncation`` (with ``truncation_side`` of
-                the tokenizer; never within a picture), ``return_mm_token_type_ids`` (1 where a token is a picture's),
-                ``max_tiles``. ``add_special_tokens`` has no effect: a prompt's first token is its template's business.
+            kwargs: options for the text (:data:`TEXT_OPTIONS`) and for the pictures (those of the image processor),
+                given directly or in ``text_kwargs``, ``images_kwargs``, ``common_kwargs``: ``return_tensors`` (``pt``,
+                ``np``; otherwise lists), ``device``; ``padding`` (``True``, ``longest``, ``max_length``; the default if
+                tensors are asked for), ``padding_side``, ``pad_to_multiple_of``, ``max_length``, ``truncation`` (with
+                ``truncation_side`` of the tokenizer; never within a picture), ``return_mm_token_type_ids`` (1 for the
+                tokens of pictures), ``max_tiles``. ``add_special_tokens`` has no effect: the template decides the first
+                token of a prompt.
 
         Raises:
-            UserError: when marks and pictures differ in number, or an option is not known.
+            UserError: the numbers of marks and pictures differ, or an option is unknown.
         """
         text_options, image_options = self._options(kwargs)
         if text is None:
@@ -149,10 +150,10 @@ class MMMambaProcessor(ProcessorMixin):
         return self._batch(rows, text_options, image_options)
 
     def _options(self, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The options of the text and of the pictures, from where transformers lets them stand.
+        """The options for the text and for the pictures, from all places where transformers allows them.
 
         Raises:
-            UserError: for one that is not known, or stands twice.
+            UserError: an option is unknown, or is given twice.
         """
         flat_options = {name: value for name, value in kwargs.items() if name not in (*_NESTED, "videos", "audio")}
         made: dict[str, Any] = {n: v for n, v in self.tokenizer.init_kwargs.items() if n in _OF_TOKENIZER_INIT}
@@ -178,7 +179,7 @@ class MMMambaProcessor(ProcessorMixin):
     def _get_num_multimodal_tokens(
         self, image_sizes: Any = None, video_sizes: Any = None, **kwargs: Any
     ) -> MultiModalData:
-        """How many tokens and tiles pictures of these (height, width) take, without the pictures."""
+        """How many tokens and tiles pictures of these sizes (height, width) take."""
         if video_sizes is not None:
             raise UserError("'video_sizes': this model reads text and pictures only")
         if image_sizes is None:
@@ -205,28 +206,28 @@ class MMMambaProcessor(ProcessorMixin):
     ) -> Any:
         """Messages → the prompt as text or, with ``tokenize``, as ids (and tiles, with ``return_dict``).
 
-        With the model's own template the ids are those of ``mmmamba``'s own processor: each text is tokenised by
-        itself, and a special token's name in a message is text like any other. Another template is rendered in bounds,
-        and its prompt is read as :meth:`__call__` reads a text.
+        With the model's own template, the ids are those of ``mmmamba``'s own processor: each text is tokenised
+        separately, and the name of a special token in a message is plain text. Any other template is rendered within a
+        budget, and its prompt is read as :meth:`__call__` reads a text.
 
         Args:
             conversation: messages of ``role`` (user, assistant; system first) and ``content`` (a text, or a list of
                 ``{"type": "text", "text": …}`` and ``{"type": "image", "image" | "url" | "path" | "base64": …}``),
                 or a list of such conversations.
-            chat_template: Jinja text in place of the processor's own, or the name of one of several.
+            chat_template: Jinja text that replaces the processor's own, or the name of one of several templates.
             tools, documents: for templates that read them: JSON (or functions, as transformers describes them).
             add_generation_prompt: end with the header of the assistant's answer.
-            continue_final_message: leave the last message open, to be gone on with.
-            return_assistant_tokens_mask: also ``assistant_masks``: 1 at the tokens of answers and their end marks (in
-                another template: of what ``{% generation %}`` marks).
-            tokenize: ids in place of text.
-            return_tensors: ``pt`` or ``np``; lists otherwise.
-            return_dict: a :class:`BatchFeature` in place of the ids alone.
+            continue_final_message: leave the last message open, so that the model continues it.
+            return_assistant_tokens_mask: also return ``assistant_masks``: 1 for the tokens of answers and their end
+                marks (in another template: for what ``{% generation %}`` marks).
+            tokenize: return ids, not text.
+            return_tensors: ``pt`` or ``np``; otherwise lists.
+            return_dict: return a :class:`BatchFeature`, not only the ids.
             processor_kwargs: options of :meth:`__call__`.
             kwargs: variables that the template reads (plain data), and options of :meth:`__call__`.
 
         Raises:
-            UserError: for messages of another form, and for an argument that nothing would read.
+            UserError: the messages have another form, or an argument would not be used.
         """
         if not conversation:
             raise UserError("the conversation has no messages")
@@ -273,7 +274,7 @@ class MMMambaProcessor(ProcessorMixin):
         """The variables that the template reads, and the options of :meth:`__call__`.
 
         Raises:
-            UserError: for an argument that nothing would read.
+            UserError: an argument would not be used.
         """
         read, options = dict(variables), dict(processor_kwargs or {})
         for name, value in given.items():
@@ -306,7 +307,7 @@ class MMMambaProcessor(ProcessorMixin):
         ]
 
     def _jinja(self, chat_template: str | None, tools: Any) -> ChatJinja:
-        """The template that is asked for, by its text or its name; the processor's own otherwise."""
+        """The template that the caller asks for, by text or name; by default the processor's own."""
         known = self.chat_template
         source: Any = chat_template
         if isinstance(known, Mapping):
@@ -318,7 +319,7 @@ class MMMambaProcessor(ProcessorMixin):
         return _compiled(source)
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
-        self.image_processor.save_pretrained(save_directory)  # also by itself, for AutoImageProcessor
+        self.image_processor.save_pretrained(save_directory)  # also separately, for AutoImageProcessor
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     # ---------------------------------------------------------------------------------- rows and batches
@@ -336,11 +337,11 @@ class MMMambaProcessor(ProcessorMixin):
         marks: tuple[str, ...],
         answers: Sequence[tuple[int, int]] = (),
     ) -> Encoded:
-        """A text in which special tokens count, with its pictures; an answer stands apart from its header.
+        """Encode a text with special tokens, and its pictures. An answer is tokenised separately from its header.
 
         Args:
-            marks: what stands for a picture.
-            answers: (start, end) of what is scored, in characters.
+            marks: the marks of a picture.
+            answers: (start, end) of the scored parts, in characters.
         """
         ours = self._ours
         tiles = [
@@ -368,7 +369,7 @@ class MMMambaProcessor(ProcessorMixin):
         return Encoded(np.array(ids, np.int32), np.array(labels, np.int32), stacked)
 
     def _stretches(self, text: str, marks: tuple[str, ...]) -> Iterator[str]:
-        """The marks of pictures, and the texts between; an answer stands apart from its header."""
+        """The marks of pictures and the texts between them. An answer is separate from its header."""
         header = "".join(piece.text for piece in self._ours.template.reply_header())
         split = re.compile("(" + "|".join(map(re.escape, marks)) + ")")
         for i, part in enumerate(text.split(header) if header else [text]):

@@ -1,8 +1,8 @@
-"""Where sequences begin and end in a batch, in the ways in which transformers' callers say it.
+"""Where sequences begin and end in a batch, read from the arguments of transformers' callers.
 
-A row may hold several sequences one after another ("packing", "padding-free"). Callers say so with ``position_ids``
-that start again, with the borders that flash attention takes (``cu_seq_lens_q`` and ``cu_seq_lens_k``), or with the
-number of each token's sequence (``seq_idx``).
+A row may hold several sequences one after another ("packing", "padding-free"). Callers show this by ``position_ids``
+that start again, by borders as flash attention takes them (``cu_seq_lens_q`` and ``cu_seq_lens_k``), or by the number
+of each token's sequence (``seq_idx``).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 from mmmamba.errors import UserError
 from mmmamba.hf.state_cache import StateCache
 
-# max_length_q and max_length_k say nothing that the borders do not.
+# max_length_q and max_length_k follow from the borders.
 BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
 class Packed:
-    """A batch (b, l) whose rows hold more sequences than one: its real tokens as one packed row.
+    """A batch (b, l) whose rows hold several sequences: its real tokens as one packed row.
 
     Attributes:
         kept: (n,) places of the real tokens in the flattened batch.
@@ -57,16 +57,15 @@ class Packed:
 def packed(
     shape: tuple[int, int], real: Tensor | None, past: StateCache, **given: Tensor | int | None
 ) -> Packed | None:
-    """What ``position_ids`` and the arguments named in ``BORDERS`` say of a batch (b, l).
+    """What ``position_ids`` and the arguments named in ``BORDERS`` say about a batch (b, l).
 
-    None where each row is one sequence.
+    None if each row is one sequence.
 
     Args:
-        real: (b, l) bool, which tokens are no padding; None for all.
+        real: (b, l) bool, which tokens are not padding; None if all are real.
 
     Raises:
-        UserError: when they contradict one another, or give a token another position than the one it has: the place
-            of a token in its sequence is where it stands.
+        UserError: they contradict each other, or give a token another position than its place in its sequence.
     """
     starts = _starts(shape, real, given)
     positions = given.get("position_ids")
@@ -80,12 +79,12 @@ def packed(
             _check_goes_on(_shaped("position_ids", positions, shape), real, past)
         return None
     if past.state is not None:
-        raise UserError("rows that hold several sequences can't go on from a cache, which has one of each row")
+        raise UserError("rows that hold several sequences can't continue from a cache (it holds one for each row)")
     return Packed(starts, real)
 
 
 def _starts(shape: tuple[int, int], real: Tensor | None, given: dict[str, Tensor | int | None]) -> Tensor | None:
-    """Where sequences begin, (b, l), by borders or numbers of sequences; None where nothing says so."""
+    """Where sequences begin, (b, l), from borders or numbers of sequences. None if neither is given."""
     q, k = given.get("cu_seq_lens_q"), given.get("cu_seq_lens_k")
     starts: Tensor | None = None
     if q is not None or k is not None:
@@ -119,7 +118,7 @@ def _shaped(name: str, value: Tensor | int, shape: tuple[int, int]) -> Tensor:
 
 
 def _position_starts(positions: Tensor, real: Tensor | None) -> Tensor:
-    """Where positions (b, l) start again at 0; UserError where they do neither that nor go on by one."""
+    """Where positions (b, l) start again at 0. UserError if they do neither that nor rise by one."""
     on, again = positions.diff(dim=1) == 1, positions[:, 1:] == 0
     fine = on | again
     if real is not None:
@@ -129,13 +128,13 @@ def _position_starts(positions: Tensor, real: Tensor | None) -> Tensor:
         row, column = (int(i) for i in (~fine).nonzero()[0])
         raise UserError(
             f"position_ids[{row}] go from {int(positions[row, column])} to {int(positions[row, column + 1])}: they may "
-            "go on by one, or start again at 0 with the next sequence"
+            "rise by one, or start again at 0 with the next sequence"
         )
     return F.pad(again & ~on, (1, 0))
 
 
 def _check_goes_on(positions: Tensor, real: Tensor | None, past: StateCache) -> None:
-    """Positions must go on where the cache ends, counted with or without the padding."""
+    """Refuse positions that do not continue where the cache ends, counted with or without padding."""
     assert past.state is not None
     first = (
         torch.zeros(len(positions), dtype=torch.long, device=positions.device) if real is None else real.int().argmax(1)
@@ -147,7 +146,7 @@ def _check_goes_on(positions: Tensor, real: Tensor | None, past: StateCache) -> 
 
 
 def _moved_to_real(starts: Tensor, real: Tensor) -> Tensor:
-    """Starts that lie on padding, moved to the next real token of their row."""
+    """Move starts that are on padding to the next real token of their row."""
     sequence = starts.long().cumsum(1)
     before = torch.where(real, sequence, 0).cummax(1).values
     return real & F.pad(before.diff(dim=1) > 0, (1, 0), value=True)
