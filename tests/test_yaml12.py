@@ -42,7 +42,7 @@ def test_scalars_of_the_core_schema(text: str, value: Any) -> None:
         ("!!bool yes", "not of its tag"), ("!!timestamp 2020-13-01", "tag '!!timestamp' is not read"),
         ("!!binary x", "tag"), ("!!set {a}", "tag"), ("!mine 1", "tag"), ("!!python/name:os.system", "tag"),
         (r'"\UFFFFFFFF"', "not usable YAML"), (r'"\ud800"', "half of a surrogate pair"),
-        ("[&b [*b]]", "stands inside what it repeats"), ("{[1]: 2}", "a key must be a single value"),
+        ("[&b [*b]]", "is inside what it repeats"), ("{[1]: 2}", "a key must be a single value"),
         ("[&b [1], {*b : 2}]", "a key must be a single value"), ("{1: 2, 0x1: 3}", "the key '1' appears here again"),
         ("{true: 1, 1: 2}", "appears here again"), ("{<<: 1}", "'<<' takes a mapping"),
         ("{b: 1, 'b': 2}", "the key 'b' appears here again"),

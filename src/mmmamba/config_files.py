@@ -1,4 +1,4 @@
-"""Frozen dataclasses ↔ plain dicts ↔ YAML, strictly: nothing unknown is ignored, nothing ill-typed gets through.
+"""Config files: frozen dataclasses ↔ plain dicts ↔ YAML. Unknown keys and wrong types are errors.
 
     recipe = from_dict(Recipe, load_yaml("recipes/nano.yaml", ["stages.stage1.steps=20"]), where="recipes/nano.yaml")
 
@@ -42,7 +42,7 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str | Path = "") -> 
         cls: the dataclass; its annotations may be nested dataclasses, ``X | None``, unions of simple types,
             ``tuple[X, ...]``, ``list[X]``, ``dict[str, X]``, ``Literal[...]``, ``Path`` and ``Any``.
         data: a mapping with the class's field names as keys.
-        where: what the data was read from, put before every message.
+        where: the file that the data comes from. Messages start with it.
 
     Raises:
         UserError: for an unknown key (with the nearest known one), a missing key, a value of the wrong type, or
@@ -55,7 +55,7 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str | Path = "") -> 
 
 
 def to_dict(obj: Any) -> Any:
-    """Plain dicts, lists and scalars (what YAML and JSON can hold) of a dataclass; the inverse of :func:`from_dict`."""
+    """A dataclass as plain dicts, lists and scalars (what YAML and JSON can hold). The inverse of :func:`from_dict`."""
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
         return {field.name: to_dict(getattr(obj, field.name)) for field in dataclasses.fields(obj) if field.init}
     if isinstance(obj, Mapping):
@@ -68,7 +68,7 @@ def to_dict(obj: Any) -> Any:
 
 
 class _Reader:
-    """Converts plain values to annotated types, and remembers what file to blame."""
+    """Converts plain values to annotated types, and knows which file to name in messages."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -77,12 +77,12 @@ class _Reader:
         return UserError(f"{self.where}: {message}" if self.where else message)
 
     def build(self, cls: type[T], data: Any, path: str) -> T:
-        """An instance of dataclass ``cls``; ``path`` is the dotted key it stands under ('' at the top)."""
+        """An instance of dataclass ``cls``. ``path`` is its dotted key ('' at the top)."""
         if not isinstance(data, Mapping):
             what = f"'{path}'" if path else "the top level"
             raise self.error(f"{what} must be a mapping of keys to values ({cls.__name__}), got {_show(data)}")
         resolve = getattr(cls, "resolve", None)
-        if resolve is not None:  # of several classes, the mapping says which
+        if resolve is not None:  # the mapping says which of several classes it is
             try:
                 cls, data = resolve(data)
             except ValueError as refusal:
@@ -106,7 +106,7 @@ class _Reader:
             raise self.error(f"'{path}': {refusal}" if path else str(refusal)) from refusal
 
     def convert(self, hint: Any, value: Any, path: str) -> Any:
-        """``value`` as type ``hint``, or a UserError."""
+        """``value`` as type ``hint``; UserError if it does not fit."""
         if not _fits(hint, value):
             raise self.error(f"'{path}' must be {_describe(hint)}, got {_show(value)}")
         origin, args = get_origin(hint), get_args(hint)
@@ -141,7 +141,7 @@ def _items(hint: Any, value: Sequence[Any]) -> list[tuple[Any, Any]]:
 
 
 def _fits(hint: Any, value: Any) -> bool:
-    """Whether ``value`` is of the right kind for ``hint``; what it contains is checked later, one level down."""
+    """Whether ``value`` is of the right kind for ``hint``. Its contents are checked later, one level down."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any or hint is object:
         return True
@@ -155,7 +155,7 @@ def _fits(hint: Any, value: Any) -> bool:
         return isinstance(value, (Mapping, hint))  # type: ignore[arg-type]
     if hint is float:
         return _is_float(value)
-    if hint is int:  # a bool is an int to Python, not to a reader of a recipe
+    if hint is int:  # Python counts a bool as an int; a reader of a recipe does not
         return isinstance(value, int) and not isinstance(value, bool)
     if hint is Path:
         return isinstance(value, (str, Path))
@@ -170,7 +170,7 @@ def _fits(hint: Any, value: Any) -> bool:
 
 
 def _is_float(value: Any) -> bool:
-    """Finite floats, ints, and numerals such as '1e-3', which YAML 1.1 reads as a string for want of a dot."""
+    """Whether it is a finite float, an int, or a text such as '1e-3' (YAML 1.1 reads it as text: it has no dot)."""
     if isinstance(value, str):
         return _NUMBER.fullmatch(value) is not None and math.isfinite(float(value))
     if isinstance(value, int) and not isinstance(value, bool):
@@ -179,7 +179,7 @@ def _is_float(value: Any) -> bool:
 
 
 def _member(args: tuple[Any, ...], value: Any) -> Any:
-    """The member of a union that takes ``value``: one of exactly its type if there is one, else the first that fits."""
+    """The member of a union for ``value``: the one of exactly its type, if there is one, else the first that fits."""
     fitting = [arg for arg in args if _fits(arg, value)]
     exact = [arg for arg in fitting if arg is type(value) or get_origin(arg) is Literal]
     return (exact or fitting)[0]
@@ -194,7 +194,7 @@ def _join(path: str, key: Any) -> str:
 
 
 def _hint(key: Any, known: Iterable[str]) -> str:
-    """' (did you mean …?)', or the list of what is known when nothing is near."""
+    """' (did you mean …?)', or the list of known names if none is similar."""
     names = list(known)
     nearest = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
     return f" (did you mean '{nearest[0]}'?)" if nearest else f" (known: {', '.join(names)})"
@@ -223,7 +223,7 @@ def _describe(hint: Any) -> str:
 
 
 def _show(value: Any) -> str:
-    """A value and its type as they stand in the file, shortened to stay on one line."""
+    """A value and its type as a file would show them, shortened to one line."""
     if value is None:
         return "null"
     text = _repr(value)
@@ -234,7 +234,7 @@ def _show(value: Any) -> str:
 def _repr(value: Any) -> str:
     try:
         return repr(value)
-    except (ValueError, RecursionError):  # Python writes no number of thousands of digits
+    except (ValueError, RecursionError):  # Python does not print numbers with thousands of digits
         return "something very large"
 
 
@@ -243,7 +243,7 @@ def _repr(value: Any) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _parsed(text: str) -> Any:
-    """The data of a YAML text; shared, so callers copy it. A table of 150 cells reads few texts many times."""
+    """The data of a YAML text. It is shared, so callers copy it. (A table of 150 cells reads few texts many times.)"""
     return yaml12.parse(text)
 
 
@@ -251,7 +251,7 @@ def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     """The mapping in a YAML file, with ``overrides`` ("a.b.c=value") applied.
 
     Raises:
-        UserError: when the file can't be read, isn't YAML, repeats a key, or isn't a mapping at the top.
+        UserError: the file can't be read, isn't YAML, repeats a key, or isn't a mapping at the top.
     """
     path = Path(path)
     try:

@@ -1,4 +1,4 @@
-"""The streams of a command: what it reads, prints and logs through, whatever a shell has made of them."""
+"""The standard streams of a command, made safe to use whatever the shell did to them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from mmmamba.errors import UserError
 
-NARROWEST = 40  # columns: rich and tyro never end when a column has no room for a letter
+NARROWEST = 40  # columns: rich and tyro hang if a column has no room for a letter
 
 
 def prepare(args: Sequence[str]) -> None:
@@ -21,7 +21,7 @@ def prepare(args: Sequence[str]) -> None:
     fail at its last line. Input that isn't UTF-8 is kept as it is, for the one who reads it to refuse.
 
     Raises:
-        UserError: when stdout is closed, and for an argument whose bytes are no text.
+        UserError: stdout is closed, or the bytes of an argument are not text.
     """
     closed = _open_what_is_closed()
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
@@ -37,16 +37,16 @@ def prepare(args: Sequence[str]) -> None:
 
 
 def is_text(text: str) -> bool:
-    """Whether UTF-8 can hold ``text``: not when it was read from bytes that are something else."""
+    """Whether ``text`` is valid UTF-8. It is not if it was read from other bytes."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def why_not_written(error: OSError) -> str:
-    """An error of the system in one line: which file, or that it was stdout; and stdout is given up then."""
+    """An error of the system in one line, with the file, or stdout. If it was stdout, nothing more is written to it."""
     if error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
     try:
-        sys.stdout.flush()  # fails once more where stdout is the cause: what was not written is still in its buffer
+        sys.stdout.flush()  # fails again if stdout is the cause: what was not written is still in its buffer
     except OSError as again:
         discard_stdout()
         return f"standard output: {again.strerror}"
@@ -54,18 +54,18 @@ def why_not_written(error: OSError) -> str:
 
 
 def complain(message: str) -> None:
-    """A line on stderr, if that takes any: the exit code says it too."""
+    """Print a line on stderr, if possible. (The exit code tells of the error too.)"""
     with contextlib.suppress(OSError):
         print(message, file=sys.stderr)
 
 
 def discard_stdout() -> None:
-    """Send stdout to nowhere. Python flushes it once more at exit, and must not fail then."""
+    """Send stdout to nowhere. Python flushes it again at exit, and that must not fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _open_what_is_closed() -> set[int]:
-    """Put /dev/null in the place of each standard stream that is closed, so that no file of ours gets its number."""
+    """Replace each closed standard stream by /dev/null, so that no file of ours gets its number."""
     closed = set()
     for number in (0, 1, 2):
         try:

@@ -1,4 +1,4 @@
-"""Which device, which number format and how many cores a verb works with, and how a device says that it is full."""
+"""Which device, number format and number of cores a verb uses; memory that runs out; copies to the host."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from mmmamba.errors import UserError
 
 T = TypeVar("T")
 
-#: How an allocation that failed says so, where it is no OutOfMemoryError: cuBLAS's workspace, the CPU's allocator.
+#: Messages of failed allocations that are not an OutOfMemoryError: cuBLAS's workspace, the CPU's allocator.
 FULL = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory", "not enough memory")
 
-MOST_WORKERS = 128  # processes that can be asked for: each takes memory of its own, and a thousand end a machine
-TOGETHER = 64 * 2**20  # bytes that travel at once: so much is gathered on the device, and pinned on the host
+MOST_WORKERS = 128  # most processes that a user may ask for: each takes memory, and a thousand would stop a machine
+TOGETHER = 64 * 2**20  # bytes that are copied at once: they are gathered on the device, and pinned on the host
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -42,7 +42,7 @@ def pick_device(device: str = "auto") -> torch.device:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Of the weights, to ask a model: ``auto`` is bfloat16 on a GPU and float32 elsewhere."""
+    """The number format of weights for inference: ``auto`` is bfloat16 on a GPU and float32 elsewhere."""
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     found: torch.dtype = getattr(torch, dtype)
@@ -50,7 +50,7 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def pick_precision(precision: str, device: torch.device) -> torch.dtype:
-    """Of a training pass: ``auto`` is bf16 passes over float32 weights on a GPU, fp32 on a CPU."""
+    """The number format of a training pass: ``auto`` is bf16 (over float32 weights) on a GPU, fp32 on a CPU."""
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
@@ -62,7 +62,7 @@ def cores() -> int:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error says that memory did not suffice, or came of one that does (a capture that broke off)."""
+    """Whether an error says that memory ran out, or was caused by one that does (such as a capture that failed)."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in FULL):
         return True
     before = error.__cause__ or error.__context__
@@ -70,7 +70,7 @@ def is_full(error: BaseException) -> bool:
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors of one device on the CPU: small ones travel together, since each journey takes its time."""
+    """Copy tensors of one device to the CPU. Small ones are copied together, because each copy takes time."""
     found: dict[int, Tensor] = {}
     for journey in _journeys(tensors):
         load = [tensors[i].detach().contiguous().reshape(-1).view(torch.uint8) for i in journey]
@@ -82,15 +82,15 @@ def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def host_bytes(count: int) -> Tensor:
-    """So many bytes on the CPU, of any value; next to a GPU those that it reaches fastest, if they are not too many.
+    """Uninitialised bytes on the CPU. If there is a GPU and they are not too many, they are pinned, for fast copies.
 
-    PyTorch keeps such memory when it is let go: the next who asks need not wait until the system has found new pages.
+    PyTorch keeps pinned memory when it is freed, so the next request need not wait for new pages of the system.
     """
     return torch.empty(count, dtype=torch.uint8, pin_memory=torch.cuda.is_initialized() and count <= TOGETHER)
 
 
 def _journeys(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
-    """The numbers of tensors that travel together: wide ones first, so that each begins where its kind may."""
+    """The indices of tensors to copy together. Wide number formats come first, so that each tensor is aligned."""
     order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())
     load: list[int] = []
     size = 0
@@ -105,7 +105,7 @@ def _journeys(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
 
 
 def release(device: torch.device) -> None:
-    """Give back what no tensor holds any more."""
+    """Free the memory that no tensor uses any more."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -130,7 +130,7 @@ def within_memory(call: Callable[[], T], device: torch.device, doing: str) -> T:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Without collecting garbage: while a CUDA graph is captured, freeing an older one would break the capture."""
+    """Stop the garbage collector. While a CUDA graph is captured, freeing an older one would break the capture."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read, and how text of somebody's file is shown: on one line, as text only."""
+"""The exception that a user is meant to read, and how text from a user's file is shown: on one line, as plain text."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ LONGEST = 1000  # characters of a message
 
 
 class UserError(ValueError):
-    """Bad input, said in one clear line that names the file, line, field or layer.
+    """Bad input, described in one clear line that names the file, line, field or layer.
 
-    It is a ValueError too: callers of other libraries catch that one for bad input.
+    It is a ValueError too, which callers of other libraries catch for bad input.
 
     The command line prints ``error: <message>`` and exits with code 2, without a traceback. A message may quote what a
     file holds: its text is one line of at most :data:`LONGEST` printable characters, whatever was quoted.
@@ -30,13 +30,13 @@ def printable(text: str, longest: int | None = None) -> str:
     if text.isprintable():
         return text
     shown = "".join(map(_shown, text))
-    # Escapes are up to ten characters long: cut once more, by what is shown.
+    # Escapes are up to ten characters long: cut again, by what is shown.
     return shown if longest is None or len(shown) <= longest else printable(shown, longest)
 
 
 def _shown(character: str) -> str:
     if character.isprintable():
         return character
-    if "\udc80" <= character <= "\udcff":  # how Python keeps a byte that it could not decode
+    if "\udc80" <= character <= "\udcff":  # Python represents a byte that it could not decode like this
         return f"\\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape").decode()

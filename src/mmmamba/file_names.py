@@ -1,4 +1,4 @@
-"""Names from a user's files that become parts of paths: checked, or made into file names that do not collide."""
+"""Names from a user's files that become parts of paths. They are checked, or made into unique file names."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-LONGEST = 100  # bytes: a file system takes 255, and suffixes are added
+LONGEST = 100  # bytes: file systems allow 255, and suffixes are added
 
 
 def check_name(text: str, what: str) -> str:
-    """``text``, if it can be one part of a path wherever that path begins.
+    """``text``, if it is safe as one part of a path.
 
     Raises:
-        ValueError: when it would lead out of its folder, hide, or hold what no file name should.
+        ValueError: it would lead out of its folder, be hidden, or contain what no file name should.
     """
     if not text.strip():
         raise ValueError(f"{what} is empty")
@@ -29,7 +29,7 @@ def check_name(text: str, what: str) -> str:
 
 
 def file_labels(labels: Iterable[str]) -> dict[str, str]:
-    """Each label as part of a file name; no two are equal, not even on a file system that ignores case."""
+    """Each label as part of a file name. No two are equal, even on a file system that ignores case."""
     found: dict[str, str] = {}
     taken: set[str] = set()
     for label in labels:
@@ -45,7 +45,7 @@ def file_labels(labels: Iterable[str]) -> dict[str, str]:
 
 
 def unique(label: str, taken: Iterable[str]) -> str:
-    """``label``, or with a number where it is taken."""
+    """``label``, with a number if it is taken."""
     known, name, number = set(taken), label, 1
     while name in known:
         number += 1

@@ -1,4 +1,4 @@
-"""Links in a stranger's model folder: which of them may be followed where the content ends up in a folder of ours."""
+"""Links in a model folder from somebody else: which may be followed when files are copied to a folder of ours."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from mmmamba.errors import UserError
 
 
 def refuse_foreign_link(file: Path) -> Path:
-    """Refuse a file of a model folder that is a link to somewhere else; ``file`` otherwise.
+    """Refuse a file of a model folder that links to another place. Returns ``file`` otherwise.
 
-    Such a link would have anything that lies on this machine copied under a harmless name. A hub's cache is made of
-    links, ``snapshots/REVISION/NAME`` to ``blobs/HASH`` of the same repository; and a folder may be made of links to
-    another model's folder, that of its ``config.json``. Those lead nowhere else.
+    Such a link could get any file of this machine copied under a harmless name. Two kinds of links are allowed. The
+    cache of a hub links ``snapshots/REVISION/NAME`` to ``blobs/HASH`` of the same repository. And a folder may consist
+    of links into another model's folder, the one that has its ``config.json``.
 
     Raises:
         UserError: naming the file.

@@ -1,4 +1,4 @@
-"""Opening files that a user names: regular files only, so that nothing waits for ever or reads a device."""
+"""Opens files that a user names. Only regular files are read, so that nothing waits for ever or reads a device."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ SHOWN = 300  # characters of a name in a message: a picture given as text may be
 
 
 def check_file(path: str | Path, what: str = "file", prefix: str = "") -> int:
-    """The size in bytes of a regular file. Nothing is opened: opening a pipe waits, opening a device may act.
+    """The size in bytes of a regular file. Nothing is opened: opening a pipe waits, and opening a device may do things.
 
     Args:
-        path: the file; links are followed.
+        path: the file. Links are followed.
         what: what it should be ("data file"), for messages.
-        prefix: opens the message, which then ends with the path; it begins with the path otherwise.
+        prefix: the start of messages, which then end with the path. Without it, they start with the path.
 
     Raises:
-        UserError: nothing is there, or it is a folder, a pipe, a device or a socket, or no file can have this name.
+        UserError: nothing is there; or it is a folder, a pipe, a device or a socket; or no file can have this name.
     """
     try:
         found = os.stat(path)
@@ -33,14 +33,14 @@ def check_file(path: str | Path, what: str = "file", prefix: str = "") -> int:
 
 
 def open_file(path: str | Path, what: str = "file", prefix: str = "") -> BinaryIO:
-    """A regular file, open for reading bytes; what :func:`check_file` refuses is not opened.
+    """Open a regular file to read bytes. What :func:`check_file` refuses is not opened.
 
     Raises:
-        UserError: as :func:`check_file`, and when the file cannot be opened.
+        UserError: as :func:`check_file`, or the file cannot be opened.
     """
     check_file(path, what, prefix)
     try:
-        # Should a pipe take the file's place just now, opening it does not wait.
+        # If a pipe takes the file's place right now, opening it does not wait.
         handle = os.open(path, _READ)
     except (OSError, ValueError) as error:
         raise _error(path, prefix, _reason(what, error)) from error
@@ -57,13 +57,13 @@ def read_bytes(
 ) -> bytes:
     """The content of a regular file of at most ``limit`` bytes.
 
-    A file that says it is empty is not opened: among the system's own (``/proc``) are some that never end.
+    A file of size 0 is not opened: some of the system's own files (``/proc``) say 0 and never end.
 
     Args:
-        where: what a message names in place of the path.
+        where: named in messages instead of the path.
 
     Raises:
-        UserError: as :func:`open_file`; the file is larger than ``limit``, or cannot be read.
+        UserError: as :func:`open_file`, or the file is larger than ``limit``, or cannot be read.
     """
     named = path if where is None else where
     too_large = _error(named, prefix, f"has more than {limit:,} bytes, which is too much for such a {what}")
@@ -74,7 +74,7 @@ def read_bytes(
         if found.st_size == 0:
             return b""
         with open_file(path, what, prefix) as file:
-            content = file.read(found.st_size + 1)  # room is made for as much as is asked for
+            content = file.read(found.st_size + 1)  # Python reserves as much as is asked for
     except UserError:
         raise
     except (OSError, ValueError) as error:
@@ -87,10 +87,10 @@ def read_bytes(
 def read_text(
     path: str | Path, limit: int, what: str = "file", prefix: str = "", *, where: str | Path | None = None
 ) -> str:
-    """The same as UTF-8 text, without a byte order mark.
+    """The content of a regular file as UTF-8 text, without a byte order mark.
 
     Raises:
-        UserError: as :func:`read_bytes`; it is not UTF-8 (the byte is named).
+        UserError: as :func:`read_bytes`, or it is not UTF-8 (the byte is named).
     """
     content = read_bytes(path, limit, what, prefix, where=where)
     try:
@@ -101,15 +101,15 @@ def read_text(
 
 
 def stamp_of(found: os.stat_result) -> tuple[int, ...]:
-    """What changes when a file is written to, or another takes its place: device, number, bytes, time of change."""
+    """A stamp that changes when a file is written or replaced: device, inode number, size, time of change."""
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def read_part(path: str | Path, start: int, length: int, stamp: tuple[int, ...], what: str = "file") -> bytes:
-    """``length`` bytes from ``start`` on of a file that was opened before and had this stamp then.
+    """Read ``length`` bytes from ``start`` on, from a file that was opened before and had this stamp then.
 
     Raises:
-        UserError: it is gone, cannot be read, or has another stamp now.
+        UserError: the file is gone, cannot be read, or has another stamp now.
     """
     try:
         handle = os.open(path, _READ)

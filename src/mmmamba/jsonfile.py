@@ -1,4 +1,4 @@
-"""JSON, read strictly and within bounds: the one place where this package parses it.
+"""Reads JSON strictly and within bounds. This package parses JSON only here.
 
 Python's own reader keeps the last of two equal keys, takes ``NaN`` and ``Infinity``, and ends in a RecursionError for a
 text of brackets. Here each of those, a number that no float holds, half a surrogate pair, and a file too large to be
@@ -17,16 +17,16 @@ from typing import Any
 from mmmamba import input_files
 from mmmamba.errors import UserError
 
-MAX_BYTES = 16 << 20  # of a file that describes something; read, that may become twenty times as much
+MAX_BYTES = 16 << 20  # of a file that describes something; in memory it may take twenty times as much
 MAX_TOKENIZER_BYTES = 128 << 20  # of tokenizer.json: one of 260,000 pieces takes 35 MB
-MAX_DATA_BYTES = 1 << 30  # of a file that holds data, or that a run of ours wrote
+MAX_DATA_BYTES = 1 << 30  # of a file that holds data, or that one of our runs wrote
 MAX_DEPTH = 64  # lists and objects inside one another
 MAX_DIGITS = 64  # of a whole number; 2**63 has 19
-_SHOWN = 60  # characters of a value in a complaint
+_SHOWN = 60  # characters of a value in a message
 
 
 class JsonError(ValueError):
-    """What is wrong with a text, and on which of its lines where that is known."""
+    """What is wrong with a text, and in which line, if that is known."""
 
     def __init__(self, problem: str, line: int | None = None) -> None:
         super().__init__(problem)
@@ -38,11 +38,11 @@ def read_json(path: str | Path, where: str | Path | None = None, *, limit: int =
 
     Args:
         path: the file.
-        where: what a complaint names (default: the path).
-        limit: bytes that are read at most.
+        where: named in messages (default: the path).
+        limit: most bytes that are read.
 
     Raises:
-        UserError: for anything but an ordinary file of at most ``limit`` bytes that holds one object.
+        UserError: it is anything but a regular file of at most ``limit`` bytes that holds one object.
     """
     path, where = Path(path), where or path
     data = read_any(path, where, limit=limit)
@@ -52,7 +52,7 @@ def read_json(path: str | Path, where: str | Path | None = None, *, limit: int =
 
 
 def read_any(path: str | Path, where: str | Path | None = None, *, limit: int = MAX_BYTES) -> Any:
-    """What a JSON file holds, whatever its kind; arguments and errors as :func:`read_json` has them."""
+    """The value in a JSON file, of any kind. Arguments and errors are those of :func:`read_json`."""
     path, where = Path(path), where or path
     try:
         return parse(read_bytes(path, where, limit=limit))
@@ -61,12 +61,12 @@ def read_any(path: str | Path, where: str | Path | None = None, *, limit: int = 
 
 
 def parse_json(text: str | bytes, where: str | Path, *, error: type[UserError] = UserError) -> Any:
-    """What a JSON text holds.
+    """The value of a JSON text.
 
     Args:
         text: a text, or its UTF-8 bytes.
-        where: what a complaint names, such as ``file.jsonl:12``.
-        error: the kind of complaint.
+        where: named in messages, such as ``file.jsonl:12``.
+        error: the exception to raise.
 
     Raises:
         UserError: (or ``error``) saying what is wrong.
@@ -78,7 +78,7 @@ def parse_json(text: str | bytes, where: str | Path, *, error: type[UserError] =
 
 
 def read_lines(path: str | Path, *, limit: int = MAX_DATA_BYTES) -> list[dict[str, Any]]:
-    """The objects of a log that a run of ours writes, one a line. Half a last line, of a killed run, is left out.
+    """The objects of a log that one of our runs writes, one on each line. An incomplete last line is left out.
 
     Raises:
         UserError: naming the file and the line.
@@ -105,7 +105,7 @@ def read_bytes(path: str | Path, where: str | Path | None = None, *, limit: int 
 
 
 def parse(text: str | bytes) -> Any:
-    """What a JSON text (or its UTF-8 bytes, with or without a mark of byte order) holds.
+    """The value of a JSON text (or of its UTF-8 bytes, with or without a byte order mark).
 
     Raises:
         JsonError: saying what is wrong, without the file's name.
@@ -129,7 +129,7 @@ def parse(text: str | bytes) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value as it stands in Python, short and on one line."""
+    """A value as Python prints it, shortened, on one line."""
     text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
@@ -159,7 +159,7 @@ def _decimal(text: str) -> float:
 
 
 def _constant(name: str) -> float:
-    raise JsonError(f"not JSON: {name} is no number of JSON")
+    raise JsonError(f"not JSON: {name} is not a JSON number")
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_int=_whole, parse_float=_decimal, parse_constant=_constant)

@@ -1,10 +1,10 @@
-"""One process at a time in a folder, or with a file. The system frees the lock of a process that dies, killed or not.
+"""Locks: one process at a time works in a folder, or with a file. The system frees the lock of a process that dies.
 
-A lock is a file that says which process holds it (``.lock`` in a folder, ``.NAME.lock`` beside a file). It is removed
-at the end. What counts is not that it is there but that the system holds it locked, so one that a killed process left
-blocks nothing. The locks are POSIX record locks: processes that were forked for loading data do not inherit them, as
-they would ``flock``, and keep nobody out when they outlive the run for a moment. Windows and file systems without such
-locks do without.
+A lock is a file that names the process that holds it (``.lock`` in a folder, ``.NAME.lock`` beside a file). It is
+removed at the end. What counts is that the system holds the file locked, not that it exists. So a file that a killed
+process left behind blocks nothing. The locks are POSIX record locks, not ``flock``: forked loader processes do not
+inherit them, so they block nobody if they live a moment longer than the run. On Windows, and on file systems without
+such locks, nothing is locked.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
-_PAUSE = 0.1  # seconds between two tries of one that waits
-_TRIES = 100  # while others remove their locks just then
+_PAUSE = 0.1  # seconds between two tries while waiting
+_TRIES = 100  # other processes may remove their locks at that moment
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
-# The locks of this process: to the system, a process never locks itself out.
+# The locks of this process. The system would never lock a process out of its own locks.
 _held: set[str] = set()
 _guard = threading.Lock()
 
 
 @contextlib.contextmanager
 def alone_in(folder: Path, option: str = "--out", *, wait: bool = False) -> Iterator[None]:
-    """Only this process works in ``folder``, which is made; one that was made and stays empty is removed.
+    """Let only this process work in ``folder``. The folder is made; if it stays empty, it is removed again.
 
     Args:
         folder: where a run, a report or data is written.
-        option: what a user changes to work elsewhere.
-        wait: wait for the other one instead of refusing.
+        option: the option that a user changes to work in another folder.
+        wait: wait for another process instead of refusing.
 
     Raises:
-        UserError: naming the process that works there; when the folder can't be written.
+        UserError: another process works there (it is named), or the folder can't be written.
     """
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
 
@@ -67,10 +67,10 @@ def alone_in(folder: Path, option: str = "--out", *, wait: bool = False) -> Iter
 
 @contextlib.contextmanager
 def alone_with(file: Path, otherwise: str, *, wait: bool = False) -> Iterator[None]:
-    """Only this process reads and writes ``file``, there or not; ``otherwise`` says what else a user can do.
+    """Let only this process use ``file``, which need not exist. ``otherwise`` says what else a user can do.
 
     Raises:
-        UserError: naming the process that uses it; when nothing can be written beside it.
+        UserError: another process uses it (it is named), or nothing can be written beside it.
     """
     real = file.resolve()
     with _locked(real.with_name(f".{real.name}{LOCK}"), str(file), otherwise, wait, lambda: None):
@@ -92,7 +92,7 @@ def _locked(path: Path, what: str, otherwise: str, wait: bool, make: Callable[[]
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # the folder may have gone
+        with contextlib.suppress(OSError):  # the folder may be gone
             path.unlink()
         os.close(handle)
         with _guard:
@@ -100,7 +100,7 @@ def _locked(path: Path, what: str, otherwise: str, wait: bool, make: Callable[[]
 
 
 def _take(path: Path, what: str, make: Callable[[], None]) -> int | str:
-    """The open and locked file; or who has it. ``make`` makes its folder again where another process removed it."""
+    """The open and locked file, or the process that has it. ``make`` makes the folder again if it was removed."""
     with _guard:
         if str(path) in _held:
             return f"this process ({os.getpid()})"
@@ -124,7 +124,7 @@ def _take(path: Path, what: str, make: Callable[[], None]) -> int | str:
                     return f"another process{f' ({holder[0]}{where})' if holder else ''}"
             if _is_at(handle, path):
                 break
-            os.close(handle)  # of the one before, which has removed it meanwhile
+            os.close(handle)  # its last owner has removed it in the meantime
         else:
             return "other processes that come and go"
         os.ftruncate(handle, 0)

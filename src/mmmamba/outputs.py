@@ -1,7 +1,7 @@
-"""Where a verb may write, found out before its work begins; and which files of a folder it wrote itself.
+"""Checks where a verb may write, before its work begins, and records which files of a folder it wrote.
 
-A verb replaces only what it wrote. A folder of reports says so in :data:`LEDGER`: the name of each file, the verb that
-wrote it, and the hash of what it wrote. A file that is not listed, or was changed since, is somebody's own.
+A verb replaces only files that it wrote. A folder of reports records them in :data:`LEDGER`: the name of each file, the
+verb that wrote it, and the hash of its content. A file that is not listed, or was changed since, belongs to the user.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LEDGER = ".mmmamba.json"
 
 
 def check_folder(out: Path, option: str = "--out", *, read: Iterable[Path] = ()) -> None:
-    """Refuse a folder that can't be made or written, or lies inside a folder that is ``read``.
+    """Refuse a folder that can't be made or written, or that is inside a folder that is ``read``.
 
     Raises:
         UserError: naming ``out`` and what is wrong with it.
@@ -39,7 +39,7 @@ def check_folder(out: Path, option: str = "--out", *, read: Iterable[Path] = ())
 def check_file(
     out: Path, option: str = "--out", *, read: Iterable[Path] = (), overwrite: bool = False, flag: str = "--overwrite"
 ) -> None:
-    """Refuse a file that is there (unless it is to be replaced), can't be written, or is one that is ``read``.
+    """Refuse a file that exists (unless it may be replaced), can't be written, or is one that is ``read``.
 
     Raises:
         UserError: naming ``out`` and what is wrong with it.
@@ -58,7 +58,7 @@ def check_file(
 
 
 def same(one: Path, other: Path) -> bool:
-    """Whether both are one file or folder, by whatever name: a link, a relative path, another case."""
+    """Whether both name the same file or folder, also by a link, a relative path, or another case."""
     try:
         return os.path.samefile(one, other)
     except (OSError, ValueError):
@@ -70,7 +70,7 @@ def _inside(path: Path, folder: Path) -> bool:
 
 
 def _kind(path: Path, option: str) -> str:
-    """What is there: '' (nothing), 'a folder', 'a file', or words for what can't be written to."""
+    """What is there: '' (nothing), 'a folder', 'a file', or words for something that can't be written to."""
     if "\0" in str(path):
         raise UserError(f"{option}: a path can't hold a null character")
     try:
@@ -78,7 +78,7 @@ def _kind(path: Path, option: str) -> str:
     except FileNotFoundError:
         return "a link to nothing" if path.is_symlink() else ""
     except NotADirectoryError:
-        return ""  # what is in the way is named by what asks for a place to write
+        return ""  # the check for a writable place will name what is in the way
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFREG: "a file"}
@@ -112,13 +112,13 @@ class Ledger:
     def check(
         self, names: Iterable[str], *, otherwise: str, read: Iterable[Path] = (), overwrite: bool = False
     ) -> None:
-        """Refuse, before any work, to replace what the verb did not write.
+        """Refuse, before any work, to replace files that the verb did not write.
 
         Args:
-            names: of the files that will be written.
+            names: the files that will be written.
             otherwise: what a user can do instead.
-            read: files that are read, which are not replaced in any case.
-            overwrite: replace other files of these names.
+            read: files that are read. They are never replaced.
+            overwrite: replace other files with these names.
 
         Raises:
             UserError: naming the file.
@@ -137,7 +137,7 @@ class Ledger:
                 raise UserError(f"{path}: {why} mmmamba {self.verb}{' wrote it' * self._is_listed(name)}; {otherwise}")
 
     def wrote(self, name: str) -> bool:
-        """Whether the file is as this verb left it (a killed process may have left it in any state)."""
+        """Whether the file is as this verb wrote it. (If the process was killed, any state counts.)"""
         entry = self._entries.get(name)
         if entry is None or entry["by"] != self.verb:
             return False
@@ -150,16 +150,17 @@ class Ledger:
         """Write the files in this order, and remove those that the verb wrote earlier and does not write now.
 
         Args:
-            files: name → content, or what writes it to a path.
-            keep: names of earlier ones that stay.
+            files: name → content, or a function that writes it to a path.
+            keep: names of earlier files that stay.
         """
-        from mmmamba.checkpoints.io import write_atomically  # which stands above the data that uses this
+        # A lazy import: checkpoints are above data, which uses this module.
+        from mmmamba.checkpoints.io import write_atomically
 
         stale = [
             name for name in self._entries if name not in files and name not in set(keep) and self._is_listed(name)
         ]
         gone = [name for name in stale if self.wrote(name)]
-        # Under way: whatever a killed process leaves under these names is ours.
+        # In progress: whatever a killed process leaves under these names is ours.
         self._entries |= {name: {"by": self.verb, "sha256": None} for name in files}
         self._save()
         for name, content in files.items():
@@ -193,7 +194,7 @@ def _bytes(content: bytes) -> Callable[[Path], object]:
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file; '' where there is none or it can't be read. A pipe is not opened: it could wait for ever."""
+    """sha256 of a file; '' if it is missing or can't be read. A pipe is not opened: that could wait for ever."""
     digest = hashlib.sha256()
     try:
         if not path.is_file():
@@ -207,7 +208,7 @@ def file_hash(path: Path) -> str:
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """The entries of a ledger; none where it is missing or not one, so that nothing counts as ours."""
+    """The entries of a ledger. None if it is missing or damaged; then no file counts as ours."""
     try:
         found = read_json(path, limit=MAX_DATA_BYTES)["written"]
     except (UserError, KeyError):

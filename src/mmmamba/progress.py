@@ -1,4 +1,4 @@
-"""How long work is shown: a live bar on a terminal, plain lines at intervals anywhere else."""
+"""Shows progress: a live bar on a terminal, plain lines at intervals anywhere else."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from mmmamba.report.number_format import shown
 
 T = TypeVar("T")
 
-LABEL = 200  # characters of what is being done
+LABEL = 200  # characters of the description
 
 
 class Terminal(Console):
-    """Where this package prints: what it is given is text, never markup, emoji or a command to the terminal.
+    """Prints for this package. What it prints is plain text, never markup, emoji or a command to the terminal.
 
-    A reader that has gone (``| head``) is told to the command line, which ends quietly.
+    If the reader is gone (``| head``), the command line is told, and ends quietly.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -35,7 +35,7 @@ class Terminal(Console):
 
 
 def _lines(text: str) -> str:
-    """Printable lines; what a terminal obeys is escaped."""
+    """Printable lines. Control characters are escaped."""
     return "\n".join(printable(line) for line in text.split("\n"))
 
 
@@ -51,9 +51,9 @@ class Progress:
 
     Args:
         description: what is being done, in a word or two.
-        total: how many units the whole is; None when nobody knows.
-        start: units that were done before (a resumed run), left out of the rate.
-        interval: seconds between plain lines when stderr isn't a terminal.
+        total: how many units there are in all; None if nobody knows.
+        start: units that were done before (in a resumed run); the rate leaves them out.
+        interval: seconds between plain lines, if stderr isn't a terminal.
         console: where to write instead of stderr.
     """
 
@@ -72,7 +72,7 @@ class Progress:
         self.start = start
         self.interval = interval
         self.console = console or Terminal(stderr=True)
-        # Not `is_terminal` alone: FORCE_COLOR makes rich say yes for a log file, where a bar would be garbage.
+        # `is_terminal` is not enough: with FORCE_COLOR rich says yes for a log file, where a bar would be garbage.
         self.live = self.console.is_interactive and self.console.file.isatty()
         self.tokens = 0
         self.info = ""
@@ -103,7 +103,7 @@ class Progress:
             self._print_line()
 
     def update(self, done: int, *, tokens: int | None = None, **fields: Any) -> None:
-        """Say that ``done`` units are done by now.
+        """Report that ``done`` units are done now.
 
         ``tokens`` counts those of this update only, and is shown as a rate over the whole run; every other field is
         shown as it is (``loss=0.1234``).
@@ -118,11 +118,11 @@ class Progress:
             self._print_line()
 
     def advance(self, units: int = 1, **fields: Any) -> None:
-        """Say that ``units`` more are done."""
+        """Report that ``units`` more are done."""
         self.update(self.done + units, **fields)
 
     def note(self, message: str) -> None:
-        """A line that stays, above the bar."""
+        """Print a line that stays, above the bar."""
         console = self._bar.console if self._bar is not None else self.console
         console.print(printable(message, LONGEST), soft_wrap=True)
 
@@ -146,7 +146,7 @@ class Progress:
 def track(
     iterable: Iterable[T], description: str, total: int | None = None, *, console: Terminal | None = None
 ) -> Iterator[T]:
-    """The items of ``iterable``, with a :class:`Progress` that counts them."""
+    """Yield the items of ``iterable``, and show how many are done."""
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     with Progress(description, total, console=console) as bar:

@@ -1,4 +1,4 @@
-"""YAML 1.2 (its core schema) as plain data, with every bound that a file of somebody else needs.
+"""YAML 1.2 (its core schema) as plain data, with all bounds that a file from somebody else needs.
 
 PyYAML scans and parses; what scalars mean is decided here, since PyYAML follows YAML 1.1: there ``010`` is eight,
 ``1:30`` is ninety, ``no`` is false, ``1e-3`` is a text and ``2020-01-01`` a date. Here a plain scalar is null, true or
@@ -18,9 +18,9 @@ from typing import Any
 
 import yaml
 
-MAX_CHARACTERS = 1 << 18  # of a text: recipes have some thousands
+MAX_CHARACTERS = 1 << 18  # of a text; recipes have a few thousand
 MAX_DEPTH = 50  # of lists and mappings in each other
-MAX_VALUES = 100_000  # with what aliases repeat counted again each time
+MAX_VALUES = 100_000  # what an alias repeats counts each time
 MAX_DIGITS = 400  # of a number
 
 _TAG = "tag:yaml.org,2002:"
@@ -30,11 +30,11 @@ _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _OCTAL_IN_1_1 = re.compile(r"[-+]?0[0-9]+")
-_MERGE = object()  # the key << of YAML 1.1, which takes in the keys of another mapping
+_MERGE = object()  # the key << of YAML 1.1, which merges the keys of another mapping
 
 
 class BadYaml(ValueError):
-    """What is wrong with a text, in one line; ``line`` counts from 1, None where it is not known."""
+    """What is wrong with a text, in one line. ``line`` counts from 1; None if it is unknown."""
 
     def __init__(self, problem: str, line: int | None = None) -> None:
         super().__init__(problem)
@@ -42,9 +42,9 @@ class BadYaml(ValueError):
 
 
 def parse(text: str) -> Any:
-    """The plain data (dicts, lists, scalars) of a YAML text; None of an empty one.
+    """The plain data (dicts, lists, scalars) of a YAML text; None for an empty text.
 
-    What an alias repeats is the same object each time.
+    An alias gives the same object each time.
 
     Raises:
         BadYaml: for what is no YAML, a key that stands twice, a tag that is not of the core schema, an ambiguous
@@ -62,7 +62,7 @@ def parse(text: str) -> Any:
         raise BadYaml(" ".join(str(error).split())) from error
     except BadYaml:
         raise
-    except (ValueError, OverflowError) as error:  # an escape or a version number that is out of range
+    except (ValueError, OverflowError) as error:  # an escape or a version number out of range
         raise BadYaml(f"not usable YAML ({error})") from error
 
 
@@ -78,7 +78,7 @@ def dump(plain: Any, *, flow: bool = False, width: float = 120) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes a text that either version of YAML would take for something else."""
+    """Quote a text that YAML 1.1 or 1.2 would read as something else."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -90,11 +90,11 @@ for _pattern, _first in ((_INT, "-+0123456789"), (_FLOAT, "-+.0123456789")):
 
 @dataclass
 class _Open:
-    """A list or mapping whose end is still to come."""
+    """A list or mapping that has not ended yet."""
 
     value: list[Any] | dict[Any, Any]
     anchor: str | None
-    begun: int  # values that were counted before it
+    begun: int  # values counted before it
     key: Any = None
     key_line: int | None = None  # None while the next thing in a mapping is a key
     lines: dict[Any, int] = field(default_factory=dict)  # of its keys
@@ -140,7 +140,7 @@ class _Builder:
 
     def _alias(self, name: str | None, line: int) -> None:
         if any(each.anchor == name for each in self.stack):
-            raise BadYaml(f"the alias '{name}' stands inside what it repeats", line)
+            raise BadYaml(f"the alias '{name}' is inside what it repeats", line)
         if name is None or name not in self.anchors:
             raise BadYaml(f"found undefined alias '{name}'", line)
         value, values = self.anchors[name]
@@ -158,7 +158,7 @@ class _Builder:
         if event.tag not in (None, "!", f"{_TAG}{kind}"):
             raise BadYaml(f"the tag '{_shown_tag(event.tag)}' is not read here", line)
         if len(self.stack) >= MAX_DEPTH:
-            raise BadYaml(f"lists and mappings stand in each other more than {MAX_DEPTH} deep", line)
+            raise BadYaml(f"lists and mappings are nested more than {MAX_DEPTH} deep", line)
         if self.stack and isinstance(self.stack[-1].value, dict) and self.stack[-1].key_line is None:
             raise BadYaml(f"a key must be a single value, not a {'mapping' if mapping else 'list'}", line)
         self.stack.append(_Open({} if mapping else [], event.anchor, self.count - 1))
@@ -167,14 +167,14 @@ class _Builder:
         done = self.stack.pop()
         if isinstance(done.value, dict):
             inherited: dict[Any, Any] = {}
-            for each in done.merged:  # the first that has a key gives its value
+            for each in done.merged:  # of several mappings with a key, the first gives its value
                 inherited.update((key, value) for key, value in each.items() if key not in inherited)
             done.value = {**inherited, **done.value}
         self._anchor(done.anchor, done.value, self.count - done.begun, line)
         self._put(done.value, line)
 
     def _put(self, value: Any, line: int) -> None:
-        """Add a whole value to what is open."""
+        """Add a complete value to the open list or mapping."""
         if not self.stack:
             self.result = value
             return
@@ -184,7 +184,7 @@ class _Builder:
         elif top.key_line is None:
             if isinstance(value, (dict, list)):  # an alias
                 raise BadYaml("a key must be a single value, not an alias of a list or mapping", line)
-            if value in top.lines:  # 1 and true are one key to Python
+            if value in top.lines:  # to Python, 1 and true are the same key
                 name = "<<" if value is _MERGE else value
                 raise BadYaml(f"the key '{name}' appears here again (first on line {top.lines[value]})", line)
             top.lines[value] = top.key_line = line
@@ -201,7 +201,7 @@ class _Builder:
 
 
 def _scalar(event: yaml.ScalarEvent, line: int) -> Any:
-    """The value of a scalar: by its tag where it has one; plain ones by what they look like; quoted ones are text."""
+    """The value of a scalar: by its tag, if it has one; a plain one by its look; a quoted one is text."""
     text: str = event.value
     try:
         text.encode("utf-8")
@@ -223,7 +223,7 @@ def _scalar(event: yaml.ScalarEvent, line: int) -> Any:
 
 
 def _resolved(text: str, line: int) -> Any:
-    """What a plain scalar is in the core schema."""
+    """The value of a plain scalar in the core schema."""
     if _NULL.fullmatch(text):
         return None
     if _BOOL.fullmatch(text):

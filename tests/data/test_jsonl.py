@@ -91,7 +91,7 @@ BAD = {
         b'{"conversations": [{"from": "human", "value": "a", "value": "b"}]}',
         "the key 'value' appears",
     ),
-    "NaN": (b'{"id": NaN}', "NaN is no number of JSON"),
+    "NaN": (b'{"id": NaN}', "NaN is not a JSON number"),
     "infinity": (b'{"score": -Infinity}', "-Infinity is no number"),
     "too large": (b'{"score": 1e999}', "1e999 is too large"),
     "deep": (b'{"a": ' + b"[" * 200 + b"]" * 200 + b"}", "nested too deeply"),

@@ -1,4 +1,4 @@
-"""An answer: what ends it, how it grows, and what is handed back of it."""
+"""An answer: what ends it, how it grows, and what is returned."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Generated:
     """One answer.
 
     Attributes:
-        text: the decoded answer, without the stop token, and cut off before a stop string.
-        token_ids: its tokens, without the stop token. Where a stop string ended the answer, all tokens up to the one
-            that completed the string: they decode to ``text``, the string and what else its last token holds.
-        logprobs: natural log-probability of each of these tokens under the model (before temperature and the like).
-        finish: ``stop`` when the model or a stop string ended the answer, ``length`` when ``max_new_tokens`` did.
+        text: the decoded answer, without the stop token, cut off before a stop string.
+        token_ids: its tokens, without the stop token. If a stop string ended the answer, these are all tokens up to the
+            one that completed the string. They decode to ``text``, the string, and the rest of the last token.
+        logprobs: natural log-probability of each of these tokens under the model, before temperature and other options.
+        finish: ``stop`` if the model or a stop string ended the answer, ``length`` if ``max_new_tokens`` did.
     """
 
     text: str
@@ -39,12 +39,12 @@ class Ending:
     """What ends an answer.
 
     Attributes:
-        tokens: ids that end it and are no part of it.
+        tokens: ids that end it and are not part of it.
         strings: texts that end it where they begin.
         max_new_tokens: the longest answer.
 
     Raises:
-        UserError: for an empty string, or no room for a token.
+        UserError: a string is empty, or there is no room for a token.
     """
 
     tokens: frozenset[int]
@@ -58,7 +58,7 @@ class Ending:
 
     @classmethod
     def of(cls, processor: Processor, stop: Sequence[str], max_new_tokens: int) -> Ending:
-        """Where the processor's stop tokens, these strings or this length end an answer."""
+        """An answer ends at the processor's stop tokens, at these strings, or at this length."""
         if isinstance(stop, str):
             raise UserError(f"stop must be a list of strings, such as [{stop!r}], not a single string")
         return cls(tokens=frozenset(processor.stop_token_ids), strings=tuple(stop), max_new_tokens=max_new_tokens)
@@ -123,6 +123,6 @@ class Answer:
 
 
 def unspeakable(model: Model) -> tuple[int, ...]:
-    """Tokens the model may not say: an image position stands for pixels, which an answer does not have."""
+    """Tokens that an answer may not contain: an image position represents pixels, and an answer has none."""
     token = model.config.img_context_token_id
     return (token,) if 0 <= token < model.config.vocab_size else ()

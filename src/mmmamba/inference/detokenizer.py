@@ -1,17 +1,17 @@
-"""Token ids to text while they arrive, without ever showing half a character."""
+"""Turns token ids into text while they arrive, and never shows half a character."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-UNFINISHED = "\ufffd"  # what a decoder puts where the bytes so far do not make a character
+UNFINISHED = "\ufffd"  # a decoder writes it where the bytes so far do not make a character
 
 
 class Detokenizer:
-    """Turns ids that come one by one into pieces of text whose concatenation is the text of all ids.
+    """Turns ids that arrive one by one into pieces of text. Joined, the pieces are the text of all ids.
 
-    A character may span several byte-level tokens, so text that ends in the replacement character is held back until
-    the tokens that complete it have come. Only a window of the latest ids is decoded again at each token.
+    A character may take several byte-level tokens. So text that ends in the replacement character is held back until
+    its other tokens have arrived. At each token only a window of the latest ids is decoded again.
 
     Args:
         decode: ids to text.
@@ -20,17 +20,17 @@ class Detokenizer:
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         self._decode = decode
         self._ids: list[int] = []
-        self._window = 0  # ids before this one are out and no longer looked at
-        self._shown = 0  # ids before this one are out
+        self._window = 0  # ids before this one are shown, and are not decoded again
+        self._shown = 0  # ids before this one are shown
 
     def push(self, token: int) -> str:
-        """The text that ``token`` completes, possibly none."""
+        """The text that ``token`` completes; it may be empty."""
         self._ids.append(token)
         text = self._unshown()
         return "" if text.endswith(UNFINISHED) else self._show(text)
 
     def flush(self) -> str:
-        """What is held back, for when no more ids come."""
+        """The text that is held back. Call it when no more ids come."""
         return self._show(self._unshown())
 
     def _unshown(self) -> str:
@@ -39,22 +39,22 @@ class Detokenizer:
         return self._decode(self._ids[self._window :])[len(before) :]
 
     def _show(self, text: str) -> str:
-        if text:  # ids that decode to nothing (special tokens) must not push real ones out of the window
+        if text:  # ids without text (special tokens) must not push others out of the window
             self._window, self._shown = self._shown, len(self._ids)
         return text
 
 
 class StopStrings:
-    """Lets text that comes in pieces through up to the first of some strings, wherever the pieces are cut.
+    """Passes on text that arrives in pieces, up to the first stop string, wherever the pieces are cut.
 
-    Of several the one that is complete first counts; of those that end at the same place, the longest. Text that may be
-    the beginning of one is held back until that is decided.
+    If several strings occur, the one that is complete first counts; if they end at the same place, the longest. Text
+    that may be the beginning of a stop string is held back until that is decided.
 
     Args:
-        strings: none of them empty.
+        strings: the stop strings; none may be empty.
 
     Attributes:
-        found: whether one has come. All later text is dropped.
+        found: whether a stop string has come. All text after it is dropped.
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
@@ -63,7 +63,7 @@ class StopStrings:
         self.found = False
 
     def push(self, piece: str) -> str:
-        """The text that is certain to come before any of the strings, now that ``piece`` has come."""
+        """The text that is now certain to come before any stop string."""
         if self.found or not piece:
             return ""
         text = self._held + piece
@@ -79,6 +79,6 @@ class StopStrings:
         return text[:shown]
 
     def flush(self) -> str:
-        """What is held back, for when no more text comes."""
+        """The text that is held back. Call it when no more text comes."""
         held, self._held = self._held, ""
         return held

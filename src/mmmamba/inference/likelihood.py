@@ -1,4 +1,4 @@
-"""How likely a model finds the answers it is shown: the basis of perplexity."""
+"""How likely a model finds given answers. Perplexity is computed from this."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Score:
 
     @property
     def mean(self) -> float:
-        """Mean nats a token; NaN when the sample has no scored token."""
+        """Mean nats for each token; NaN if the sample has no scored token."""
         return self.nll / self.tokens if self.tokens else math.nan
 
 
@@ -52,17 +52,17 @@ def score(
 ) -> list[Score]:
     """Negative log-likelihood of the scored tokens (labels other than -100) of every sample, for perplexity.
 
-    Logits exist for scored positions only, and for at most ``HEAD_ROWS`` of them at once.
+    Logits are computed for scored positions only, and for at most ``HEAD_ROWS`` of them at once.
 
     Args:
         model: the network.
         encodeds: samples with answers.
-        batch_tokens: most tokens in one packed batch.
+        batch_tokens: most tokens in a packed batch.
         prefill_chunk: a longer sample is read alone, in pieces of this size.
         progress: called with (scored, total) after each batch.
 
     Returns:
-        One score a sample, in the order of the samples.
+        One score for each sample, in their order.
     """
     check_positive(batch_tokens=batch_tokens, prefill_chunk=prefill_chunk)
     scores: list[Score] = [Score(nll=0.0, tokens=0)] * len(encodeds)
@@ -90,7 +90,7 @@ def _scored_positions(
     model: Model, samples: Sequence[Encoded], chunk: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Hidden states (m, d) that predict a scored token, those tokens (m,), and which sample each is of (m,)."""
-    # Position t - 1 predicts token t; a sample's first token has nothing before it and is never scored.
+    # Position t - 1 predicts token t. Nothing precedes a sample's first token, so it is never scored.
     steps = [np.flatnonzero(np.asarray(sample.labels)[1:] != UNSCORED) for sample in samples]
     targets = [np.asarray(sample.labels)[1:][kept] for sample, kept in zip(samples, steps, strict=True)]
     owner = np.repeat(np.arange(len(samples)), [len(kept) for kept in steps])

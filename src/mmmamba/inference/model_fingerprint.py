@@ -1,4 +1,4 @@
-"""Which network a conversation belongs to, and whether tensors are the ones that were written down: hashes."""
+"""The fingerprint of a model with its processor. A session file belongs to one of them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mmmamba.model.model import Model
 
 
 def fingerprint(model: Model, processor: Processor) -> str:
-    """sha256 over all that decides an answer: both configs, the tokenizer, the chat template, every parameter.
+    """sha256 over everything that decides an answer: both configs, the tokenizer, the chat template, every parameter.
 
-    It is that of the network in memory: the same for every folder layout it may be loaded from, another one for
-    another number format. Of the configs only what differs from a default counts, so that a field which a later
-    version adds changes nothing.
+    It is computed from the network in memory. So it is the same for every folder layout that it may be loaded from, but
+    another one for another number format. Only config fields that differ from their default count, so that a field that
+    a later version adds changes nothing.
     """
     template = processor.template
     texts = (
@@ -31,7 +31,10 @@ def fingerprint(model: Model, processor: Processor) -> str:
 
 
 def _parameters(model: Model) -> list[str]:
-    """The lines of all parameters, worked out again only when one was changed or moved since: that takes seconds."""
+    """The lines of all parameters.
+
+    They take seconds, so they are computed again only if a parameter changed or moved.
+    """
     parameters = dict(model.named_parameters())
     now = [(name, p.data_ptr(), p._version, p.dtype, p.shape) for name, p in parameters.items()]
     before, lines = _KNOWN.get(model, (None, []))
@@ -45,7 +48,7 @@ _KNOWN: WeakKeyDictionary[Model, tuple[list[Any], list[str]]] = WeakKeyDictionar
 
 
 def _told(config: Any) -> dict[str, Any]:
-    """The fields of a config that are not at their defaults, as plain data."""
+    """The fields of a config that differ from their defaults, as plain data."""
     found = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

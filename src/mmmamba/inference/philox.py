@@ -1,6 +1,7 @@
-"""Random numbers that are a pure function of (seed, sequence, step), many at once: the generator Philox4x64-10.
+"""The generator Philox4x64-10: random numbers that are a pure function of (seed, sequence, step), many at once.
 
-They are numpy's: ``np.random.Philox`` with the key (seed, 0) and the counter (0, step, sequence, 0), one number each.
+They are the numbers of numpy's ``np.random.Philox`` with the key (seed, 0) and the counter (0, step, sequence, 0), one
+number for each counter.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ _HALF, _LOW = np.uint64(32), np.uint64(0xFFFFFFFF)
 def uniforms(seed: int, sequences: ArrayLike, steps: ArrayLike) -> NDArray[np.float64]:
     """The numbers in [0, 1) that ``sequences`` draw at ``steps``, whole numbers of any shapes that broadcast."""
     step, sequence = np.broadcast_arrays(np.asarray(steps, np.uint64), np.asarray(sequences, np.uint64))
-    # numpy counts the lowest word up before it draws.
+    # numpy increments the lowest word before it draws.
     c0, c1, c2, c3 = np.ones_like(step), step, sequence, np.zeros_like(step)
     key0, key1 = np.uint64(seed), np.uint64(0)
-    with np.errstate(over="ignore"):  # all is meant modulo 2^64
+    with np.errstate(over="ignore"):  # all arithmetic is modulo 2^64
         for _ in range(_ROUNDS):
             (high0, low0), (high1, low1) = _product(c0, _MULTIPLIERS[0]), _product(c2, _MULTIPLIERS[1])
             c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0

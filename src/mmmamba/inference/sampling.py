@@ -1,7 +1,7 @@
 """How the next token is picked from the logits: greedy, or drawn with temperature, top-k and top-p.
 
-Every random number is a pure function of (seed, sequence, step) (:mod:`mmmamba.inference.philox`). A sequence therefore
-draws the same numbers whatever batch it sits in, and a run is repeated by its seed alone.
+Every random number is a pure function of (seed, sequence, step) (:mod:`mmmamba.inference.philox`). So a sequence draws
+the same numbers in any batch, and the seed alone repeats a run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mmmamba.errors import UserError
 from mmmamba.inference.philox import uniforms
 from mmmamba.ops import greedy_tokens
 
-AHEAD = 16  # picks whose random numbers are made together where nobody says how many there will be
+AHEAD = 16  # picks whose random numbers are made together, if nobody says how many there will be
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +26,9 @@ class Sampling:
 
     Attributes:
         temperature: 0 takes the most likely token (greedy); 1 draws from the model's own distribution.
-        top_k: draw among the k most likely tokens only.
-        top_p: draw among the most likely tokens that together hold this probability.
-        repetition_penalty: above 1, makes the tokens already in this answer less likely (also when greedy).
+        top_k: draw only among the k most likely tokens.
+        top_p: draw only among the most likely tokens that together have this probability.
+        repetition_penalty: above 1, makes tokens less likely that are already in this answer (also when greedy).
         seed: which random numbers are drawn.
     """
 
@@ -60,7 +60,7 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling) -> to
     probabilities = scaled.softmax(dim=-1)
     cumulative = probabilities.cumsum(dim=-1)
     if sampling.top_p is not None:
-        # A token stays while the ones before it hold less than top_p, so the first always stays.
+        # A token stays if the ones before it have less than top_p in total, so the first always stays.
         outside = cumulative - probabilities >= sampling.top_p
         cumulative = probabilities.masked_fill(outside, 0).cumsum(dim=-1)
     # side="right" never lands on a token of probability 0: cumulative rises only at tokens that may be drawn, and the
@@ -72,9 +72,9 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling) -> to
 
 
 class Sampler:
-    """Picks one token for each row and remembers what a row's next pick depends on.
+    """Picks one token for each row, and remembers what each row's next pick depends on.
 
-    Nothing in a pick waits for the device, so that many can be under way before the first is read.
+    No pick waits for the device, so many can be running before the first is read.
 
     Args:
         sampling: how tokens are drawn.
@@ -85,10 +85,10 @@ class Sampler:
     def __init__(self, sampling: Sampling, sequences: Sequence[int] = (), banned: Sequence[int] = ()) -> None:
         self.sampling = sampling
         self.banned = torch.tensor(list(banned), dtype=torch.long)
-        self._barred: torch.Tensor | None = None  # (v,) bool, the same as a mask
+        self._barred: torch.Tensor | None = None  # (v,) bool, the same ids as a mask
         self._sequences = np.array(list(sequences), np.uint64)  # what keys each row's next draw, with
         self._steps = np.zeros_like(self._sequences)  # how many it has made
-        self._uniforms: list[torch.Tensor] = []  # (s,) float64 for each of the next picks, as far as made
+        self._uniforms: list[torch.Tensor] = []  # (s,) float64 for each of the next picks made so far
         self._seen: torch.Tensor | None = None  # (s, v) bool, which tokens a row's answer already holds
 
     def pick(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,7 +104,7 @@ class Sampler:
         return tokens, logprobs
 
     def _pick(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """With a penalty or by chance, from float32 logits (s, v)."""
+        """Pick with a penalty or at random, from float32 logits (s, v)."""
         scores = self._penalise(logits)
         if self._barred is not None:
             scores = scores.masked_fill(self._barred, -math.inf)
@@ -119,20 +119,20 @@ class Sampler:
         return tokens, logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
 
     def foresee(self, picks: int, device: torch.device) -> None:
-        """Make the random numbers of the next ``picks`` picks and send them to the device at once."""
+        """Make the random numbers of the next ``picks`` picks, and send them to the device together."""
         if self.sampling.temperature == 0:
             return
         steps = self._steps + np.arange(picks, dtype=np.uint64)[:, None]  # (picks, s)
         self._uniforms = list(torch.from_numpy(uniforms(self.sampling.seed, self._sequences, steps)).to(device))
 
     def join(self, sequences: Sequence[int]) -> None:
-        """Go on with these sequences too, behind the rows there are; they are at their first step."""
+        """Add rows for these sequences after the existing rows. They are at their first step."""
         self._sequences = np.concatenate([self._sequences, np.array(list(sequences), np.uint64)])
         self._steps = np.concatenate([self._steps, np.zeros(len(sequences), np.uint64)])
         self._uniforms = []
 
     def select(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only."""
+        """Keep only these rows."""
         self._sequences, self._steps = self._sequences[list(rows)], self._steps[list(rows)]
         self._uniforms = []
         if self._seen is not None:

@@ -1,4 +1,4 @@
-"""One answer, piece by piece while it is generated, with a state to carry on from at any moment."""
+"""One answer, piece by piece while it is generated. At any moment its state can be continued."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from mmmamba.model.state import State
 
 
 class Stream:
-    """An answer that is generated while it is read: iterate over it for pieces of text.
+    """An answer that is generated while it is read. Iterate over it to get pieces of text.
 
-    The prompt is prefilled when the stream is made. At any moment ``state`` has seen the whole sequence but the ids in
-    ``unfed``. To carry the sequence on, whether the answer was read to its end or left half-way, start the next prompt
-    with ``unfed``. What a stop string cut off is part of the sequence, for the state has seen it.
+    The prompt is prefilled when the stream is made. At any moment, ``state`` has seen the whole sequence except the ids
+    in ``unfed``. To continue the sequence, start the next prompt with ``unfed``, whether the answer was read to its end
+    or not. What a stop string cut off is part of the sequence, because the state has seen it.
 
     Attributes:
         unfed: tokens of the answer that the state has not seen yet.
-        token_ids, logprobs: the answer so far, without the stop token; a stop string's tokens are there.
-        finish: ``stop`` or ``length`` once the answer is complete, else None.
+        token_ids, logprobs: the answer so far, without the stop token, but with the tokens of a stop string.
+        finish: ``stop`` or ``length`` when the answer is complete, else None.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Stream:
         self._answer = Answer(encoded, Ending.of(processor, stop, max_new_tokens), processor.decode)
         self._max_new_tokens = max_new_tokens
         self._sampler = Sampler(sampling or Sampling(), [sequence], banned=unspeakable(model))
-        self._logits: torch.Tensor | None  # of the next token, unless that token is already picked
+        self._logits: torch.Tensor | None  # for the next token, unless it is already picked
         self._tokens: torch.Tensor  # (1,) the token picked last
         self._slot = torch.zeros(1, dtype=torch.long, device=model.device)
         self._decoder: Decoder | None = None  # made when a second token is wanted
@@ -61,14 +61,14 @@ class Stream:
         doing = f"{len(encoded.input_ids):,} tokens were read: show less at once, or take another --device"
         with torch.no_grad():
             self._logits, self._prefilled = within_memory(read, model.device, doing)
-        if bool(self._logits.isnan().any()):  # now, when nobody has gone on from this state yet
+        if bool(self._logits.isnan().any()):  # check now, before anybody continues from this state
             raise UserError(f"{encoded.where}: the model gives NaN at token 0 of its answer to '{encoded.id}'")
 
     @property
     def state(self) -> State:
-        """What the model keeps of all tokens fed so far: a value, which no later token changes.
+        """The model's state after all tokens fed so far. It is a value: no later token changes it.
 
-        UserError where an error broke a token off: the state may hold half of it then.
+        UserError if an error interrupted a token: the state may then hold half of it.
         """
         self._check_whole()
         if self._decoder is not None:
@@ -98,11 +98,11 @@ class Stream:
 
     def _check_whole(self) -> None:
         if self._broken:
-            raise UserError("an answer broke off in the middle of a token: nothing can follow but a new conversation")
+            raise UserError("an answer broke off in the middle of a token: start a new conversation")
 
     @torch.no_grad()
     def _next(self) -> str:
-        """Generate one token, whole or not at all, and return the text that it decides."""
+        """Generate one token, completely or not at all, and return the text that is now certain."""
         self._check_whole()
         if self._logits is None and self._decoder is None:
             self._decode_from(self.state)
@@ -147,18 +147,18 @@ def stream(
     sequence: int = 0,
     prefill_chunk: int = PREFILL_CHUNK,
 ) -> Stream:
-    """Answer one prompt piece by piece: the tokens of ``generate``, as they come.
+    """Answer one prompt piece by piece. The tokens are those of ``generate``.
 
     Args:
         model: the network; its device and dtype are used.
         processor: decodes the answer and knows which tokens end it.
         encoded: the prompt, or what follows ``state``.
-        state: carries an earlier sequence on (``Stream.state``; begin ``encoded`` with that stream's ``unfed``).
+        state: continues an earlier sequence (``Stream.state``; begin ``encoded`` with that stream's ``unfed``).
         max_new_tokens: longest answer.
         sampling: how tokens are picked; greedy by default.
-        stop: texts that end the answer where they begin. What may be the beginning of one is held back until that is
-            decided.
-        sequence: keys the random draws, as the position of a prompt does in ``generate``.
+        stop: texts that end the answer where they begin. Text that may be the beginning of one is held back until that
+            is decided.
+        sequence: the number that keys the random draws, like the position of a prompt in ``generate``.
         prefill_chunk: a longer prompt is read in pieces of this size, to bound memory.
     """
     return Stream(
