@@ -5,11 +5,13 @@ from __future__ import annotations
 import json as json_module
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mmmamba.checkpoints import Source, open_source, resolve, student
 from mmmamba.checkpoints.io import CONFIG, Weights, read_weights
@@ -21,14 +23,14 @@ from mmmamba.data.tiling import grid
 from mmmamba.errors import UserError
 from mmmamba.jsonfile import read_json
 from mmmamba.model.config import ModelConfig
-from mmmamba.model.mixers import ATTENTION, MAMBA2, Mamba2Options
+from mmmamba.model.mixers import kinds
 from mmmamba.model.stack import StackConfig
+from mmmamba.model.state import state_bytes
 from mmmamba.report.table import show, table_of
 
 LONG = 103_424  # tokens: the 103K of the paper's efficiency figures
 SIZES = ((448, 448), (1920, 1080), (768, 1024))  # (width, height) of pictures that stand for common ones
-CACHE_BYTES, SSM_BYTES = 2, 4  # a value of a cache (bfloat16), and of an SSM state (float32)
-KINDS = ("embeddings", "vision", "attention", "mamba2", "mlp", "norms", "head")
+CACHE = torch.bfloat16  # what caches are counted in; the states of recurrences are counted in float32
 
 
 def inspect(model: str, *, json: bool = False, image: tuple[Path, ...] = ()) -> None:
@@ -84,15 +86,16 @@ def describe(model: str | Path, images: Sequence[str | Path] = ()) -> dict[str, 
         "tied_head": config.tie_word_embeddings,
         "stacks": {name: _stack(stack) for name, stack in _stacks(config).items()},
         "layer_map": list(config.layer_map),
+        "new_layers": list(config.new_layers),
         "parameters": {"total": sum(counts.values()), **counts},
         "stored": _stored(source.weights),
         "state": {
             "tokens": LONG,
-            "model": _state(config, config.layer_map),
-            "all_softmax": _state(config, (ATTENTION,) * config.num_layers),
+            "model": _state(config),
+            "all_softmax": _state(replace(config, layer_map=())),
         },
         "pictures": _pictures(config, images),
-        "mixer": _unpublished(config.options(MAMBA2)) if config.new_layers else {},
+        "mixer": _unpublished(config),
     }
 
 
@@ -131,7 +134,7 @@ def _stack(stack: StackConfig) -> dict[str, Any]:
 
 def _parameters(config: ModelConfig, where: str | Path) -> dict[str, int]:
     """How many parameters there are of each kind; a tied head is the embeddings'."""
-    counts = dict.fromkeys(KINDS, 0)
+    counts = dict.fromkeys(("embeddings", "vision", *kinds(), "mlp", "norms", "head"), 0)
     for part, tensors in skeleton(config, where).items():
         for name, tensor in tensors.items():
             counts[_kind(name, config, part)] += tensor.numel()
@@ -163,18 +166,10 @@ def _stored(weights: Weights) -> dict[str, Any]:
     }
 
 
-def _state(config: ModelConfig, layer_map: Sequence[str]) -> dict[str, int]:
-    """Bytes that one sequence leaves: of any length (Mamba-2), a token (softmax), and at ``LONG`` tokens."""
-    recurrent = per_token = 0
-    for layer, kind in enumerate(layer_map):
-        stack = config.stack_of(layer)
-        if kind == ATTENTION:
-            per_token += CACHE_BYTES * 2 * stack.num_kv_heads * stack.head_dim
-        else:
-            channels = (stack.num_heads + 2 * stack.num_kv_heads) * stack.head_dim
-            recurrent += CACHE_BYTES * channels * (config.options(MAMBA2).conv_kernel - 1)
-            recurrent += SSM_BYTES * stack.num_heads * stack.head_dim**2
-    return {"recurrent": recurrent, "cache_per_token": per_token, "at_tokens": recurrent + per_token * LONG}
+def _state(config: ModelConfig) -> dict[str, int]:
+    """Bytes that one sequence leaves: of any length (recurrences), a token (caches), and at ``LONG`` tokens."""
+    size = state_bytes(config, CACHE)
+    return {"recurrent": size.recurrent, "cache_per_token": size.per_token, "at_tokens": size.at(LONG)}
 
 
 def _pictures(config: ModelConfig, images: Sequence[str | Path]) -> list[dict[str, Any]]:
@@ -203,14 +198,16 @@ def _sizes(images: Sequence[str | Path]) -> Iterable[tuple[str | None, tuple[int
     return [(str(path), load_image(path, "--image").size) for path in images]
 
 
-def _unpublished(mixer: Mamba2Options) -> dict[str, dict[str, Any]]:
-    """The options that differ from the published mixer's."""
-    published = Mamba2Options()
-    return {
-        field.name: {"here": getattr(mixer, field.name), "published": getattr(published, field.name)}
-        for field in fields(Mamba2Options)
-        if getattr(mixer, field.name) != getattr(published, field.name)
-    }
+def _unpublished(config: ModelConfig) -> dict[str, dict[str, Any]]:
+    """The options of the new layers that differ from their kind's defaults, which are the published ones."""
+    found = {}
+    for kind in dict.fromkeys(config.layer_map[layer] for layer in config.new_layers):
+        options = config.options(kind)
+        for field in fields(options):
+            here, published = getattr(options, field.name), getattr(type(options)(), field.name)
+            if here != published:
+                found[field.name] = {"here": here, "published": published}
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- tables
@@ -225,7 +222,7 @@ def _print(found: dict[str, Any]) -> None:
         "made from": found["teacher"],
         "on disk": f"{_bytes(stored['bytes'])} in {_plural(stored['files'], 'file')}, {dtypes}",
         "vocabulary": f"{found['vocab_size']:,} tokens, {'tied' if found['tied_head'] else 'untied'}",
-        "mixer": "as published" if MAMBA2 in layer_map and not found["mixer"] else None,
+        "mixer": "as published" if found["new_layers"] and not found["mixer"] else None,
     }
     show(table_of("Model", ("", found["model"]), [(name, value) for name, value in about.items() if value is not None]))
 
@@ -245,8 +242,9 @@ def _print(found: dict[str, Any]) -> None:
     rows = [(name, *(read(stack) for read in columns.values())) for name, stack in found["stacks"].items()]
     show(table_of("Stacks", ("stack", *columns), rows))
 
-    kinds = {kind: [i for i, here in enumerate(layer_map) if here == kind] for kind in dict.fromkeys(layer_map)}
-    show(table_of("Layers", ("mixer", "count", "layers"), [(kind, len(at), _ranges(at)) for kind, at in kinds.items()]))
+    places = {kind: [i for i, here in enumerate(layer_map) if here == kind] for kind in dict.fromkeys(layer_map)}
+    rows = [(kind, len(at), _ranges(at)) for kind, at in places.items()]
+    show(table_of("Layers", ("mixer", "count", "layers"), rows))
 
     rows = [(kind, count, f"{100 * count / total:.1f} %") for kind, count in found["parameters"].items() if count]
     show(table_of("Parameters", ("kind", "parameters", "share"), [*rows[1:], rows[0]]))

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from mmmamba.benchmark import measure
-from mmmamba.benchmark.limits import state_bytes
 from mmmamba.benchmark.measure import Measured, greatest_batch
 from mmmamba.benchmark.timing import timing
 from mmmamba.model import MAMBA2
+from mmmamba.model.state import state_bytes
 
 
 @pytest.mark.parametrize(("room", "overhead"), [(0.5, 0), (1, 0), (7, 0), (100, 3), (5000, 40), (9000, 40), (9e6, 0)])

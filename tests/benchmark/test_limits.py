@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmmamba.benchmark.limits import Cost, Rates, _matrices, int8_bytes, prefill_cost, state_bytes, step_cost
+from mmmamba.benchmark.limits import Cost, Rates, _matrices, int8_bytes, prefill_cost, step_cost
 from mmmamba.benchmark.measure import furnished
 from mmmamba.model import ATTENTION, MAMBA2, Model
+from mmmamba.model.state import state_bytes
 
 MAPS = {
     "teacher": (ATTENTION,) * 5,

@@ -13,7 +13,7 @@ import torch
 
 from mmmamba.benchmark.claims import same_size
 from mmmamba.benchmark.compare import comparison
-from mmmamba.benchmark.limits import measure_rates, prefill_cost, state_bytes
+from mmmamba.benchmark.limits import measure_rates, prefill_cost
 from mmmamba.benchmark.measure import (
     Measured,
     decode,
@@ -34,6 +34,7 @@ from mmmamba.errors import UserError
 from mmmamba.inference.steps import check_positive
 from mmmamba.locks import alone_in
 from mmmamba.model.model import Model
+from mmmamba.model.state import state_bytes
 from mmmamba.outputs import LEDGER, check_folder
 from mmmamba.progress import Progress, Terminal
 from mmmamba.report.environment import environment

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmmamba.benchmark.timing import Clock
-from mmmamba.model.config import ModelConfig
-from mmmamba.model.mixers import ATTENTION, MAMBA2
+from mmmamba.model.mixers import StateBytes
 from mmmamba.model.model import Model
 
 
@@ -42,17 +41,6 @@ class Rates:
         return max(cost.bytes / self.bytes, cost.flops / self.flops) * 1e3
 
 
-@dataclass(frozen=True, kw_only=True)
-class StateBytes:
-    """What one sequence leaves: ``recurrent`` at any length, ``per_token`` of cache for each token."""
-
-    recurrent: int
-    per_token: int
-
-    def at(self, tokens: int) -> int:
-        return self.recurrent + self.per_token * tokens
-
-
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """Copy and multiply something large, and see how fast that goes."""
     clock, cuda = Clock(device), device.type == "cuda"
@@ -64,20 +52,6 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     return Rates(bytes=2 * source.nbytes / copied.ms * 1e3, flops=2 * n**3 / multiplied.ms * 1e3)
 
 
-def state_bytes(config: ModelConfig, dtype: torch.dtype, state_dtype: torch.dtype = torch.float32) -> StateBytes:
-    """Bytes of one sequence's state, with caches and convolutions in ``dtype`` and SSM states in ``state_dtype``."""
-    recurrent = per_token = 0
-    for layer, kind in enumerate(config.layer_map):
-        stack = config.stack_of(layer)
-        if kind == ATTENTION:
-            per_token += dtype.itemsize * 2 * stack.num_kv_heads * stack.head_dim
-        else:
-            channels = (stack.num_heads + 2 * stack.num_kv_heads) * stack.head_dim
-            recurrent += dtype.itemsize * channels * (config.options(MAMBA2).conv_kernel - 1)
-            recurrent += state_dtype.itemsize * stack.num_heads * stack.head_dim**2
-    return StateBytes(recurrent=recurrent, per_token=per_token)
-
-
 def step_cost(model: Model, state: StateBytes, *, context: int, batch: int = 1) -> Cost:
     """Of one token for each of ``batch`` sequences behind ``context`` tokens; int8 weights where steps read those."""
     weights = _weight_bytes(model)
@@ -85,13 +59,13 @@ def step_cost(model: Model, state: StateBytes, *, context: int, batch: int = 1) 
         weights += int8_bytes(model) - sum(matrix.nbytes for matrix in _matrices(model))
     moved = weights + batch * (2 * state.recurrent + state.per_token * context)
     head = model.head.weight.numel()
-    flops = batch * (2 * (_matrix_elements(model) + head) + _mixing(model.config, behind=context))
+    flops = batch * (2 * (_matrix_elements(model) + head) + _mixing(model, context=context))
     return Cost(bytes=moved, flops=flops)
 
 
 def prefill_cost(model: Model, state: StateBytes, *, length: int) -> Cost:
     """Of reading ``length`` tokens, up to the logits behind the last one; what pictures cost to embed is left out."""
-    mixing = length * _mixing(model.config, behind=(length + 1) / 2)
+    mixing = length * _mixing(model, context=(length + 1) / 2)
     flops = 2 * (_matrix_elements(model) * length + model.head.weight.numel()) + mixing
     return Cost(bytes=_weight_bytes(model) + state.at(length), flops=flops)
 
@@ -116,12 +90,6 @@ def _matrix_elements(model: Model) -> int:
     return sum(parameter.numel() for parameter in model.layers.parameters() if parameter.ndim > 1)
 
 
-def _mixing(config: ModelConfig, *, behind: float) -> float:
-    """Operations that the mixers spend on a token: over ``behind`` cached ones, or on a state of fixed size."""
-    total = 0.0
-    for layer, kind in enumerate(config.layer_map):
-        stack = config.stack_of(layer)
-        width = stack.num_heads * stack.head_dim
-        # Softmax: a product with each key and each value. Recurrence: decay, update and read-out of a p × n state.
-        total += 4 * width * behind if kind == ATTENTION else 5 * width * stack.head_dim
-    return total
+def _mixing(model: Model, *, context: float) -> float:
+    """Operations that the mixers spend on a token after ``context`` others."""
+    return sum(model.mixer(layer).step_flops(context) for layer in range(model.config.num_layers))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmmamba.benchmark import memory
-from mmmamba.benchmark.limits import Cost, StateBytes, int8_bytes, prefill_cost, state_bytes, step_cost
+from mmmamba.benchmark.limits import Cost, int8_bytes, prefill_cost, step_cost
 from mmmamba.benchmark.published import PublishedDecoder
 from mmmamba.benchmark.timing import Clock, Timing
 from mmmamba.data.processor import Encoded
@@ -20,7 +20,9 @@ from mmmamba.inference.engine import BLOCK
 from mmmamba.inference.sampling import Sampler, Sampling
 from mmmamba.inference.steps import fixed_length, prefill
 from mmmamba.model.config import ModelConfig
+from mmmamba.model.mixers import StateBytes
 from mmmamba.model.model import Model
+from mmmamba.model.state import state_bytes
 
 STEPS = 256  # room behind the context for the tokens that are timed: more than a clock's samples and warm-up
 WORDS = 500  # text is drawn from that many ids

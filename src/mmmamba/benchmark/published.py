@@ -12,6 +12,7 @@ memory, fewer launches a layer, logits in the weights' number format.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,7 @@ class PublishedDecoder:
         self.mask = torch.ones(1, context, dtype=torch.long, device=weight.device) if mask else None
         self.cache: Cache = []
         for layer in model.layers:
-            assert isinstance(layer, Layer) and isinstance(layer.mixer, Attention)
+            assert isinstance(layer, Layer)
             shape = (1, layer.mixer.groups, context, layer.mixer.head_dim)  # (b, g, L, p)
             k, v = (weight.new_empty(shape).normal_() for _ in range(2))
             self.cache.append((k, v))
@@ -80,8 +81,7 @@ class PublishedDecoder:
     def _layer(
         self, layer: Layer, x: Tensor, k: Tensor, v: Tensor, turn: Rotation
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        mixer = layer.mixer
-        assert isinstance(mixer, Attention)
+        mixer = cast(Attention, layer.mixer)  # as every layer's is
         q, new_k, new_v = mixer.qkv(layer.input_norm(x), turn)
         k = torch.cat([k, new_k.transpose(1, 2)], dim=2)
         v = torch.cat([v, new_v.transpose(1, 2)], dim=2)

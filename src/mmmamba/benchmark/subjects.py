@@ -10,10 +10,12 @@ from typing import Any, Literal
 import torch
 
 from mmmamba.checkpoints import load, read_config
+from mmmamba.checkpoints.io import cast
 from mmmamba.errors import UserError
 from mmmamba.model.config import ModelConfig, VisionConfig
 from mmmamba.model.geometries import geometry
-from mmmamba.model.mixers import ATTENTION, MAMBA2, Mamba2Options
+from mmmamba.model.mixers import ATTENTION, Mamba2Options
+from mmmamba.model.mixers import kind_of as kind_of_layer
 from mmmamba.model.model import Model
 from mmmamba.model.stack import StackConfig
 
@@ -21,6 +23,7 @@ Kind = Literal["teacher", "linear", "hybrid"]
 Style = Literal["engine", "published", "published, mask", "int8"]
 
 KINDS: tuple[Kind, ...] = ("teacher", "linear", "hybrid")
+MIXER = Mamba2Options(rope=True, conv_activation="none")  # of students with random weights
 SOFTMAX_EVERY = 4  # a hybrid keeps layers 0, 4, 8, …: the paper's 8 of 32
 #: Fields of a config that decide what a network costs, beside the sizes of its stacks and of its pictures.
 SIZES = ("hidden_size", "vocab_size")
@@ -130,11 +133,10 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, 
         scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.02
         parameter.normal_(std=scale, generator=generator)
     for index in config.new_layers:
-        mixer: Any = model.mixer(index)
-        mixer.A_log.data = torch.full_like(mixer.A_log, 0.5, dtype=torch.float32)
-        mixer.dt_bias.data = torch.empty_like(mixer.dt_bias, dtype=torch.float32)
-        mixer.dt_bias.uniform_(-6.0, -2.0, generator=generator)
-        mixer.norm.weight.fill_(1.0)
+        mixer = model.mixer(index)
+        for name, parameter in mixer.named_parameters():
+            parameter.data = cast(name, parameter.data, dtype)
+        mixer.reset_new_parameters(torch.Generator().manual_seed(seed))
     layers: Any = model.layers
     for norm in (*(n for layer in layers for n in (layer.input_norm, layer.mlp_norm)), model.norm):
         norm.weight.fill_(1.0)
@@ -145,10 +147,9 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, 
 
 def _random(kind: Kind, config: ModelConfig, label: str) -> Subject:
     kept = {"teacher": range(config.num_layers), "linear": (), "hybrid": range(0, config.num_layers, SOFTMAX_EVERY)}
-    layer_map = tuple(ATTENTION if i in kept[kind] else MAMBA2 for i in range(config.num_layers))
-    mixer = Mamba2Options(rope=True, conv_activation="none")
+    layer_map = tuple(ATTENTION if i in kept[kind] else kind_of_layer(MIXER).name for i in range(config.num_layers))
     image = config.img_context_token_id if config.img_context_token_id >= 0 else config.vocab_size - 1
-    config = replace(config, layer_map=layer_map, mixer=mixer, img_context_token_id=image)
+    config = replace(config, layer_map=layer_map, mixer=MIXER, img_context_token_id=image)
     return Subject(label=label, kind=kind, config=config)
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mmmamba.device import to_host
-from mmmamba.model.mixers import LayerState
+from mmmamba.model.config import ModelConfig
+from mmmamba.model.mixers import LayerState, StateBytes
 
 
 @dataclass(frozen=True)
@@ -92,3 +93,17 @@ class State:
             positions=change(self.positions),
             embedded=None if self.embedded is None else change(self.embedded),
         )
+
+
+def state_bytes(config: ModelConfig, dtype: torch.dtype, wide: torch.dtype = torch.float32) -> StateBytes:
+    """Bytes of one sequence's state behind a whole model.
+
+    Args:
+        dtype: of what holds activations, such as keys and values.
+        wide: of what sums over the whole sequence.
+    """
+    with torch.device("meta"):
+        layers = [config.build_mixer(layer).state_bytes(dtype, wide) for layer in range(config.num_layers)]
+    return StateBytes(
+        recurrent=sum(layer.recurrent for layer in layers), per_token=sum(layer.per_token for layer in layers)
+    )
