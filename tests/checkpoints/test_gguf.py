@@ -226,9 +226,9 @@ def test_kinds_of_numbers(tmp_path):
 COUNTS = {
     "tensors": (8, 2**60, r"says that it has 1,152,921,504,606,846,976 tensors"),
     "fields": (16, 2**63, r"fields, more than any model has"),
-    "a name": (24, 2**40, r"a field's name is said to be 1,099,511,627,776 bytes long"),
+    "a name": (24, 2**40, r"a field's name claims to be 1,099,511,627,776 bytes long"),
     "version": (4, 99, r"its version is"),
-    "no GGUF": (0, 0, r"does not begin with 'GGUF'"),
+    "no GGUF": (0, 0, r"does not start with 'GGUF'"),
 }
 
 
