@@ -248,7 +248,7 @@ def test_absurd_counts_are_refused_at_once(name, tmp_path):
 def test_absurd_lists_are_refused_at_once(text, value, tmp_path):
     file = write_gguf(tmp_path / "tiny.gguf")
     content = bytearray(file.read_bytes())
-    at = content.index(text) + len(text) + 8  # behind the kinds of the field and of its items
+    at = content.index(text) + len(text) + 8  # after the kinds of the field and of its items
     content[at : at + 8] = value.to_bytes(8, "little")
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"'tokenizer\.ggml\.tokens' is a list of"):
