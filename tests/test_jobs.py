@@ -76,13 +76,18 @@ def test_the_pace_counts_what_was_done_here(monkeypatch: pytest.MonkeyPatch) -> 
     share = [0.5]  # done before: a job that is resumed
     running = jobs._Running(job("a", seconds=100, watch=lambda: (share[0], "half")))
     whole = jobs.Whole(("first",), Terminal(quiet=True))
-    assert whole.pace([running]) == 1
-    clock[0], share[0] = 30.0, 0.6
-    running.look()
-    assert whole.pace([running]) == pytest.approx(3)  # 30 seconds for 10 planned ones
-    assert running.left(3.0) == pytest.approx(120)
+
+    def pace(seconds: float, done: float) -> float:
+        clock[0], share[0] = seconds, done
+        running.look()
+        return whole.pace([running])
+
+    assert pace(60.0, 0.5) == 1  # it loads
+    assert pace(70.0, 0.6) == 1  # the first progress
+    assert pace(130.0, 0.8) == pytest.approx((60 + jobs.TRUST) / (20 + jobs.TRUST))  # 60 seconds for 20 planned ones
+    assert running.left(3.0) == pytest.approx(60)
     whole.note_end(running)
-    assert whole.pace([]) == pytest.approx(30 / 50)
+    assert whole.pace([]) == whole.pace([jobs._Running(job("b"))]) == pytest.approx(90 / 50)
 
 
 def test_a_log_gets_a_line_for_each_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,12 @@ class Size:
     nano: bool
 
 
-SHORT = Size(changes={"linear": ("stage3.steps=1000",), "hybrid": ("stage3.steps=800",)}, limit=100, nano=False)
+OPEN_GATE = "mixer.gate_bias=true"  # it starts at a lower loss, which counts where the steps are few
+SHORT = Size(
+    changes={"linear": (OPEN_GATE, "stage3.steps=1000", "stage3.lr=3e-3"), "hybrid": (OPEN_GATE, "stage3.steps=800")},
+    limit=100,
+    nano=False,
+)
 LONG = Size(changes={"linear": (), "hybrid": ()}, limit=200, nano=True)
 
 

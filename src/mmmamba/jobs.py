@@ -17,7 +17,7 @@ from mmmamba.progress import Terminal, duration
 
 TICK = 0.5  # seconds between two looks at the running jobs
 INTERVAL = 15.0  # seconds between two lines in a plain log
-LEAST_PACE = 5.0  # planned seconds that must be done before the measured pace counts
+TRUST = 30.0  # planned seconds after which the measured pace counts as much as the plan's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,31 +92,40 @@ def _result(future: Future[Any], job: Job) -> Any:
 
 
 class _Running:
-    """A job that has begun, and how far it was then: a job that is resumed has less to do."""
+    """A job that has begun.
+
+    Its pace is measured from its first progress on: before that it loads what it needs, and one that is resumed has
+    less to do than planned.
+    """
 
     def __init__(self, job: Job) -> None:
         self.job, self.began = job, time.monotonic()
-        self.start, self.words = job.watch() if job.watch else (0.0, "")
-        self.share = self.start
+        self.share, self.words = job.watch() if job.watch else (0.0, "")
+        self.start = self.share
+        self.first: tuple[float, float] | None = None  # when progress was first seen, and the share then
 
     def look(self) -> None:
+        """Ask how far the job is."""
         if self.job.watch:
             share, self.words = self.job.watch()
             self.share = max(self.share, share)
+            if self.first is None and self.share > self.start:
+                self.first = time.monotonic(), self.share
 
     @property
-    def elapsed(self) -> float:
-        return time.monotonic() - self.began
-
-    @property
-    def planned(self) -> float:
-        """The planned seconds of what is done since it began; 0 for a job that cannot be watched."""
-        return self.job.seconds * (self.share - self.start) if self.job.watch else 0.0
+    def measured(self) -> tuple[float, float]:
+        """Seconds since the first progress, and the planned seconds of what was done in them."""
+        if self.first is None:
+            return 0.0, 0.0
+        when, share = self.first
+        return time.monotonic() - when, self.job.seconds * (self.share - share)
 
     def left(self, pace: float) -> float:
         """Seconds until it ends, where everything takes ``pace`` times as long as planned."""
         whole = self.job.seconds * pace
-        return whole * (1 - self.share) if self.job.watch else max(whole - self.elapsed, 0.1 * whole)
+        if self.job.watch:
+            return whole * (1 - self.share)
+        return max(whole - (time.monotonic() - self.began), 0.1 * whole)
 
 
 class Whole:
@@ -133,7 +142,7 @@ class Whole:
     def __init__(self, steps: Sequence[str], console: Terminal) -> None:
         self.steps, self.console = steps, console
         self.began, self.printed_at, self.printed_step = time.monotonic(), 0.0, -1
-        self.planned = self.took = 0.0  # of the watched jobs that have ended
+        self.took = self.planned = 0.0  # as measured of the jobs that have ended
         self.live = console.is_interactive and console.file.isatty()
         self.bar = progress.Progress(
             progress.TextColumn("{task.fields[step]}", markup=False),
@@ -154,10 +163,9 @@ class Whole:
 
     def note_end(self, ended: _Running) -> None:
         """Count what a job took to the pace."""
-        if ended.job.watch and ended.share < 1:
-            ended.share = 1.0
-        self.planned += ended.planned
-        self.took += ended.elapsed if ended.planned else 0.0
+        ended.look()
+        took, planned = ended.measured
+        self.took, self.planned = self.took + took, self.planned + planned
 
     def show(self, running: Sequence[_Running], waiting: Sequence[Job], count: int) -> None:
         """Draw the bar, or print a line where the step is new or the last line is old."""
@@ -179,10 +187,11 @@ class Whole:
             self.printed_at, self.printed_step = time.monotonic(), step
 
     def pace(self, running: Sequence[_Running]) -> float:
-        """How many seconds a planned second takes here."""
-        planned = self.planned + sum(each.planned for each in running)
-        took = self.took + sum(each.elapsed for each in running if each.planned)
-        return took / planned if planned >= LEAST_PACE else 1.0
+        """How many seconds a planned second takes here: 1 at first, then more and more what was measured."""
+        measured = [each.measured for each in running]
+        took = self.took + sum(took for took, _ in measured)
+        planned = self.planned + sum(planned for _, planned in measured)
+        return (took + TRUST) / (planned + TRUST)
 
 
 def time_left(running: Mapping[str, float], waiting: Sequence[Job], pace: float, count: int) -> float:
