@@ -6,12 +6,11 @@ import functools
 import inspect
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, Literal, cast
+from typing import ClassVar, Final, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
 from mmmamba.model.mixers.contract import Mixer, Options, Part, other_shapes, register
 from mmmamba.model.mixers.cost import WIDE, Passes, StateBytes
@@ -26,8 +25,6 @@ from mmmamba.ops.dispatch import why_not
 
 # A packed row is attended as a right-padded rectangle while that wastes at most this factor, else one by one.
 MAX_PADDING = 2.0
-# Query heads share keys. torch 2.11 takes that as it is, later versions want to be told.
-GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 ATTENTION: Final = "attention"
 
@@ -168,6 +165,19 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _sdpa(q, k, v, causal=True)
 
 
+@functools.cache
+def _varlen() -> Callable[..., Tensor]:
+    """PyTorch's attention over a packed row, for query heads that share keys.
+
+    It is imported when it is first used: it brings the compiler, which takes as long to import as all the rest.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.11 takes shared keys as they are, later versions want to be told.
+    told = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return functools.partial(varlen_attn, enable_gqa=True) if told else varlen_attn
+
+
 def _packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Attention inside each sequence of a packed row (1, total, heads, p); no block mask is ever made."""
     layout = layout_of(cu_seqlens)
@@ -175,8 +185,7 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     if q.is_cuda and dtype in (torch.bfloat16, torch.float16):
         q1, k1, v1 = q[0].to(dtype), k[0].to(dtype), v[0].to(dtype)
         n = layout.longest
-        y = varlen_attn(q1, k1, v1, cu_seqlens, cu_seqlens, n, n, window_size=(-1, 0), **GROUPED)
-        return cast(Tensor, y)[None]
+        return cast(Tensor, _varlen()(q1, k1, v1, cu_seqlens, cu_seqlens, n, n, window_size=(-1, 0)))[None]
     if layout.longest * layout.sequences <= MAX_PADDING * layout.total:
         return layout.unpad(_causal(*(layout.pad(t[0]) for t in (q, k, v))))[None]
     parts = zip(*(t.split(layout.lengths, dim=1) for t in (q, k, v)), strict=True)
