@@ -259,7 +259,7 @@ def test_a_real_step_takes_what_is_estimated(name: str, changes: list[str], laye
     teacher, cpu = make_config(), torch.device("cpu")
     last = f"stage4={{train: {STAGE2}, steps: 1, batch_size: 1, lr: 0.001}}"
     plan = load_recipe(DistillRecipe, "pico-linear", [f"layers={layers}", last, *changes])
-    tokens = 1024
+    tokens = 512
     data = SampleLengths(mean=tokens, length=tokens, longest=tokens, source="")
     one = next(one for one in estimate_stages(plan, teacher, data, "h100") if one.name == name)
     one = replace(one, row=tokens)
