@@ -25,6 +25,9 @@ from mmmamba.input_files import read_text
 
 T = TypeVar("T")
 
+#: In a field's metadata: files leave it out where it has its default, so that what earlier versions wrote stays equal.
+OMIT_DEFAULT = "omit default"
+
 _NONE = type(None)
 _LISTS = (list, tuple, collections.abc.Sequence)
 _DICTS = (dict, collections.abc.Mapping)
@@ -57,7 +60,12 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str | Path = "") -> 
 def to_dict(obj: Any) -> Any:
     """A dataclass as plain dicts, lists and scalars (what YAML and JSON can hold). The inverse of :func:`from_dict`."""
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        return {field.name: to_dict(getattr(obj, field.name)) for field in dataclasses.fields(obj) if field.init}
+        values = [(field, getattr(obj, field.name)) for field in dataclasses.fields(obj) if field.init]
+        return {
+            field.name: to_dict(value)
+            for field, value in values
+            if not (field.metadata.get(OMIT_DEFAULT) and value == field.default)
+        }
     if isinstance(obj, Mapping):
         return {key: to_dict(value) for key, value in obj.items()}
     if isinstance(obj, (list, tuple)):

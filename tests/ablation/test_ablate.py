@@ -158,7 +158,7 @@ def test_killed_it_goes_on_in_the_cell_that_it_was_in(place: Path) -> None:
     file.write_bytes(file.read_bytes() + b'{"result": {"table": "layers", "ce')  # and in the middle of a line
     done = small_run.run(*command)
     assert done.returncode == 0, done.stderr
-    assert "half a line" in done.stderr and "2 runs: 1 finished, 1 to go" in done.stderr
+    assert "the incomplete last line" in done.stderr and "2 runs: 1 finished, 1 to go" in done.stderr
     assert numbers(file) == numbers(go(place, "whole", only=("layers",), seeds=(0,)))
     resumed = {name: result.resumed for name, result in named(file).items()}
     assert resumed == {"layers/none/0": False, "layers/two/0": True}

@@ -42,7 +42,7 @@ def test_half_a_last_line_is_left_out_and_what_follows_is_whole(
     whole = written.read_bytes()
     written.write_bytes(whole + lines(written)[-1].encode()[:50])
     assert len(read(written).cells) == 6
-    assert f"{written}:8: half a line of a killed run is left out" in capsys.readouterr().err
+    assert f"{written}:8: the incomplete last line of a killed run is left out" in capsys.readouterr().err
     assert written.read_bytes() != whole, "reading changes nothing"
     Journal(written).add(made_up.result("rope", 9, 1, 1, 1))
     assert [result.seed for result in read(written).cells][-1] == 9 and written.read_bytes().startswith(whole)

@@ -217,13 +217,13 @@ def test_checkpoints_of_one_geometry(ask, teacher_folder, tmp_path, unwritten):
 def test_contexts():
     assert parse_contexts("1k,103424, 1M,1024,8_192") == [1024, 8192, 103_424, 2**20]
     for wrong in ("1k,many", "", "0", "-5", "1.5k", "k", "1k,,2k", "9" * 18, "9" * 5000):
-        with pytest.raises(UserError, match="is no number of tokens"):
+        with pytest.raises(UserError, match="is not a number of tokens"):
             parse_contexts(wrong)
 
 
 def test_wrong_input_is_one_line(refused, tmp_path, teacher_folder):
     assert "no geometry is called 'nanno' (did you mean 'nano'?)" in refused("--geometry", "nanno")
-    assert "'many' is no number of tokens" in refused("--geometry", "tiny", "--contexts", "1k,many")
+    assert "'many' is not a number of tokens" in refused("--geometry", "tiny", "--contexts", "1k,many")
     assert "leave it out, or the models" in refused(teacher_folder, "--geometry", "nano")
     assert "neither a folder nor a built-in model" in refused("no-such-model")
     assert f"two models are called '{teacher_folder.name}'" in refused(teacher_folder, teacher_folder)

@@ -181,7 +181,7 @@ def test_the_verb_does_both_and_measures_nothing(page, made, capsys):
     assert cli.main(words) == 2
     shown = capsys.readouterr()
     assert "| linear, decode, 8 tokens | ms |" in shown.out and f"{page}:1: says 98765, but" in shown.out
-    assert "1 of the pages' figures are not what their results hold" in shown.err
+    assert "1 figures of the pages differ from their results" in shown.err
     assert "### Growth with the context" in page.read_text()
     page.write_text("")
     assert cli.main(words) == 0

@@ -18,5 +18,5 @@ def test_a_session_is_timed(tiny_model, layer_map, tmp_path):
 
 def test_a_state_that_came_back_changed_is_seen(tiny_model, monkeypatch):
     moved = State.to
-    monkeypatch.setattr(State, "to", lambda self, device: moved(self._map(lambda t: t * 2), device))
+    monkeypatch.setattr(State, "to", lambda self, device: moved(self.map(lambda t: t * 2), device))
     assert time_session(tiny_model(("mamba2",) * 5), length=20, repeats=1)["same"] == 0

@@ -226,9 +226,9 @@ def test_kinds_of_numbers(tmp_path):
 COUNTS = {
     "tensors": (8, 2**60, r"says that it has 1,152,921,504,606,846,976 tensors"),
     "fields": (16, 2**63, r"fields, more than any model has"),
-    "a name": (24, 2**40, r"a field's name is said to be 1,099,511,627,776 bytes long"),
+    "a name": (24, 2**40, r"a field's name claims to be 1,099,511,627,776 bytes long"),
     "version": (4, 99, r"its version is"),
-    "no GGUF": (0, 0, r"does not begin with 'GGUF'"),
+    "no GGUF": (0, 0, r"does not start with 'GGUF'"),
 }
 
 
@@ -248,7 +248,7 @@ def test_absurd_counts_are_refused_at_once(name, tmp_path):
 def test_absurd_lists_are_refused_at_once(text, value, tmp_path):
     file = write_gguf(tmp_path / "tiny.gguf")
     content = bytearray(file.read_bytes())
-    at = content.index(text) + len(text) + 8  # behind the kinds of the field and of its items
+    at = content.index(text) + len(text) + 8  # after the kinds of the field and of its items
     content[at : at + 8] = value.to_bytes(8, "little")
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"'tokenizer\.ggml\.tokens' is a list of"):

@@ -1,4 +1,4 @@
-"""Encoded once: the cache gives what encoding anew gives, and is never found half made."""
+"""The cache gives what encoding each time gives, and is never found half made."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def small_chunks(monkeypatch):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("images", [True, False])
-def test_same_as_encoding_anew(tmp_path, small_chunks, workers, images):
+def test_same_as_encoding_each_time(tmp_path, small_chunks, workers, images):
     data = write(tmp_path / "data", images=images)
     source = EncodedSource(data, PROCESSOR, max_length=60)
     cache = EncodedCache(data, PROCESSOR, tmp_path / "cache", workers=workers, max_length=60)

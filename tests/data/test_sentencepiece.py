@@ -163,7 +163,7 @@ def test_a_character_map():
 
 
 def write_folder(folder, name="internlm2", config=None, **files):
-    """A folder as InternLM2 models are published: spare pieces named anew, image tokens after the last piece."""
+    """A folder as InternLM2 models are published: spare pieces renamed, image tokens after the last piece."""
     size = LIBRARY[name].vocab_size()
     if config is None:
         added = {0: "<unk>", 1: "<s>", 2: "</s>", size: "<img>", size + 1: "</img>", size + 2: "<IMG_CONTEXT>"}

@@ -17,9 +17,10 @@ from mmmamba.errors import UserError
 from mmmamba.evaluation import plots, webpage
 from mmmamba.evaluation.aggregate import Report, Row, assemble
 from mmmamba.evaluation.predict import Answers
-from mmmamba.evaluation.report import markdown, to_data, write_html
+from mmmamba.evaluation.report import markdown, to_data
 from mmmamba.evaluation.suite import Item, Suite
 from mmmamba.evaluation.tables import tables
+from mmmamba.evaluation.webpage import write_html
 from mmmamba.inference.likelihood import Score
 from mmmamba.progress import Terminal
 from mmmamba.report.plot_style import render

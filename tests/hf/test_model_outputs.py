@@ -88,7 +88,7 @@ def test_image_features_are_what_goes_over_the_marks(tiny: Model, prompt: dict[s
     with pytest.raises(UserError, match="reads no pictures"):
         wrap(Model(make_config(vision=None))).get_image_features(prompt["pixel_values"])
     post = VisionConfig(image_size=56, patch_size=14, pixel_shuffle_loc="post")
-    with pytest.raises(UserError, match="become tokens behind the embedding stack"):
+    with pytest.raises(UserError, match="become tokens after the embedding stack"):
         wrap(Model(make_config(vision=post))).get_image_features(prompt["pixel_values"])
 
 

@@ -50,7 +50,7 @@ def prompts(tiny_processor: Processor) -> list[Encoded]:
 @pytest.fixture
 def rewriting(tiny_config, tiny_processor: Processor) -> Callable[..., Processor]:
     """Processors whose chat template changes what came before: it writes a space before an answer that it prompts for
-    without one, so the whole conversation is read anew at each turn.
+    without one, so the whole conversation is read again at each turn.
     """
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": REWRITING}
 

@@ -1,4 +1,4 @@
-"""A conversation that carries its state is the conversation read anew, and the loop around it survives mistakes."""
+"""A conversation that carries its state equals one that is read again; the loop around it survives mistakes."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ def test_carried_state_equals_the_whole_conversation_read_anew(model, tiny_proce
             expected = model(ids, normalise(torch.from_numpy(whole.tiles)).double(), logits="last", return_state=True)
         assert torch.equal(session.answer.state.positions, expected.state.positions)
         assert torch.allclose(session.answer._logits, expected.logits, atol=1e-9, rtol=0)
-        anew = engine.stream(
+        again = engine.stream(
             model, tiny_processor, whole, max_new_tokens=session.max_new_tokens, sampling=SAMPLING, sequence=i
         )
         answer = "".join(pieces)
-        assert answer == "".join(anew) and session.answer.token_ids == anew.token_ids
+        assert answer == "".join(again) and session.answer.token_ids == again.token_ids
         assert session.answer.finish == ("stop" if ended_by_model else "length")
         turns.append(Turn("gpt", answer))
 
@@ -388,7 +388,7 @@ def test_a_template_that_changes_what_came_before_is_read_anew(tiny_model, rewri
         turns.append(Turn("human", question))
         answer = "".join(session.ask(question))
         whole = processor.prompt(turns)
-        anew = engine.stream(network, processor, whole, max_new_tokens=4, sequence=i)
-        assert "".join(anew) == answer and session.answer.token_ids == anew.token_ids
+        again = engine.stream(network, processor, whole, max_new_tokens=4, sequence=i)
+        assert "".join(again) == answer and session.answer.token_ids == again.token_ids
         turns.append(Turn("gpt", answer))
     assert int(session.answer.state.positions[0]) >= len(whole.input_ids)

@@ -113,7 +113,7 @@ def test_nothing_follows_an_answer_that_broke_off_in_a_token(reason, tiny_model,
 
 
 def test_memory_for_the_pool_may_be_missing_and_the_conversation_goes_on(tiny_model, tiny_processor, monkeypatch):
-    """The state behind the question is whole: the answer ends at its first token."""
+    """The state after the question is whole: the answer ends at its first token."""
     chat = Chat(tiny_model(), tiny_processor, max_new_tokens=9)
     with monkeypatch.context() as patch, pytest.raises(UserError, match="out of memory on cpu while token 1 was made"):
         patch.setattr(Decoder, "__init__", failing(FULL)(Decoder.__init__))

@@ -44,7 +44,7 @@ CASES = [
 ]  # fmt: skip
 PROMPTS, NEW = (70, 33, 90, 5), 24  # tokens of each prompt, and those that come one by one
 
-Logits = list[Tensor]  # of each sequence: (NEW + 1, v), behind its prompt and behind every token after it
+Logits = list[Tensor]  # of each sequence: (NEW + 1, v), after its prompt and after every later token
 
 
 def build(kind: str) -> Model:

@@ -1,4 +1,4 @@
-"""The ``ablate`` verb: a table of cells, each distilled, asked, written down; and the pages made of what came out."""
+"""The ``ablate`` verb: distil and evaluate every cell of a table file, and write tables and pages of the results."""
 
 from __future__ import annotations
 
@@ -42,34 +42,35 @@ def ablate(
 
     Example: mmmamba ablate nano-ablation --only placement --jobs 2
 
-    A table file names cells, each a few changes to a recipe, and seeds. Every cell is one distillation and one
-    evaluation against its teacher, and leaves one line in OUT/results.jsonl: what was changed, what the student keeps
-    by ability, losses, seconds, machine, and two commands that repeat it. From those lines alone come tables, plots
-    and verdicts with 95 % intervals over seeds.
+    A table file names cells and seeds. A cell is a few changes to a recipe. Every cell is one distillation and one
+    evaluation against its teacher, and adds one line to OUT/results.jsonl: the changes, what the student keeps by
+    ability, losses, seconds, machine, and two commands that repeat it. Tables, plots and verdicts with 95 % intervals
+    over seeds are made from these lines alone.
 
-    Run the same command again to go on: finished cells are known by a hash of all that decides their result, and the
-    cell that was killed goes on from its last checkpoint. What cells share is made once: the data, the teacher's
-    answers, stages 1 and 2 of cells that align alike, and the whole run of cells that ask for the same.
+    Run the same command again to continue. Finished cells are recognised by a hash of everything that decides their
+    result, and a cell that was killed continues from its last checkpoint. Work that cells share is done once: the data,
+    the teacher's answers, stages 1 and 2 of cells with the same alignment, and the whole run of identical cells.
 
         mmmamba ablate nano-ablation --list                       # what would run, and the commands of each cell
-        mmmamba ablate nano-ablation --steps-scale 0.01 --seeds 0 # a quick look, in a folder of its own
+        mmmamba ablate nano-ablation --steps-scale 0.01 --seeds 0 # a quick look, in a separate folder
         mmmamba ablate nano-ablation --shard 1/2                  # half of it here, --shard 2/2 on another machine
         mmmamba ablate nano-ablation --merge runs/nano-ablation-shard2of2/results.jsonl
         mmmamba ablate nano-ablation --report --into docs/results/nano.md
 
     Args:
         table: a table file, or the name of a built-in one.
-        out: the folder of results, tables, logs and runs under way (default: runs/NAME, with a part for --shard and
+        out: the folder of results, tables, logs and unfinished runs (default: runs/NAME, with a suffix for --shard and
             --steps-scale).
         only: these tables or cells only, such as --only stages --only placement/tail-stacked.
         seeds: these seeds only.
-        shard: part K/N of the runs, such as 2/8, for one command or machine of several; join their results by --merge.
-        jobs: cells at a time, each in a process of its own: small models do not fill a GPU. They are dealt out to all
-            GPUs, unless --device names one.
-        list: say what would run, with steps and commands, instead of running it.
-        report: make tables, plots and pages of what is there, instead of running cells.
-        merge: take over the lines of these results files, instead of running cells.
-        into: Markdown pages whose marked blocks are made anew; results and plots are copied beside each.
+        shard: run only part K/N, such as 2/8, to split the work over several commands or machines; join the results
+            with --merge.
+        jobs: cells at a time, each in a separate process, since small models do not fill a GPU. They are spread over
+            all GPUs, unless --device names one.
+        list: print what would run, with steps and commands, and run nothing.
+        report: write tables, plots and pages from the results so far, and run nothing.
+        merge: add the lines of these results files, and run nothing.
+        into: Markdown pages whose marked blocks are filled again; results and plots are copied to the page's folder.
         set: recipe keys to change in every cell that does not change them itself, e.g. --set data.root=data/nano.
         steps_scale: factor on the steps of every stage, for a quick look.
         keep: leave the runs of finished cells in OUT/runs instead of removing them.
@@ -91,7 +92,7 @@ def ablate(
     folder = out if out is not None else Path("runs") / _folder_name(plan, shard, steps_scale)
     file = folder / RESULTS
     for page in into:
-        check_page(page, plan)  # a mistake in a page is told before hours of work
+        check_page(page, plan)  # report a mistake in a page before hours of work
     if list:
         _print_list(todo, read(file), pick_device(device).type if device == "auto" else device.partition(":")[0])
         return file

@@ -1,4 +1,4 @@
-"""One cell: its distillation, the questions to its student, the line that comes of both."""
+"""Run one cell: distil its student, ask it questions, and return its line of results."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Setting:
     Attributes:
         out: its folder: ``runs/ALIGNMENT/…`` hold the runs, ``logs`` what they say, ``teachers`` their answers.
         device, precision: as ``mmmamba distill`` takes them.
-        steps_scale: noted in the results.
+        steps_scale: written into the results.
         keep: leave finished runs where they are.
     """
 
@@ -58,7 +58,7 @@ class Setting:
 
 
 def align(cell: Cell, setting: Setting) -> None:
-    """Stages 1 and 2 of a cell, for all cells of its alignment to take over (as ``distill`` does from a neighbour)."""
+    """Run stages 1 and 2 of a cell once for all cells of its alignment, whose runs take them over."""
     plan = aligned(cell)
     with logged(setting.out / "logs" / f"aligned-{cell.alignment}.log"):
         distill(plan.base, set=plan.set, out=setting.runs(cell) / ALIGNED, resume=True,
@@ -67,7 +67,7 @@ def align(cell: Cell, setting: Setting) -> None:
 
 
 def measure(cell: Cell, setting: Setting) -> Result:
-    """Distil a cell, or go on where a killed process left it, and ask its student."""
+    """Distil a cell, or continue where a killed process left it, and ask its student."""
     run = setting.runs(cell) / cell.folder
     with logged(setting.out / "logs" / f"{cell.folder}.log"):
         resumed = run.exists()
@@ -106,12 +106,12 @@ def measure(cell: Cell, setting: Setting) -> Result:
 
 
 def forget(cell: Cell, setting: Setting) -> None:
-    """Remove the run of a finished cell: its line says all, and how to make it again."""
+    """Remove the run of a finished cell: its line holds the results and how to repeat it."""
     shutil.rmtree(setting.runs(cell) / cell.folder, ignore_errors=True)
 
 
 def prepare(cells: list[Cell], setting: Setting) -> None:
-    """What cells share, made once before any begins: the data's files, and the teachers' answers."""
+    """Make what cells share, before any begins: the data's files and the teachers' answers."""
     for data in {digest(cell.recipe.data): cell.recipe.data for cell in cells}.values():
         prepare_root(data)
     for cell in {(cell.recipe.teacher, cell.data): cell for cell in cells}.values():
@@ -122,7 +122,7 @@ def prepare(cells: list[Cell], setting: Setting) -> None:
 
 
 def _asked(cell: Cell, student: Path, setting: Setting) -> tuple[dict[str, Ability], dict[str, float | None]]:
-    """What the student can do beside its teacher: by ability, and in the mean over those that it counts."""
+    """The student compared with its teacher: by ability, and the mean over the abilities that count."""
     suite = _suite(cell.questions, cell.data)
     teacher = Row(label="teacher", path="", layers="", answers=_teacher_answers(cell, setting))
     answers = answer(load_model(student, device=setting.device), suite)
@@ -149,7 +149,7 @@ def _asked(cell: Cell, student: Path, setting: Setting) -> tuple[dict[str, Abili
 
 
 def _teacher_answers(cell: Cell, setting: Setting, ask: bool = False) -> Answers:
-    """The teacher's answers, from the file that holds them; asked for where there is none and ``ask`` is given."""
+    """The teacher's answers, from their file. If there is none and ``ask`` is set, the teacher is asked first."""
     suite = _suite(cell.questions, cell.data)
     folder = resolve(cell.recipe.teacher)
     questions = [(item.sample.id, item.prompt, item.references) for item in suite.items]
@@ -180,7 +180,7 @@ def _suite(questions: Questions, data: str) -> Suite:
 
 
 def _losses(run: Path, manifest: dict[str, Any]) -> dict[str, float]:
-    """Stage → the loss that was logged last, of the run that went through it."""
+    """Stage → the last logged loss, from the run that did the stage."""
     losses = {}
     for stage, facts in manifest["stages"].items():
         metrics = Path(facts.get("from", run)) / "metrics.jsonl"
@@ -193,7 +193,7 @@ def _losses(run: Path, manifest: dict[str, Any]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def logged(log: Path) -> Iterator[None]:
-    """What is printed inside goes into a file, and so does the reason of a failure."""
+    """Send everything printed inside to a file, and the reason of a failure too."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:

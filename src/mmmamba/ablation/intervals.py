@@ -1,4 +1,4 @@
-"""How sure a mean over a few seeds is: Student's t, which knows how little a handful of runs says of their spread."""
+"""Intervals of a mean over a few seeds: Student's t, which allows for how little a few runs say about their spread."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T975 = (
 
 
 def t_quantile(degrees: int) -> float:
-    """The 97.5 % quantile for ``degrees`` of freedom; beyond 30 by the first terms of its distance to the normal's."""
+    """The 97.5 % quantile for ``degrees`` of freedom; above 30 from a series around the normal quantile."""
     if degrees <= len(T975):
         return T975[degrees - 1]
     z, n = Z95, degrees
@@ -24,7 +24,7 @@ def t_quantile(degrees: int) -> float:
 
 
 def t_interval(values: Sequence[float]) -> Interval:
-    """The mean with its 95 % t interval, mean ± t · s / √n. One value says nothing of the spread: all the line."""
+    """The mean with its 95 % t interval, mean ± t · s / √n; of a single value it is infinite."""
     n = len(values)
     mean = math.fsum(values) / n
     if n == 1:
@@ -41,7 +41,7 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interv
 
 
 def verdict(gain: Interval | None) -> str:
-    """What an interval of a gain says of the claim that there is one."""
+    """Whether the interval of a gain confirms or contradicts that there is one."""
     if gain is None:
         return "not measured"
     if math.isinf(gain.low):

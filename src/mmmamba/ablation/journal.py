@@ -1,4 +1,4 @@
-"""``results.jsonl``: a line for each finished cell, a line for the plan it belongs to; append, read, merge."""
+"""``results.jsonl``: one line for each finished cell and one for the plan; append, read, merge."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Result:
     """A finished cell.
 
     Attributes:
-        table, cell, seed: where it stands in the plan.
+        table, cell, seed: its place in the plan.
         id: of all that decides the result (see :attr:`mmmamba.ablation.plan.Cell.id`).
         steps_scale: what the plan's steps were multiplied with.
         base, set: the recipe and the changes to it.
@@ -52,7 +52,7 @@ class Result:
         seconds: ``distill`` and ``evaluate``, of the process that finished them.
         shared: whether stages 1 and 2 were another run's, whose seconds are not counted.
         resumed: whether the distillation had been begun by an earlier process.
-        device, precision, versions, teacher: on what it was made, and from which teacher (name and hash).
+        device, precision, versions, teacher: what it was made on, and from which teacher (name and hash).
         commands: two command lines that repeat it.
     """
 
@@ -80,11 +80,11 @@ class Result:
 
     @property
     def key(self) -> tuple[str, str, int, str, float]:
-        """What no two lines of a file share."""
+        """Different for any two lines of a file."""
         return self.table, self.cell, self.seed, self.id, self.steps_scale
 
     def of(self, cell: Cell) -> Result:
-        """The same numbers under the name of a cell that asks for the same, with the commands that repeat it now."""
+        """The same numbers for another cell with the same run, with the commands that repeat it now."""
         kind = self.device if self.device in ("cpu", "mps") else "cuda"  # a GPU has its own name there
         return replace(
             self, table=cell.table, cell=cell.name, base=cell.base, set=cell.set, commands=cell.commands(kind)
@@ -93,7 +93,7 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """What a results file holds: cells in the order of their lines, and the plan as it was written down last."""
+    """The content of a results file: cells in the order of their lines, and the plan of the last plan line."""
 
     cells: tuple[Result, ...] = ()
     plan: Plan | None = None
@@ -112,7 +112,7 @@ class _CellLine:
 
 
 def read(path: Path) -> Results:
-    """The results in a file; empty where there is none. Half a last line, of a killed process, is left out and told.
+    """The results in a file; empty where there is none. An incomplete last line is left out and reported.
 
     Raises:
         UserError: for any other line that is broken, naming file, line and field.
@@ -128,8 +128,8 @@ def read(path: Path) -> Results:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     if rest:
-        print(f"{path}:{len(lines) + 1}: half a line of a killed run is left out; its cell counts as not finished",
-              file=sys.stderr)  # fmt: skip
+        where = f"{path}:{len(lines) + 1}"
+        print(f"{where}: the incomplete last line of a killed run is left out; its cell is unfinished", file=sys.stderr)
     cells: list[Result] = []
     plan: Plan | None = None
     scale = 1.0
@@ -150,10 +150,10 @@ def _parsed(line: str, where: str) -> _PlanLine | _CellLine:
 
 
 class Journal:
-    """A results file under way: what is in it, and lines that are safe on the disk when :meth:`add` returns.
+    """A results file that grows. A line is safe on the disk when :meth:`add` returns.
 
     Args:
-        path: the file; made with the first line. Half a last line is cut off here, before anything follows it.
+        path: the file; made with the first line. An incomplete last line is cut off here.
     """
 
     def __init__(self, path: Path) -> None:
@@ -165,7 +165,7 @@ class Journal:
                 write_atomically(path, lambda temporary: temporary.write_bytes(whole[0] + whole[1]))
 
     def note_plan(self, plan: Plan, steps_scale: float) -> None:
-        """Write the plan down where it is not the one that stands there."""
+        """Append the plan, unless it is the one that the file has."""
         if (self.results.plan, self.results.steps_scale) != (plan, steps_scale):
             self._append(_PlanLine(plan=plan, steps_scale=steps_scale))
             self.results = replace(self.results, plan=plan, steps_scale=steps_scale)
@@ -178,9 +178,9 @@ class Journal:
     def rename(self, cells: Iterable[Cell]) -> None:
         """Give each line the name and the commands that its run has among ``cells`` now.
 
-        A run is known by what decides its result. What it is called, and which changes to which recipe lead to it, can
-        change; what is printed beside a result still has to repeat it. A line whose name has gone, or is another run's
-        now, stands under the names that its run has instead, if it has any.
+        A run is identified by what decides its result. Its name, and the changes to a recipe that lead to it, may
+        change later; the commands printed with a result must still repeat it. If the name of a line is gone or belongs
+        to another run, the line gets the names that its run has now, if any.
         """
         asked: dict[str, list[Cell]] = {}
         seeds: dict[tuple[str, str], set[int]] = {}
@@ -200,12 +200,12 @@ class Journal:
             _write(self.path, self.results)
 
     def find(self, cell: Cell) -> Result | None:
-        """The line of a cell, as it is asked for now."""
+        """The line of a cell with its present name and content."""
         names = cell.table, cell.name, cell.seed, cell.id
         return next((r for r in self.results.cells if (r.table, r.cell, r.seed, r.id) == names), None)
 
     def same(self, cell: Cell) -> Result | None:
-        """A line of any cell that asks for the same."""
+        """A line of any cell with the same run."""
         return next((result for result in self.results.cells if result.id == cell.id), None)
 
     def _append(self, line: _PlanLine | _CellLine) -> None:
@@ -225,7 +225,7 @@ def encoded(line: Any) -> bytes:
 
 
 def merge(into: Path, sources: Sequence[Path]) -> int:
-    """Lay the cells of other files behind those of ``into``, each once; the first line of a cell stays.
+    """Append the cells of other files to ``into``, each once; of several lines of a cell the first is kept.
 
     Returns:
         how many cells are new in ``into``.
@@ -243,7 +243,7 @@ def merge(into: Path, sources: Sequence[Path]) -> int:
 
 
 def _write(path: Path, results: Results) -> None:
-    """The whole file anew."""
+    """Write the whole file again."""
     lines: list[_PlanLine | _CellLine] = []
     if results.plan is not None:
         lines.append(_PlanLine(plan=results.plan, steps_scale=results.steps_scale))

@@ -1,4 +1,4 @@
-"""What a table file asks for: named changes to a recipe, times seeds, grouped into tables that each settle a question.
+"""The content of a table file: named changes to a recipe, for several seeds, in tables that each answer a question.
 
 ::
 
@@ -15,7 +15,7 @@
           rope: {}
           none: {mixer.rope: false}
 
-A cell maps keys of a recipe to values; two words in it are none: ``base`` names another recipe to start from, and
+A cell maps keys of a recipe to values. Two words in it are not keys: ``base`` names another recipe to start from, and
 ``about`` says in a few words what is changed, where the keys themselves would fill a page.
 """
 
@@ -51,7 +51,7 @@ class Questions:
     Attributes:
         data: folder that ``mmmamba data build`` made (default: the recipe's ``data.root``).
         abilities: what is asked about, in the order of the tables' columns.
-        mean: the abilities that the mean counts (default: all); the others are shown beside it.
+        mean: the abilities that the mean counts (default: all); the others are shown next to it.
         limit: questions an ability.
         max_new_tokens: longest answer, in tokens.
         seed: chooses the questions; the same ones for all cells.
@@ -83,7 +83,7 @@ class Questions:
 
     @property
     def beside(self) -> tuple[str, ...]:
-        """Those that stand beside the mean: longer texts than were distilled at, say."""
+        """The abilities outside the mean, such as longer texts than in distillation."""
         return tuple(ability for ability in self.abilities if ability not in self.counted)
 
 
@@ -102,14 +102,14 @@ class Comparison:
     """Cells that are read side by side.
 
     Attributes:
-        title: the question that the table settles.
+        title: the question that the table answers.
         note: what a reader should know.
         base: a recipe, by path or built-in name (default: the plan's).
         set: recipe keys laid over the base of every cell.
-        setting: what they come to, in words, where the keys themselves would fill a page.
-        seeds: in place of the plan's.
+        setting: these changes in words, where the keys themselves would fill a page.
+        seeds: instead of the plan's.
         reference: the cell that the others are subtracted from.
-        claims: what is to be confirmed or not.
+        claims: what the results may confirm or contradict.
         paper: cell → what the paper reports for it.
         paper_metric: what those numbers are.
         cells: name → recipe keys laid over all that; ``base`` in it names another recipe, ``about`` says what changed.
@@ -143,7 +143,7 @@ class Plan:
     """A whole table file.
 
     Attributes:
-        name: also of the default folder, ``runs/NAME``, and of the files beside a page.
+        name: also of the default folder, ``runs/NAME``, and of the files next to a page.
         base: a recipe, by path or built-in name.
         set: recipe keys laid over the base of every cell.
         seeds: of each cell, unless its table says otherwise.
@@ -176,7 +176,7 @@ class Cell:
     """One distillation and its evaluation.
 
     Attributes:
-        table, name, seed: where it stands.
+        table, name, seed: its place in the plan.
         base, set: the recipe's name and the ``key=value`` changes that make ``recipe`` of it.
         recipe: the whole recipe.
         questions: what the student is asked.
@@ -195,7 +195,7 @@ class Cell:
 
     @cached_property
     def id(self) -> str:
-        """A hash of all that decides the result: cells of one id are one run, whatever they are called."""
+        """A hash of everything that decides the result: cells with one id are one run, even under several names."""
         recipe = _stated(self.recipe)
         recipe["data"].pop("workers", None)  # any number of them gives the same rows
         return digest([recipe, _stated(self.questions), self.data])
@@ -228,7 +228,7 @@ class Cell:
 
     @property
     def folder(self) -> str:
-        """Of its run, beside that of its alignment: one that no other recipe gets."""
+        """The folder of its run, next to that of its alignment; no other recipe gets this name."""
         return f"seed{self.seed}-{self.table}-{self.name}-{digest(self.recipe)[:8]}"
 
     def commands(self, device: str) -> tuple[str, str]:
@@ -247,7 +247,7 @@ class Cell:
 
 
 def load_plan(table: str | Path) -> tuple[Plan, Path]:
-    """A table file, by path or built-in name, read strictly; and where it lies.
+    """Read a table file strictly, by path or built-in name; return the plan and its path.
 
     Raises:
         UserError: for an unknown key, a cell written twice, a name that nothing has; file and field are named.

@@ -1,4 +1,4 @@
-"""A table of the plan as a figure: what each cell keeps, with its interval over seeds."""
+"""The plot of a table: what each cell keeps of the teacher, with its interval over seeds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROW = 0.34  # inches a cell
 
 
 def dots(measured: Measured, theme: Theme = "light") -> Figure:
-    """Cells from top to bottom; per cent kept of the teacher to the right: in the mean, and beside it at length.
+    """Cells from top to bottom; per cent kept of the teacher to the right. First the mean, then abilities outside it.
 
     A dot is the mean over seeds, a bar its 95 % t interval, a small ring one seed.
     """
@@ -64,7 +64,7 @@ def _panel(axis: Axes, measured: Measured, cells: list[str], abilities: list[str
             if math.isfinite(interval.low):
                 axis.plot([interval.low, interval.high], [row + shift] * 2, color=colour, linewidth=2)
         axis.plot([], [], "o", color=colour, label=label(ability))
-    # The seeds decide what is seen: the interval of three that differ may be wider than the page.
+    # The seeds set the limits of the axis: the interval of three seeds that differ may be wider than the page.
     if shown:
         margin = max(1.0, 0.35 * (max(shown) - min(shown)))
         axis.set_xlim(max(min(shown) - margin, -2), min(max(shown) + margin, 102))

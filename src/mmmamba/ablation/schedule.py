@@ -1,4 +1,4 @@
-"""Which cells run here, in what order and how many at once: shared work first, one process a job."""
+"""Decide which cells run here, in which order and how many at once: shared work first, one process per job."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from mmmamba.progress import Progress, Terminal
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """Cells that ask for one and the same run, under several names; the first one's is made."""
+    """Cells with the same run under several names; the run of the first one is made."""
 
     cells: tuple[Cell, ...]
 
@@ -43,7 +43,7 @@ _Task = tuple[Unit | None, list[Unit]]  # a unit to measure; or None, and the un
 
 
 def units(cells: Sequence[Cell]) -> list[Unit]:
-    """The runs that ``cells`` ask for: each once, those of one alignment side by side, else in the given order."""
+    """The runs of ``cells``, each once: those with one alignment in a row, otherwise in the given order."""
     by_id: dict[str, list[Cell]] = {}
     for cell in cells:
         by_id.setdefault(cell.id, []).append(cell)
@@ -54,9 +54,9 @@ def units(cells: Sequence[Cell]) -> list[Unit]:
 
 
 def shard(whole: Sequence[Unit], text: str) -> list[Unit]:
-    """Part K of N ("K/N") of the runs, about as many steps as every other; alignments are cut as rarely as can be.
+    """Part K of N ("K/N") of the runs. All parts have about as many steps, and few alignments are needed in two parts.
 
-    It depends on ``whole`` alone, so that the parts of several commands are disjoint and nothing is left out.
+    The parts depend only on ``whole``, so those of several commands are disjoint and complete.
     """
     number, _, count = text.partition("/")
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
@@ -75,7 +75,7 @@ def shard(whole: Sequence[Unit], text: str) -> list[Unit]:
 
 
 def run(todo: Sequence[Unit], setting: Setting, jobs: int, done: Callable[[Unit, Result], None]) -> dict[str, str]:
-    """Measure every unit, ``jobs`` at a time, each in a process of its own (one job: in this one).
+    """Measure every unit, ``jobs`` at a time, each in a separate process (one job: in this process).
 
     Stages 1 and 2 that several units share are run first, once, and their units follow. ``done`` is called here, in
     this process, with each result as it comes. A cell that fails (its loss left the finite, say) stops no other.
@@ -116,7 +116,7 @@ def run(todo: Sequence[Unit], setting: Setting, jobs: int, done: Callable[[Unit,
                     raise UserError(f"a process died (out of memory?) while it ran one of: {names or 'alignments'}; "
                                     f"see {setting.out / 'logs'}, try fewer --jobs, and run the same command to go on"
                                     ) from error  # fmt: skip
-                if unit is None:  # in front, so that a machine finishes what it has begun
+                if unit is None:  # first, so that a machine finishes what it has begun
                     ready.extendleft((follower, []) for follower in reversed(group))
                 else:
                     done(unit, result)
@@ -125,7 +125,7 @@ def run(todo: Sequence[Unit], setting: Setting, jobs: int, done: Callable[[Unit,
 
 
 class _Here(Executor):
-    """Runs what is submitted at once, in this process."""
+    """Runs what is submitted immediately, in this process."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -138,10 +138,10 @@ class _Here(Executor):
 
 @contextlib.contextmanager
 def workers(jobs: int, device: str) -> Iterator[Executor]:
-    """What runs ``jobs`` calls at once, each in a process of its own with its share of the cores; one: in this one.
+    """An executor of ``jobs`` calls at once, each in a separate process with its share of the cores (one job: here).
 
-    Where ``device`` names no GPU by number, the processes are dealt out to all that there are: each sees one, as if it
-    were the only one. They end with this one, however it ends, and may have loaders as processes of theirs.
+    If ``device`` names no GPU by number, the processes are spread over all GPUs, and each process sees only one. They
+    end when this process ends, however it ends, and may start processes of their own to load data.
     """
     if jobs == 1:
         yield _Here()
@@ -157,7 +157,7 @@ def workers(jobs: int, device: str) -> Iterator[Executor]:
         yield pool
         pool.shutdown()
     except BaseException:
-        # What they are at goes on from its last checkpoint when the command is run again.
+        # Their runs continue from the last checkpoint when the command is run again.
         for process in set(multiprocessing.active_children()) - before:
             process.terminate()
         pool.shutdown(wait=False, cancel_futures=True)
@@ -175,7 +175,7 @@ def _gpu(job: int, device: str) -> str | None:
 
 
 def _begin(threads: int, start_method: str, gpus: SimpleQueue[str | None]) -> None:
-    """In a worker: the parent alone answers an interrupt, and a worker must not outlive a parent that was killed."""
+    """Set up a worker: only the parent answers an interrupt, and a worker must not outlive a parent that was killed."""
     if (gpu := gpus.get()) is not None:  # before CUDA starts, which reads it once
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     # A spawned process would spawn its loaders too, and send each a copy of the data that forked ones share.

@@ -17,7 +17,7 @@ from mmmamba.report.table import Table
 
 @dataclass(frozen=True)
 class Measured:
-    """One table of a plan, with what came out: cell → seed → result."""
+    """One table of a plan with its results: cell → seed → result."""
 
     plan: Plan
     name: str
@@ -28,7 +28,7 @@ class Measured:
         """Table ``name`` of ``results``.
 
         Raises:
-            UserError: when the results say nothing of a plan, or the plan nothing of the table.
+            UserError: when the results hold no plan, or the plan has no such table.
         """
         if results.plan is None:
             raise UserError("the results hold no line with their plan; run mmmamba ablate with the table file once")
@@ -50,7 +50,7 @@ class Measured:
         return t_interval(list(kept.values())) if kept else None
 
     def gain(self, better: str, worse: str, on: str = MEAN) -> Interval | None:
-        """Points that ``better`` keeps more, paired by seed."""
+        """How many points more ``better`` keeps, paired by seed."""
         return difference(self.retention(better, on), self.retention(worse, on))
 
     def _mean(self, result: Result) -> float | None:
@@ -101,7 +101,7 @@ def _grid(measured: Measured) -> list[str]:
 
 
 def _teacher_row(measured: Measured, columns: Sequence[str]) -> list[str]:
-    """What the teacher answers, in per cent of the questions (all cells' are the same questions)."""
+    """The teacher's right answers in per cent (all cells answer the same questions)."""
     results = [result for seeds in measured.cells.values() for result in seeds.values()]
     abilities, counted = results[0].abilities, measured.plan.questions.counted
     said = {name: percent(ability.teacher) for name, ability in abilities.items()}
@@ -166,7 +166,7 @@ def _verdicts(measured: Measured) -> list[str]:
 
 
 def _commands(done: Mapping[str, Mapping[int, Result]]) -> list[str]:
-    """Every cell's commands with its first seed, folded away."""
+    """The commands of every cell's first seed, folded away."""
     lines = [
         "<details><summary>Commands (of each cell's first seed; the others differ in seed=N)</summary>",
         "",

@@ -68,15 +68,15 @@ def bench(
 ) -> Results | None:
     """Measure what models cost on this machine: latency, prefill, memory and throughput against the context.
 
-    Without a MODEL, teacher, linear and hybrid of a geometry are measured with random weights, which cost what trained
-    ones do. The teacher is measured as this package serves it and, twice, in the published way (a cache concatenated
-    anew for every token, no CUDA graph, without and with an attention mask), so that a student is never compared with
-    a slow teacher only. All of them are measured with int8 weights too, which halve what a step of one sequence reads.
-    Beside every figure stands the least that the machine could take. For example:
+    Without a MODEL, the teacher, linear student and hybrid student of a geometry are measured with random weights,
+    which cost as much as trained ones. The teacher is measured as this package serves it. It is also measured twice in
+    the published way (the cache is copied for every token, no CUDA graph), without and with an attention mask. So a
+    student is never compared with a slow teacher only. All models are measured with int8 weights too, which halve what
+    a step of one sequence reads. Every figure comes with the least that the machine could take. For example:
 
         mmmamba bench --geometry nano --contexts 1k,4k
 
-    or, of your own checkpoints, all of one geometry:
+    or your own checkpoints, all of one geometry:
 
         mmmamba bench runs/teacher/model runs/linear/model --report runs/costs
 
@@ -87,19 +87,19 @@ def bench(
         models: Checkpoint folders or names of built-in models. A teacher of random weights joins them if none is one.
         geometry: The size of the networks when no MODEL is given: nano, smollm2-135m, or hovle-2.6b, the
             paper's. Default: nano on a CPU, hovle-2.6b on a GPU.
-        contexts: Tokens behind which to measure, separated by commas; k is 1,024 and m is 1,048,576. Default:
+        contexts: Context lengths in tokens, separated by commas; k is 1,024 and m is 1,048,576. Default:
             1k,4k,16k on a CPU; 1k,8k,32k,103424,262144,1m on a GPU.
         report: The folder for the report. Default: runs/bench-GEOMETRY, or runs/bench-MODEL of the first one.
-        measure: Measure this only: decode (a token), prefill (time to the first token), batch (the greatest that fits).
+        measure: Measure only this: decode (a token), prefill (time to the first token), batch (the largest that fits).
             Repeat it for several.
         memory: Most memory that weights and states may take, in GB (1e9 bytes). Default: all of a GPU, 1 on a CPU.
-        point_seconds: Skip what would take longer than this once, as shorter contexts foretell. Default: 8 on a CPU, 30
-            on a GPU.
-        prefill_chunk: Read prompts in pieces of this many tokens, where they are not read at once.
-        resume: Go on with the report in that folder.
+        point_seconds: Skip a point if one call is expected to take longer than this, judged by shorter contexts.
+            Default: 8 on a CPU, 30 on a GPU.
+        prefill_chunk: Read prompts in pieces of this many tokens when they are not read at once.
+        resume: Continue the report in that folder.
         overwrite: Replace the report in that folder.
-        compare: Two results.json: print every figure of both with the difference in per cent, and measure nothing.
-        into: Make the marked blocks of this Markdown page anew, from the results that they name, and measure nothing.
+        compare: Two results.json: print every figure of both with the difference in per cent. Nothing is measured.
+        into: Fill the marked blocks of this Markdown page again, from the results that they name, and measure nothing.
             Repeat it for several.
         device: Where to run, such as cpu or cuda. The default takes a GPU when there is one.
         dtype: Number format of the weights. The default is bfloat16 on a GPU and float32 elsewhere.
@@ -143,7 +143,7 @@ def bench(
             paper=same_size(subjects[0].config),
             rates=measure_rates(where, number_format),
         )
-        # A report of an earlier version has no ledger: what lies beside its results is taken for its own.
+        # A report of an earlier version has no ledger. The files next to its results count as its own.
         check_report(folder, overwrite=overwrite or (results.complete and not (folder / LEDGER).exists()))
         runner = _Runner(
             device=where,
@@ -163,10 +163,10 @@ def bench(
 
 
 def _tell(compare: tuple[Path, Path] | None, into: Sequence[Path]) -> None:
-    """Print or write down what results say that are there already.
+    """Compare or write down results that exist already.
 
     Raises:
-        UserError: when a page's prose has figures that its results do not hold.
+        UserError: when figures in a page's prose differ from its results.
     """
     if compare is not None:
         first, second = (read(file) for file in compare)
@@ -174,14 +174,14 @@ def _tell(compare: tuple[Path, Path] | None, into: Sequence[Path]) -> None:
     wrong = [line for page in into for line in fill(page)]
     print(*wrong, sep="\n", end="\n" * bool(wrong))
     if wrong:
-        raise UserError(f"{len(wrong)} of the pages' figures are not what their results hold")
+        raise UserError(f"{len(wrong)} figures of the pages differ from their results")
 
 
 def parse_contexts(text: str) -> list[int]:
-    """``1k,4096,1m`` as rising numbers of tokens.
+    """Read ``1k,4096,1m`` as increasing numbers of tokens.
 
     Raises:
-        UserError: naming the piece that is no number of tokens.
+        UserError: naming the piece that is not a number of tokens.
     """
     found = set()
     for piece in text.split(","):
@@ -189,7 +189,7 @@ def parse_contexts(text: str) -> list[int]:
         digits, unit = (word[:-1], UNITS[word[-1]]) if word[-1:] in UNITS else (word, 1)
         count = int(digits) * unit if re.fullmatch("[0-9]{1,20}", digits) else 0
         if not 1 <= count <= MOST_TOKENS:
-            raise UserError(f"--contexts {text}: '{piece.strip()}' is no number of tokens, such as 4096, 4k or 1m")
+            raise UserError(f"--contexts {text}: '{piece.strip()}' is not a number of tokens such as 4096, 4k or 1m")
         found.add(count)
     return sorted(found)
 
@@ -230,12 +230,12 @@ class _Runner:
 
     @torch.no_grad()
     def run(self, subjects: Sequence[Subject], wanted: Sequence[Task], results: Results, folder: Path) -> Results:
-        """Measure what is missing, and write it down point by point."""
+        """Measure the missing points, and save the results after each."""
         done = {point.task for point in results.points}
         series = {one.label: one for one in results.series}
         torch.manual_seed(self.seed)
         save(results, folder)
-        # Kernels are launched on the current device, whatever device their tensors lie on.
+        # Kernels are launched on the current device, even if their tensors are on another.
         current = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         with current, Progress("bench", len(wanted), start=len(done)) as bar:
             for subject in subjects:
@@ -289,7 +289,7 @@ class _Runner:
         return decode_published(model, context=task.context, mask=mask, seconds=self.seconds)
 
     def _why_not(self, model: Model, task: Task, series: Series, results: Results) -> str:
-        """Why a point is not even begun; '' when it is."""
+        """Why a point is skipped; '' when it is measured."""
         vision = model.config.vision
         if task.variant == "images" and vision is not None and task.context < vision.tokens_per_tile:
             return f"shorter than the {vision.tokens_per_tile} tokens of one tile"
@@ -304,7 +304,7 @@ class _Runner:
         return ""
 
     def _expected_seconds(self, model: Model, task: Task, results: Results) -> float:
-        """Of one reading of a prompt: the longest shorter one's, as the operations of both compare."""
+        """Estimate the time to read a prompt from the longest shorter one, by the ratio of their operations."""
         if task.what != "prefill":
             return 0.0
         known = [
@@ -319,7 +319,7 @@ class _Runner:
         return shorter.timing.ms / 1e3 * prefill_cost(model, state, length=task.context).flops / shorter.flops
 
     def _ran_out_before(self, task: Task, results: Results) -> bool:
-        """Whether the same with a shorter context did not fit already."""
+        """Whether the same task ran out of memory at a shorter context."""
         return any(
             point.oom and point.task.context < task.context and replace(point.task, context=task.context) == task
             for point in results.points
@@ -327,7 +327,7 @@ class _Runner:
 
 
 def _shown(point: Point) -> dict[str, Any]:
-    """What the progress line says of a point."""
+    """What the progress line shows of a point."""
     task, measured = point.task, point.measured
     what = " ".join(filter(None, [task.series, task.what, task.variant, f"{task.context:,}"]))
     if measured is None:

@@ -43,7 +43,7 @@ POINTS = (
 
 
 def same_size(config: ModelConfig) -> bool:
-    """Whether the paper's points speak of networks of this size."""
+    """Whether the paper's networks have this size."""
     paper = GEOMETRIES["hovle-2.6b"]
     return all(
         getattr(config, name) == getattr(paper, name) for name in ("hidden_size", "vocab_size", "num_layers")
@@ -57,7 +57,7 @@ def same_size(config: ModelConfig) -> bool:
 
 
 def protocol(results: Results) -> Table:
-    """The paper's comparison: a token of each student against one of the teacher in both published styles."""
+    """The paper's comparison: the time of a token of each student and of the teacher in both published styles."""
     context = claim_context(results)
     teachers = [one for one in results.series if one.published]
     columns = ["model", "ms a token", "GB"]
@@ -110,7 +110,7 @@ def _papers_rows(teachers: int) -> list[list[str]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantity:
-    """A row of :func:`optimised`: one figure of the teacher beside the same of each student.
+    """A row of :func:`optimised`: one figure of the teacher and of each student.
 
     Attributes:
         what, style: the points it is taken from.

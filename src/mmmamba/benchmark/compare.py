@@ -33,7 +33,7 @@ def comparison(first: Results, second: Results) -> Table:
             continue
         allowed = CLOSE_ON_THE_HOST if task.series in host_bound else CLOSE
         for (figure, a), (_, b) in zip(_figures(ours), _figures(theirs), strict=True):
-            apart = b / a - 1 if a else None  # there is no ratio to nothing
+            apart = b / a - 1 if a else None  # there is no ratio to zero
             far = a != b if apart is None else abs(apart) > allowed
             mark = f"over {100 * allowed:.0f} %" if far else ""
             rows.append([name, figure, number(a), number(b), EMPTY if apart is None else f"{100 * apart:+.1f}", mark])
@@ -48,7 +48,7 @@ def comparison(first: Results, second: Results) -> Table:
 
 
 def differing(table: Table) -> Table:
-    """Of a comparison, the marked figures alone; the note counts them all."""
+    """Only the marked rows of a comparison; the note still counts all of them."""
     return replace(table, rows=[row for row in table.rows if row[-1]])
 
 

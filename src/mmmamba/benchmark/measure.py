@@ -1,4 +1,4 @@
-"""One point: a decoding step, a prefill, or the greatest batch, of one model behind one context."""
+"""Measure one point: a decoding step, a prefill, or the greatest batch, of one model after one context."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from mmmamba.model.mixers import StateBytes
 from mmmamba.model.model import Model
 from mmmamba.model.state import state_bytes
 
-STEPS = 256  # room behind the context for the tokens that are timed: more than a clock's samples and warm-up
-WORDS = 500  # text is drawn from that many ids
-MOST_SEQUENCES = {"cuda": 8192, "cpu": 32}  # in a batch: past these it is no longer memory that decides
+STEPS = 256  # room after the context for the tokens that are timed: more than the samples and the warm-up
+WORDS = 500  # random text is drawn from this many ids
+MOST_SEQUENCES = {"cuda": 8192, "cpu": 32}  # in a batch: above this, memory no longer decides
 PRECISION = 16  # the greatest batch found is at most a sixteenth too small
-STATES = 0.95  # share of the free memory that the states of the greatest batch are expected to take
+STATES = 0.95  # share of the free memory that the states of the greatest batch are expected to need
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +39,13 @@ class Measured:
         timing: of a step, or of the time to the first token.
         tokens_per_s: decoded for all sequences together, or read.
         batch: sequences at once.
-        state_bytes: that one sequence leaves behind the context.
+        state_bytes: kept of one sequence after the context.
         resident_bytes: held between steps: weights, states and room for more (before a prefill: weights).
         peak_bytes: most that was held while it ran; None on a CPU, where PyTorch does not count.
         bytes, flops: the least that the work moves and computes (``limits``).
         graph: whether steps were replayed as a CUDA graph.
         chunk: tokens of a piece in which a prompt was read; the whole prompt's length when it was read at once.
-        note: what else must be known to read the figures.
+        note: what a reader must also know.
     """
 
     timing: Timing
@@ -72,10 +72,10 @@ class Measured:
 def decode(
     model: Model, *, context: int, batch: int = 1, state_dtype: torch.dtype | None = None, seconds: float = 1.0
 ) -> Measured:
-    """A step of ``batch`` sequences behind ``context`` tokens in the engine's pool, greedy tokens fed back.
+    """Time a step of ``batch`` sequences after ``context`` tokens in the engine's pool; greedy tokens are fed back.
 
-    As in the engine, what was picked is read a block of steps later, and the host is ahead of the GPU until then.
-    Caches and states hold random numbers instead of what a prompt would leave: a step takes as long over either.
+    As in the engine, the picked tokens are read a block of steps later, and the host runs ahead of the GPU until then.
+    Caches and states hold random numbers, not those of a real prompt: a step takes equally long with either.
     """
     decoder = furnished(model, context=context, batch=batch, state_dtype=state_dtype)
     slots = torch.arange(batch, device=model.device)
@@ -93,9 +93,9 @@ def decode(
 
 
 def decode_published(model: Model, *, context: int, mask: bool, seconds: float = 1.0) -> Measured:
-    """A step of one sequence behind ``context`` tokens in the published way (:mod:`mmmamba.benchmark.published`).
+    """Time a step of one sequence after ``context`` tokens in the published way (:mod:`mmmamba.benchmark.published`).
 
-    Each is waited for, since each token is read before the next step.
+    The host waits for each step, since it reads each token before the next step.
     """
     decoder = PublishedDecoder(model, context, mask=mask)
     tokens = torch.zeros(1, dtype=torch.long, device=model.device)
@@ -116,7 +116,7 @@ def furnished(
     state_dtype: torch.dtype | None = None,
     graph: bool | None = None,
 ) -> Decoder:
-    """A pool whose first ``batch`` slots hold sequences of ``context`` tokens, made up."""
+    """A pool whose first ``batch`` slots hold made-up sequences of ``context`` tokens."""
     capacity = context + STEPS
     length = fixed_length(model, capacity)
     decoder = Decoder(model, batch, capacity, max_length=length, graph=graph, state_dtype=state_dtype)
@@ -168,14 +168,14 @@ def _step_measured(
 def read_prompt(
     model: Model, *, length: int, images: bool = False, chunk: int, seconds: float = 1.0, longest: float = math.inf
 ) -> Measured | None:
-    """From a prompt of ``length`` tokens to its first token; None when memory does not suffice.
+    """Time a prompt of ``length`` tokens until its first token; None when it does not fit into memory.
 
-    A network with softmax layers reads at once while that fits, which is its fastest way, else in pieces of ``chunk``
-    tokens; one without always reads in pieces.
+    A network with softmax layers reads the prompt at once if that fits, which is fastest for it, else in pieces of
+    ``chunk`` tokens. A network without softmax layers always reads in pieces.
 
     Args:
         images: as many pictures' tokens as fit instead of text, from uint8 tiles.
-        longest: seconds after which no second reading is begun.
+        longest: seconds after which the prompt is not read again.
     """
     encoded = prompt(model.config, length, images=images)
     for piece in (length, chunk) if model.config.attention_layers and length > chunk else (min(chunk, length),):
@@ -210,11 +210,11 @@ def _read(model: Model, encoded: Encoded, chunk: int, seconds: float, longest: f
 
 
 def prompt(config: ModelConfig, length: int, *, images: bool = False) -> Encoded:
-    """A prompt of ``length`` tokens: random text, or as many tiles of noise as fit, with text behind them."""
+    """A prompt of ``length`` tokens: random text, or as many tiles of noise as fit and then text."""
     image = config.img_context_token_id
     random = np.random.default_rng(0)
     ids = random.integers(0, min(WORDS, config.vocab_size), length, dtype=np.int32)
-    ids[ids == image] = (image + 1) % config.vocab_size  # a text token that means a picture would want one
+    ids[ids == image] = (image + 1) % config.vocab_size  # the id that stands for a picture would need one
     tiles = np.empty((0,), np.uint8)
     if images:
         vision = config.vision
@@ -222,7 +222,7 @@ def prompt(config: ModelConfig, length: int, *, images: bool = False) -> Encoded
         count = length // vision.tokens_per_tile
         ids[: count * vision.tokens_per_tile] = image
         tile = random.integers(0, 256, (1, vision.image_size, vision.image_size, 3), dtype=np.uint8)
-        tiles = np.broadcast_to(tile, (count, *tile.shape[1:]))  # one tile again and again: no memory of its own
+        tiles = np.broadcast_to(tile, (count, *tile.shape[1:]))  # the same tile again and again, without copies
     return Encoded(input_ids=ids, labels=np.full(length, -100, np.int32), tiles=tiles, id="bench", where="bench")
 
 
@@ -237,9 +237,9 @@ def greatest_batch(
     budget: int | None = None,
     seconds: float = 0.5,
 ) -> Measured | None:
-    """A step of the most sequences that fit; None when not even one does.
+    """Time a step of the most sequences that fit; None when not even one fits.
 
-    Found by measuring, up to a sixteenth of itself; the first try is what the bytes of a state promise.
+    The number is found by trying, exact to a sixteenth. The first try is computed from the bytes of a state.
 
     Args:
         budget: bytes that weights and states may take. Default: all that the device has; on a CPU it must be given.
@@ -267,20 +267,20 @@ def greatest_batch(
         free, _ = torch.cuda.mem_get_info(device)
         batch = greatest(fits, guess=int(STATES * free / each), most=min(bound, free // each))
     else:
-        batch = bound if fits(bound) else 0  # tried for real, a CPU's memory would take the machine with it
+        batch = bound if fits(bound) else 0  # trying more could exhaust the machine's memory
     best = found.get(batch)
     reason = f"bounded by {most:,} sequences, not by memory" if batch == most else ""
     return None if best is None else replace(best, note=reason)
 
 
 def greatest(fits: Callable[[int], bool], *, guess: int, most: int) -> int:
-    """The greatest number from 0 to ``most`` that fits, a sixteenth of it less at worst.
+    """Find the greatest number from 0 to ``most`` that fits; the answer is at most a sixteenth too small.
 
     Args:
         fits: whether a number of at least 1 fits; if it does, so does every smaller one.
-        guess: where to begin: from there in growing strides, up while it fits or down until it does, then bisected.
-            A guess that is right to a sixteenth takes two tries, or one if it is as near to ``most``.
-        most: nothing above this is asked for.
+        guess: where to begin. From there the search takes growing steps, up while it fits or down until it does, and
+            then bisects. A guess that is right to a sixteenth takes two tries, or one if it is as near to ``most``.
+        most: nothing above this is tried.
     """
     fitting, failing = 0, most + 1
     number = max(1, min(guess, most))
@@ -302,10 +302,10 @@ def greatest(fits: Callable[[int], bool], *, guess: int, most: int) -> int:
 
 
 def weight_bytes(model: Model) -> int:
-    """Of the model's own weights, and of their int8 copies where steps read those: prompts still need the former."""
+    """Bytes of the model's weights and of their int8 copies, where steps read those; prompts still need the weights."""
     return sum(parameter.nbytes for parameter in model.parameters()) + int8_bytes(model)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The number format of a state beside weights of ``dtype``: float32 at least."""
+    """The number format of states when weights are of ``dtype``: float32 at least."""
     return torch.promote_types(dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""What memory holds, and what to do when it is full."""
+"""How much memory is in use, and what to do when it is full."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ T = TypeVar("T")
 
 
 def attempt(call: Callable[[], T | None], device: torch.device) -> T | None:
-    """What ``call`` returns, or None when memory does not suffice; either way what it used is given back.
+    """Return what ``call`` returns, or None when it runs out of memory. In both cases its memory is released.
 
-    Running out is an answer here, not an accident: it is how the edge of a machine is found.
+    Running out of memory is an answer here, not an accident: this is how the limit of a machine is found.
     """
     found = None
     try:
@@ -25,18 +25,18 @@ def attempt(call: Callable[[], T | None], device: torch.device) -> T | None:
     except (RuntimeError, MemoryError) as error:
         if not is_full(error):
             raise
-    # Outside the handler: the error holds the frames that it passed, and they the tensors that filled the memory.
+    # Not inside the handler: there the error still refers to the frames whose tensors filled the memory.
     release(device)
     return found
 
 
 def reset_peak(device: torch.device) -> None:
-    """From here on counts what :func:`peak` says."""
+    """Start counting for :func:`peak`."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak(device: torch.device) -> int | None:
-    """Most bytes that tensors have held since :func:`reset_peak`; None where PyTorch does not count them (a CPU)."""
+    """Most bytes that tensors held since :func:`reset_peak`; None where PyTorch does not count them (a CPU)."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

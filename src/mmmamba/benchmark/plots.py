@@ -28,7 +28,7 @@ class Plot:
     Attributes:
         variants: which points, and the line that they get; None for the line of the series' style.
         value: what is drawn of a point.
-        limit: also draw the least that the machine could take.
+        limit: also draw the least time that the machine could take.
         paper: the paper's own value for a kind of model, in the figure's unit.
     """
 
@@ -45,8 +45,8 @@ class Plot:
 PLOTS: Mapping[str, Plot] = {
     "latency": Plot(
         title="Next-token latency, one sequence",
-        caption="Next-token latency against the context; dashed: int8 weights; thin dotted: the least that this "
-        "machine could take, with the models' own weights",
+        caption="Next-token latency against the context; dashed: int8 weights; thin dotted: the least time that "
+        "this machine could take, with the models' own weights",
         unit="ms",
         what="decode",
         variants={"": None},
@@ -56,7 +56,7 @@ PLOTS: Mapping[str, Plot] = {
     ),
     "memory": Plot(
         title="Memory while decoding, one sequence",
-        caption="Memory while decoding against the context, weights included; dashed: with int8 copies beside them",
+        caption="Memory while decoding against the context, weights included; dashed: with the int8 copies too",
         unit="GB",
         what="decode",
         variants={"": None},
@@ -137,7 +137,7 @@ def _line(
 
 def _mark_full(axis: Axes, full: list[tuple[Task, str]], theme: Theme) -> None:
     """A cross at the top, above the context at which a line ran out of memory."""
-    height: dict[int, int] = {}  # crosses above a context stand under one another
+    height: dict[int, int] = {}  # crosses at one context are drawn below each other
     for task, colour in full:
         row = height[task.context] = height.get(task.context, 0) + 1
         axis.plot(
@@ -161,11 +161,11 @@ def _finish(axis: Axes, plot: Plot, results: Results, theme: Theme) -> None:
 
     contexts = results.contexts
     axis.set_xticks(contexts, [short(context) for context in contexts])
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # a decade may not pass through the figure at all
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # the figure may span less than a decade
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.minorticks_off()
     axis.set_xlim(contexts[0] / 1.3, contexts[-1] * 1.3)
-    axis.set_xlabel("tokens before")
+    axis.set_xlabel("context, tokens")
     axis.set_ylabel(plot.unit)
     axis.set_title(label(f"{plot.title} ({results.environment['device']})", TITLE), loc="left", fontsize=11)
     axis.grid(axis="x", color=GRID[theme], linewidth=0.5)
@@ -187,7 +187,7 @@ def _colours(results: Results) -> dict[str, str]:
 
 
 def short(tokens: int) -> str:
-    """A power of two in short, 1,024 as 1k; any other in full: 103,424, the paper's "103K", is 101 times 1k."""
+    """A power of two in short, 1,024 as 1k. Other numbers in full: 103,424, the paper's "103K", is 101 times 1k."""
     if tokens & (tokens - 1) or tokens < 2**10:
         return f"{tokens:,}"
     return f"{tokens >> 20}m" if tokens >= 2**20 else f"{tokens >> 10}k"

@@ -45,7 +45,7 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """What became of a task: measured, out of memory (``oom``), or skipped for a reason."""
+    """The outcome of a task: measured, out of memory (``oom``), or skipped for a reason."""
 
     task: Task
     measured: Measured | None = None
@@ -63,11 +63,11 @@ class Results:
     """A report's raw content.
 
     Attributes:
-        request: what was asked for, but for where to write it.
+        request: the options of the run, except where to write.
         environment: versions, machine and commit.
-        paper: whether the networks have the size that the paper's own points speak of.
-        rates: what the machine copies and multiplies, measured in the same run.
-        complete: whether every point has been dealt with.
+        paper: whether the networks have the size of the paper's networks.
+        rates: how fast the machine copies and multiplies, measured in the same run.
+        complete: whether every point has an outcome.
     """
 
     format: int = FORMAT
@@ -83,7 +83,7 @@ class Results:
         return replace(self, points=(*self.points, point))
 
     def find(self, series: str, what: What, context: int, variant: str = "") -> Point | None:
-        """The point of a task, if it has been dealt with."""
+        """The point of a task, if it has an outcome."""
         task = Task(series=series, what=what, context=context, variant=variant)
         return next((point for point in self.points if point.task == task), None)
 
@@ -108,7 +108,7 @@ class Results:
 
 
 def save(results: Results, folder: Path) -> Path:
-    """Write the results; a crash leaves those of before."""
+    """Write the results. After a crash the file holds the previous ones."""
     content = json.dumps(to_dict(results), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     return write_atomically(folder / RESULTS, lambda temporary: temporary.write_text(content, encoding="utf-8"))
 
@@ -117,7 +117,7 @@ def read(file: Path) -> Results:
     """The results in a file.
 
     Raises:
-        UserError: when there is no such file, or it holds something else.
+        UserError: when there is no such file, or it holds no results.
     """
     return from_dict(Results, _raw(file), file)
 
@@ -143,7 +143,7 @@ def earlier(
     file = folder / RESULTS
     if not file.is_file():
         if folder.is_dir() and any(entry.name != LOCK for entry in folder.iterdir()):
-            raise UserError(f"{folder} holds something that is no report of mmmamba bench; choose another --report")
+            raise UserError(f"{folder} holds files that are no report of mmmamba bench; choose another --report")
         return None
     found = _raw(file)
     if overwrite:

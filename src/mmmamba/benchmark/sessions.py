@@ -1,4 +1,4 @@
-"""How long a conversation takes to be saved and to be resumed, once its model is in memory."""
+"""Measure how long it takes to save and to resume a conversation whose model is in memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mmmamba.inference.steps import prefill
 from mmmamba.model.model import Model
 from mmmamba.model.state import State
 
-TOKENS = 16  # decoded from both states, to see that they are the same
+TOKENS = 16  # decoded from both states, to check that they are the same
 
 
 @torch.no_grad()
@@ -32,15 +32,15 @@ def time_session(
     """Save and resume a conversation of ``length`` random tokens, with a transcript of four characters a token.
 
     Args:
-        model: the network; whose tokenizer and template would belong to it makes no difference.
-        chunk: tokens of a piece of the prompt.
-        repeats: files that are written and read; the median counts. The first is warm-up.
+        model: the network. Any tokenizer and chat template will do.
+        chunk: the prompt is read in pieces of this many tokens.
+        repeats: number of files that are written and read after one for warm-up; the median counts.
         folder: where the file is written (a temporary folder without).
 
     Returns:
         ``save_ms`` (with the flush to the disk) and ``resume_ms`` (from the page cache to the device);
-        ``fingerprint_ms``, which the first of either takes more, once for a model; ``file_bytes``; ``same``: 1 when
-        the resumed state gave the tokens that the other gives, bit for bit in its logits.
+        ``fingerprint_ms``, the extra time of the first save or resume of a model; ``file_bytes``; ``same``: 1 when the
+        resumed state gives the same logits as the saved one, bit for bit.
     """
     processor = Processor.from_folder(resolve("pico-teacher"))
     _, state = prefill(model, [prompt(model.config, length)], chunk=chunk, max_new_tokens=TOKENS)

@@ -1,4 +1,4 @@
-"""How long a call takes: the first time, and again and again."""
+"""Measure how long a call takes: the first time, and when it is repeated."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-#: Calls before any counts. On a GPU the first compiles and the third captures a graph.
+#: Calls before the first sample. On a GPU the first call compiles and the third captures a graph.
 WARM_UP = {"cuda": 4, "cpu": 1}
 MOST = 200  # samples of one timing
 
@@ -23,9 +23,9 @@ class Timing:
         ms: the median of the samples.
         low, high: the quartiles around it.
         p90, p99: percentiles: one call in ten, one in a hundred takes longer.
-        cold: the first call of all, with what had to be compiled, tuned or allocated for it.
+        cold: the very first call, with the compilation, tuning and allocation that it needs.
         warm_up: all calls before the samples together, the first one included.
-        samples: how many calls the figures stand on.
+        samples: number of timed calls.
     """
 
     ms: float
@@ -39,13 +39,13 @@ class Timing:
 
 
 class Clock:
-    """Times calls on a device: by events on a GPU, else by the wall."""
+    """Times calls on a device: by events on a GPU, elsewhere by wall-clock time."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def once(self, call: Callable[[], object]) -> float:
-        """Milliseconds of one call, waited for."""
+        """Milliseconds of one call, until it has finished."""
         if self.device.type != "cuda":
             started = time.perf_counter()
             call()
@@ -63,8 +63,8 @@ class Clock:
     def in_a_row(self, call: Callable[[], object], count: int) -> list[float]:
         """Milliseconds from the end of each call to that of the next, ``count`` of them, the last one waited for.
 
-        On a GPU the host is ahead of them, as far as it can be: what it takes to launch a call counts only where the
-        GPU has to wait for it.
+        On a GPU the host runs ahead as far as it can: the time to launch a call counts only where the GPU has to wait
+        for it.
         """
         if self.device.type != "cuda":
             return [self.once(call) for _ in range(count)]
@@ -91,12 +91,11 @@ class Clock:
         Args:
             call: what to time.
             seconds: how long to sample.
-            ahead: calls that follow on one another before one is waited for (:meth:`in_a_row`); with 1 each is waited
-                for.
+            ahead: calls that are launched before one is waited for (:meth:`in_a_row`); with 1, each is waited for.
             warm_up: calls before the samples, at least 1. Default: what :data:`WARM_UP` says.
             least: fewest samples.
-            longest: seconds after which no further call is begun, whatever ``warm_up`` and ``least`` want. Without any
-                sample by then, the warm-up calls themselves are the samples.
+            longest: seconds after which no further call is begun, even if ``warm_up`` and ``least`` ask for more. If
+                there is no sample by then, the warm-up calls are the samples.
         """
         if warm_up is None:
             warm_up = WARM_UP["cuda" if self.device.type == "cuda" else "cpu"]
@@ -120,7 +119,7 @@ class Clock:
 
 
 def timing(samples: Sequence[float], before: Sequence[float]) -> Timing:
-    """The figures of some samples, behind the calls ``before`` them (milliseconds, at least one of each)."""
+    """The figures of some samples and the calls ``before`` them (milliseconds, at least one of each)."""
     return Timing(
         ms=quantile(samples, 0.5),
         low=quantile(samples, 0.25),
@@ -134,7 +133,7 @@ def timing(samples: Sequence[float], before: Sequence[float]) -> Timing:
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The value that ``share`` of the values lie below, between two of them where it falls there."""
+    """The value that ``share`` of the values are below, interpolated between its two neighbours."""
     ordered = sorted(values)
     place = share * (len(ordered) - 1)
     below = math.floor(place)

@@ -1,4 +1,4 @@
-"""GGUF files of the Llama family: config and dequantised tensors as the format has them, the tokenizer by transformers.
+"""GGUF files of the Llama family. We read the config and dequantise the tensors; transformers reads the tokenizer.
 
 What would make another network (RoPE scaling, biases, experts) is refused by name. Of a folder nothing but the GGUF
 file is read: neither code nor settings that lie beside it.
@@ -61,10 +61,10 @@ _FOREIGN = {theirs: name for name, theirs in _LAYER.items()}
 
 
 def find_gguf(path: str | Path) -> Path | None:
-    """The GGUF file that ``path`` is or, when there is no ``config.json`` beside it, holds; None when there is none.
+    """The GGUF file at ``path``, or in that folder if it has no ``config.json``. None if there is no such file.
 
     Raises:
-        UserError: when a folder holds several.
+        UserError: a folder holds several GGUF files.
     """
     path = Path(path)
     if path.is_file():
@@ -79,10 +79,10 @@ def find_gguf(path: str | Path) -> Path | None:
 
 
 def gguf_json(path: str | Path) -> dict[str, Any]:
-    """What ``config.json`` of a GGUF file would hold.
+    """The content of a ``config.json`` for a GGUF file.
 
     Raises:
-        UserError: for a file that is no GGUF, or of another network than we build, naming the field or tensor.
+        UserError: the file is not GGUF, or holds a network that we do not build; the field or tensor is named.
     """
     file, header = _opened(path)
     kind = _refuse_unsupported(file, header)
@@ -104,14 +104,14 @@ def gguf_json(path: str | Path) -> dict[str, Any]:
 
 
 def gguf_config(path: str | Path) -> ModelConfig:
-    """Our config of a GGUF file."""
+    """Our config for a GGUF file."""
     return config_from_llama(gguf_json(path), path)
 
 
 class GgufWeights(Weights):
     """The tensors of a GGUF file under transformers' names (for ``read_llama``), dequantised to float32 one by one.
 
-    What has no place in a Llama keeps its own name.
+    A tensor that has no place in a Llama keeps its own name.
     """
 
     described = "what its header says"
@@ -165,18 +165,18 @@ def _their_name(name: str) -> str:
 
 
 def _unpaired(weight: Tensor, heads: int) -> Tensor:
-    """Rows as transformers has them: llama.cpp puts the two channels that RoPE turns together next to each other."""
+    """Rows in transformers' order. (llama.cpp puts the two channels that RoPE rotates together next to each other.)"""
     return weight.view(heads, -1, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
 
 
 def gguf_tokenizer(path: str | Path) -> tuple[str, dict[str, Any]]:
-    """What ``tokenizer.json`` and ``tokenizer_config.json`` of a GGUF file would hold."""
-    _opened(path)  # its lists are of a size that can be read
+    """The contents of a ``tokenizer.json`` and a ``tokenizer_config.json`` for a GGUF file."""
+    _opened(path)  # this checks that its lists are not too long to read
     return _read_tokenizer(*_identity(path))
 
 
 def _identity(path: str | Path) -> tuple[Path, int, int]:
-    """The arguments of the cached readers: a file that changes is read again."""
+    """The arguments of the cached readers. They change with the file, so that a changed file is read again."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -214,19 +214,19 @@ def _read_tokenizer(file: Path, size: int, time: int) -> tuple[str, dict[str, An
 
 @contextmanager
 def _alone(file: Path) -> Iterator[str]:
-    """A folder in which the file lies alone: a reader finds no code and no settings beside it."""
+    """A folder that holds only this file, so that a reader finds no code and no settings beside it."""
     with tempfile.TemporaryDirectory(prefix="mmmamba-gguf-") as folder:
         target = Path(folder) / f"model{SUFFIX}"
         try:
             target.symlink_to(file.resolve())
-        except OSError:  # no links here, as on some Windows
+        except OSError:  # links are not possible here, as on some Windows systems
             shutil.copyfile(file, target)
         yield folder
 
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Whatever is asked of the hub inside is refused at once."""
+    """Refuse every request to the hub inside the block."""
     constants: Any = importlib.import_module("huggingface_hub.constants")
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
@@ -236,7 +236,7 @@ def _offline() -> Iterator[None]:
 
 
 def _of(header: GgufHeader, prefix: str) -> dict[str, Any]:
-    """The fields of a header whose names begin so, without the prefix."""
+    """The fields of a header whose names start with ``prefix``, without the prefix."""
     return {name.removeprefix(prefix): value for name, value in header.fields.items() if name.startswith(prefix)}
 
 
@@ -251,7 +251,7 @@ def _refuse_unsupported(file: Path, header: GgufHeader) -> str:
 
 
 def _refuse_fields(file: Path, kind: str, values: dict[str, Any]) -> None:
-    """Refuse fields that would make another network than the one we build."""
+    """Refuse fields that mean another network than the one we build."""
     if values.get("rope.scaling.type", "none") != "none":
         raise UserError(f"{file}: '{kind}.rope.scaling.type' is {values['rope.scaling.type']!r}: not read from GGUF")
     if values.get("expert_count", 0):
@@ -274,7 +274,7 @@ def _refuse_fields(file: Path, kind: str, values: dict[str, Any]) -> None:
 
 
 def _refuse_tensors(file: Path, kind: str, header: GgufHeader) -> None:
-    """Refuse tensors that we would have no place for."""
+    """Refuse tensors that have no place in our network."""
     biases = ("attn_q.bias", "attn_k.bias", "attn_v.bias") if FAMILIES[kind].bias == "qkv" else ()
     for name in header.tensors:
         if name == "rope_freqs.weight":
@@ -291,9 +291,9 @@ def _package(name: str) -> Any:
 
 @contextmanager
 def _complaints(file: Path) -> Iterator[None]:
-    """What a reader raises on a broken file, as one line."""
+    """Turn whatever a reader raises on a broken file into one line."""
     try:
         yield
-    except Exception as error:  # the reader lets through whatever a wrong byte leads to
+    except Exception as error:  # a wrong byte may cause any error in the reader
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{file}: not a usable GGUF file ({reason[:200]})") from error

@@ -1,4 +1,4 @@
-"""The GGUF format: what the header of a file says, and the bytes of each tensor.
+"""The GGUF file format: the header of a file, and the bytes of each tensor.
 
 Read strictly and within bounds: a header is somebody else's claim, and a count of 2^60 in it is refused before
 anything is made for it.
@@ -29,7 +29,7 @@ _STRING, _ARRAY = 8, 9
 
 @dataclass(frozen=True)
 class Items:
-    """A list in a header, of which only the length is kept."""
+    """A list in a header. Only its length is kept."""
 
     count: int
 
@@ -39,7 +39,7 @@ class Items:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor: its shape as PyTorch has it, its kind of numbers, and where its bytes lie in the file."""
+    """One tensor: its shape in PyTorch's order, its kind of numbers, and where its bytes are in the file."""
 
     shape: tuple[int, ...]
     kind: int
@@ -49,11 +49,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What stands before the tensors' bytes.
+    """The header: everything before the tensors' bytes.
 
     Attributes:
         fields: name → number, text, flag, or :class:`Items`.
-        tensors: name → :class:`Entry`, every one within the file.
+        tensors: name → :class:`Entry`. Each is inside the file.
     """
 
     fields: dict[str, Any] = field(default_factory=dict)
@@ -68,7 +68,7 @@ def read_header(path: Path, blocks: dict[int, tuple[int, int]]) -> GgufHeader:
         blocks: kind of numbers → (numbers in a block, its bytes).
 
     Raises:
-        UserError: naming the file and what of it is wrong.
+        UserError: naming the file and what is wrong with it.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -82,7 +82,7 @@ def read_header(path: Path, blocks: dict[int, tuple[int, int]]) -> GgufHeader:
 
 
 class _Reader:
-    """A place in the file that moves on."""
+    """A position in the file that moves forward."""
 
     def __init__(self, path: Path, data: mmap.mmap, blocks: dict[int, tuple[int, int]]) -> None:
         self.path, self.data, self.blocks = path, data, blocks
@@ -93,7 +93,7 @@ class _Reader:
 
     def header(self) -> GgufHeader:
         if self.take(4) != _MAGIC:
-            raise self.error("it does not begin with 'GGUF'")
+            raise self.error("it does not start with 'GGUF'")
         version = self.number("<I")
         if version not in _VERSIONS:
             raise self.error(f"its version is {version}: only {' and '.join(map(str, _VERSIONS))} are read")
@@ -124,7 +124,7 @@ class _Reader:
         ranks = self.number("<I")
         if ranks > 4:
             raise self.error(f"the tensor {shown(name)} has {ranks} dimensions")
-        shape = tuple(reversed([self.number("<Q") for _ in range(ranks)]))  # the fastest comes first in the file
+        shape = tuple(reversed([self.number("<Q") for _ in range(ranks)]))  # the file lists the fastest dimension first
         kind, offset = self.number("<I"), self.number("<Q")
         if kind not in self.blocks:
             raise self.error(f"the tensor {shown(name)} is of kind {kind}, which is not known")
@@ -164,7 +164,7 @@ class _Reader:
     def text(self, what: str) -> str:
         length = self.number("<Q")
         if length > MAX_STRING:
-            raise self.error(f"{what} is said to be {length:,} bytes long")
+            raise self.error(f"{what} claims to be {length:,} bytes long")
         try:
             return self.take(length).decode("utf-8")
         except UnicodeDecodeError as error:

@@ -17,7 +17,7 @@ from mmmamba.errors import UserError
 from mmmamba.model.config import ModelConfig, VisionConfig
 from mmmamba.model.stack import RopeScaling, StackConfig
 
-UNUSED = "language_model.model.tok_embeddings.weight"  # stored by the published code, read by nothing
+UNUSED = "language_model.model.tok_embeddings.weight"  # the published code stores it, but nothing reads it
 
 _GLOBAL = {
     "vision.class_embedding": "embedding_model.vision_embeddings.class_embedding",
@@ -46,10 +46,10 @@ _LAYER = {
 
 
 def write_hovle(ours: dict[str, Tensor], config: ModelConfig, part: int | None) -> dict[str, Tensor]:
-    """Our tensors of a part under HoVLE's names. Every layer must be softmax attention.
+    """Our tensors of a part, under HoVLE's names. Every layer must be softmax attention.
 
     Raises:
-        UserError: naming the first layer that the layout has no place for.
+        UserError: naming the first layer that the layout cannot hold.
     """
     if config.new_layers:
         layer = config.new_layers[0]
@@ -62,19 +62,19 @@ def write_hovle(ours: dict[str, Tensor], config: ModelConfig, part: int | None) 
 
 
 def read_hovle(state: Mapping[str, Tensor], config: ModelConfig, part: int | None) -> dict[str, Tensor]:
-    """HoVLE's tensors of a part under our names; ``state`` has every tensor that ``config`` asks for."""
+    """HoVLE's tensors of a part, under our names. ``state`` has every tensor that ``config`` needs."""
     out = read_common(state, config, part)
     return out if part is None else out | read_attention(state, config, part)
 
 
 def layer_prefix(config: ModelConfig, layer: int) -> str:
-    """Where global layer ``layer`` lives in the published names."""
+    """The prefix of layer ``layer`` in the published names."""
     first = config.embedding.num_layers
     return f"embedding_model.encoder.{layer}." if layer < first else f"language_model.model.layers.{layer - first}."
 
 
 def write_common(ours: dict[str, Tensor], config: ModelConfig, part: int | None) -> dict[str, Tensor]:
-    """Everything of a part but the mixer, moved out of ``ours`` under the published names."""
+    """Everything of a part except the mixer, moved out of ``ours``, under the published names."""
     if part is not None:
         prefix = layer_prefix(config, part)
         return {f"{prefix}{theirs}": ours.pop(f"layers.{part}.{name}") for name, theirs in _LAYER.items()}
@@ -86,7 +86,7 @@ def write_common(ours: dict[str, Tensor], config: ModelConfig, part: int | None)
 
 
 def read_common(state: Mapping[str, Tensor], config: ModelConfig, part: int | None) -> dict[str, Tensor]:
-    """Everything of a part but the mixer, under our names."""
+    """Everything of a part except the mixer, under our names."""
     if part is None:
         return {ours: state[theirs] for ours, theirs in _GLOBAL.items() if theirs in state}
     prefix = layer_prefix(config, part)
@@ -94,7 +94,7 @@ def read_common(state: Mapping[str, Tensor], config: ModelConfig, part: int | No
 
 
 def write_attention(ours: dict[str, Tensor], config: ModelConfig, layer: int) -> dict[str, Tensor]:
-    """The softmax mixer of ``layer``, moved out of ``ours`` as ``wqkv`` and ``wo``."""
+    """The softmax mixer of ``layer`` as ``wqkv`` and ``wo``, moved out of ``ours``."""
     mixer, theirs, stack = f"layers.{layer}.mixer.", f"{layer_prefix(config, layer)}attention.", config.stack_of(layer)
     out: dict[str, Tensor] = {}
     for kind in ("weight", "bias"):
@@ -138,7 +138,7 @@ def split_qkv(wqkv: Tensor, stack: StackConfig) -> tuple[Tensor, Tensor, Tensor]
 
 
 def config_from_hovle(data: Mapping[str, Any], where: str | Path, layer_map: tuple[str, ...] = ()) -> ModelConfig:
-    """Our config of a HoVLE ``config.json``. A key that is absent takes the published class's default."""
+    """Our config for a HoVLE ``config.json``. A missing key takes the default of the published class."""
     top = Section(data, where)
     embedding, llm = top.section("embedding_config"), top.section("llm_config")
     _refuse_unsupported(top, embedding, llm)
@@ -179,7 +179,7 @@ def config_from_hovle(data: Mapping[str, Any], where: str | Path, layer_map: tup
 
 
 def _refuse_unsupported(top: Section, embedding: Section, llm: Section) -> None:
-    """Fields that would make another network than the one we build."""
+    """Refuse fields that mean another network than the one we build."""
     top.require("ps_version", ("v2",))
     top.require("pad2square", (False,))
     top.require("normalize_encoder_output", (False,))
@@ -247,10 +247,10 @@ def _vision(top: Section, embedding: Section) -> VisionConfig:
 
 
 def config_to_hovle(config: ModelConfig) -> dict[str, Any]:
-    """A HoVLE ``config.json`` of ours; ``system_message`` is our extension, written only when it is set.
+    """Our config as a HoVLE ``config.json``. ``system_message`` is our extension, written only if it is set.
 
     Raises:
-        UserError: naming the setting that the layout can't express.
+        UserError: naming a setting that the layout can't express.
     """
     vision = config.vision
     if vision is None:

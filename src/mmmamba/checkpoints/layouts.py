@@ -1,4 +1,4 @@
-"""The table of layouts: how a folder is recognised, and what reads and writes its parts.
+"""The table of layouts: how a folder is recognised, and which functions read and write its parts.
 
 A *part* of a model is what is converted at a time, so that no checkpoint need be in memory whole: ``None`` is all that
 lies outside the layers, ``i`` is global layer i.
@@ -28,15 +28,16 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """One way of writing a model down.
+    """A layout: one way to store a model in a folder.
 
     Attributes:
-        name: what the user calls it.
-        fits: whether a parsed ``config.json`` is of this layout.
-        config: our config of one, given the path to name in complaints.
+        name: the name that a user gives it.
+        fits: whether a parsed ``config.json`` has this layout.
+        config: makes our config from one, given the path to name in messages.
         read: (their tensors, config, part) → our tensors of the part.
-        write: (our tensors of the part, config, part) → theirs; what it has no place for is left behind.
-        unused: whether a stored tensor of a name is read by nothing.
+        write: (our tensors of the part, config, part) → theirs. What the layout cannot hold stays in the first
+            argument.
+        unused: whether nothing reads a stored tensor of this name.
         reason: why a tensor may be missing or unexpected ('' when there is nothing to add).
     """
 
@@ -90,12 +91,12 @@ LLAMA = Layout(
     write=llama.write_llama,
     unused=llama.unused,
 )
-SEPARATE = replace(RELEASE, write=partial(release.write_release, fused=False))  # as the published trainer writes them
-LAYOUTS = (STUDENT, RELEASE, HOVLE, SOLO, LLAMA)  # SOLO calls itself a Mistral
+SEPARATE = replace(RELEASE, write=partial(release.write_release, fused=False))  # like the published trainer
+LAYOUTS = (STUDENT, RELEASE, HOVLE, SOLO, LLAMA)  # SOLO's model_type is Mistral's, so SOLO comes first
 
 
 def recognise(data: Mapping[str, Any], where: Path) -> Layout:
-    """The layout of a parsed ``config.json``."""
+    """Find the layout of a parsed ``config.json``."""
     if not isinstance(data.get("model_type", ""), (str, type(None))):
         raise UserError(f"{where}: 'model_type' must be a text, got {shown(data['model_type'])}")
     for layout in LAYOUTS:
@@ -109,7 +110,7 @@ def recognise(data: Mapping[str, Any], where: Path) -> Layout:
 
 
 def parts(config: ModelConfig) -> tuple[Part, ...]:
-    """Every part of a model, in the order in which they are written."""
+    """All parts of a model, in the order in which they are written."""
     return (None, *range(config.num_layers))
 
 
@@ -119,7 +120,7 @@ def part_of(name: str) -> Part:
 
 
 def by_part(state: Mapping[str, T], config: ModelConfig) -> dict[Part, dict[str, T]]:
-    """A state dict of ours (or what is known of each tensor), part by part; a tied head is no parameter of its own."""
+    """A state dict of ours (or any values under its names), part by part. A tied head is not a separate parameter."""
     found: dict[Part, dict[str, T]] = {part: {} for part in parts(config)}
     for name, tensor in state.items():
         if not (name == "head.weight" and config.tie_word_embeddings):
@@ -128,7 +129,7 @@ def by_part(state: Mapping[str, T], config: ModelConfig) -> dict[Part, dict[str,
 
 
 def skeleton(config: ModelConfig, where: str | Path) -> dict[Part, Tensors]:
-    """Meta tensors of every parameter that ``config`` asks for, part by part."""
+    """Meta tensors of every parameter that ``config`` needs, part by part."""
     try:
         with torch.device("meta"):
             state = Model(config).state_dict()
@@ -140,10 +141,10 @@ def skeleton(config: ModelConfig, where: str | Path) -> dict[Part, Tensors]:
 
 
 def write_part(layout: Layout, ours: Tensors, config: ModelConfig, part: Part) -> Tensors:
-    """Our tensors of a part in ``layout``, all of them.
+    """All of our tensors of a part, in ``layout``.
 
     Raises:
-        UserError: naming what the layout has no place for.
+        UserError: naming what the layout cannot hold.
     """
     left = dict(ours)
     theirs = layout.write(left, config, part)

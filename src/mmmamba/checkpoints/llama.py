@@ -29,13 +29,13 @@ GENERATION_CONFIG = "generation_config.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What sets one ``model_type`` apart; the values are the defaults of transformers' classes for absent keys.
+    """What is special about one ``model_type``. The values are the defaults of transformers' classes for missing keys.
 
     Attributes:
         bias: which projections have biases: ``field`` as ``attention_bias`` says (q, k, v and o), ``qkv`` always those
             three, ``none``.
         max_position_embeddings: longest text.
-        num_kv_heads: key/value heads, None for as many as there are heads.
+        num_kv_heads: key/value heads; None for as many as there are heads.
         window: where a sliding window is written: ``none``, ``always`` (``sliding_window``, which may be null), or
             ``switched`` (only where ``use_sliding_window`` says so, and in layers from ``max_window_layers`` on).
     """
@@ -51,7 +51,7 @@ FAMILIES = {
     "mistral": Family(bias="none", max_position_embeddings=131072, num_kv_heads=8, window="always"),
     "qwen2": Family(bias="qkv", max_position_embeddings=32768, num_kv_heads=32, window="switched"),
 }
-_WINDOW = 4096  # of Mistral and Qwen2 when the key is absent
+_WINDOW = 4096  # of Mistral and Qwen2, if the key is missing
 
 _OUTSIDE = {"text_embeddings.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
 _HEAD = "lm_head.weight"
@@ -69,10 +69,10 @@ _LAYER = {
 
 
 def read_llama(state: Mapping[str, Tensor], config: ModelConfig, part: int | None) -> dict[str, Tensor]:
-    """The tensors of a part under our names; ``state`` has every tensor that ``config`` asks for.
+    """The tensors of a part, under our names. ``state`` has every tensor that ``config`` needs.
 
     Raises:
-        UserError: when the head is tied by the config and another matrix in the file.
+        UserError: the config ties the head, but the file has another matrix for it.
     """
     if part is not None:
         names = {f"layers.{part}.{ours}": f"model.layers.{part}.{theirs}" for ours, theirs in _LAYER.items()}
@@ -86,7 +86,7 @@ def read_llama(state: Mapping[str, Tensor], config: ModelConfig, part: int | Non
 
 
 def write_llama(ours: dict[str, Tensor], config: ModelConfig, part: int | None) -> dict[str, Tensor]:
-    """Our tensors of a part, moved out of ``ours`` under transformers' names; a tied head is not written."""
+    """Our tensors of a part, moved out of ``ours``, under transformers' names. A tied head is not written."""
     if part is not None:
         names = {f"layers.{part}.{name}": f"model.layers.{part}.{theirs}" for name, theirs in _LAYER.items()}
     else:
@@ -95,8 +95,10 @@ def write_llama(ours: dict[str, Tensor], config: ModelConfig, part: int | None) 
 
 
 def unused(name: str, config: ModelConfig) -> bool:
-    """Whether a file may hold ``name`` without anything reading it: stored angles, and the second copy of a tied head
-    (which :func:`read_llama` compares with the first)."""
+    """Whether a file may hold ``name`` although nothing reads it.
+
+    These are stored angles, and the second copy of a tied head (:func:`read_llama` compares it with the first).
+    """
     return name.endswith(".rotary_emb.inv_freq") or (name == _HEAD and config.tie_word_embeddings)
 
 
@@ -107,8 +109,8 @@ def config_from_llama(data: Mapping[str, Any], where: str | Path) -> ModelConfig
     """Our config of a ``config.json`` in the form of transformers 4 (``rope_theta``, ``rope_scaling``) or 5
     (``rope_parameters``). ``generation_config.json`` beside ``where``, if there, adds its end-of-text tokens.
 
-    A sliding window shorter than the longest text is not built: the model is exact up to the window, which becomes its
-    longest text, and a warning says so.
+    A sliding window that is shorter than the longest text is not built. The model is exact up to the window, so the
+    window becomes its longest text, and a warning says so.
     """
     top = Section(data, where)
     family = FAMILIES.get(top.get("model_type", str))
@@ -150,7 +152,7 @@ def config_from_llama(data: Mapping[str, Any], where: str | Path) -> ModelConfig
 
 
 def _refuse_unsupported(top: Section) -> None:
-    """Fields that would make another network than the one we build."""
+    """Refuse fields that mean another network than the one we build."""
     name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[top.data["model_type"]]
     top.require("architectures", ([f"{name}ForCausalLM"],))
     top.require("hidden_act", ("silu",))
@@ -166,7 +168,7 @@ def _refuse_unsupported(top: Section) -> None:
     for key in ("embedding_multiplier", "residual_multiplier", "logits_scaling"):
         top.require(key, (1.0,))
     if top.data.get("auto_map"):
-        raise top.error("auto_map", "asks for code of the folder's own, which is never run")
+        raise top.error("auto_map", "names code in the folder, which is never run")
     if top.data.get("quantization_config"):
         raise top.error("quantization_config", "is set: quantised weights are not read; give the unquantised model")
 
@@ -184,7 +186,7 @@ def _head_dim(top: Section, heads: int) -> int:
 
 
 def _rope(top: Section) -> dict[str, Any]:
-    """``rope_theta`` and ``rope_scaling`` of ours."""
+    """Our ``rope_theta`` and ``rope_scaling``."""
     new = top.data.get("rope_parameters") is not None
     if top.data.get("rope_scaling" if not new else "rope_parameters") is None:
         return {"rope_theta": top.get("rope_theta", float, 10000.0)}
@@ -212,7 +214,7 @@ _LLAMA3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddi
 
 
 def _within_window(top: Section, family: Family, stack: StackConfig) -> StackConfig:
-    """The stack as far as it attends to everything: its longest text is at most the sliding window."""
+    """The stack, with its longest text limited to the sliding window: so far, attention covers everything."""
     kinds = top.get("layer_types", list, [])
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
@@ -240,7 +242,7 @@ def _within_window(top: Section, family: Family, stack: StackConfig) -> StackCon
 
 @cache
 def _warn_of_window(where: str, window: int, longest: int) -> None:
-    """Say it once a file, however often it is read."""
+    """Warn once for each file, however often it is read."""
     log.warning(
         "%s: attention slides over a window of %d tokens, which is not built: the model is exact up to that length, "
         "and max_position_embeddings is %d instead of %d",
@@ -249,7 +251,7 @@ def _warn_of_window(where: str, window: int, longest: int) -> None:
 
 
 def _end_tokens(top: Section) -> list[int]:
-    """The ids that end a text: those of the config first, then those of ``generation_config.json``."""
+    """The ids that end a text: first those of the config, then those of ``generation_config.json``."""
     beside = Path(top.where).with_name(GENERATION_CONFIG)
     sections = [top, Section(read_json(beside), beside)] if beside.is_file() else [top]
     found: list[int] = []

@@ -1,4 +1,4 @@
-"""Folders to models: which layout a folder has, whether it is complete, and the network it holds."""
+"""Opens a model's folder: finds its layout, checks that it is complete, and builds the network."""
 
 from __future__ import annotations
 
@@ -55,21 +55,22 @@ def load(
     """The model in a folder, in eval mode.
 
     Args:
-        path: a folder in any layout that we read, a GGUF file, or a built-in name. ``config.json`` and weights suffice.
+        path: a folder in any layout that we read, a GGUF file, or a built-in name. A folder needs only ``config.json``
+            and weights.
         dtype: of the parameters; A_log and dt_bias stay in float32.
-        device: where the model goes.
-        int8: decoding steps read the matrices rounded to int8, half the bytes; a pass reads them as they are.
+        device: where to put the model.
+        int8: decoding steps read the matrices rounded to int8, which is half the bytes. Passes read them unrounded.
 
     Raises:
         UserError: naming the folder, the file and the tensor or field that is wrong.
     """
     source = open_source(path)
     config = source.config
-    with torch.device("meta"):  # no memory, no random numbers: every parameter is assigned below
+    with torch.device("meta"):  # needs no memory and no random numbers; every parameter is assigned below
         model = Model(config)
     own: dict[str, Tensor] = {}
     for part in parts(config):
-        # Parts may share a tensor's memory with what was read (rows of wqkv): each parameter gets its own.
+        # Parts may share memory with what was read (rows of wqkv), so each parameter gets a copy.
         own |= {name: _own_copy(cast(name, tensor, dtype).to(device)) for name, tensor in source.read(part).items()}
     if config.tie_word_embeddings:
         own["head.weight"] = own["text_embeddings.weight"]
@@ -101,7 +102,7 @@ def resolve(path: str | Path) -> Path:
         return builtin
     folder = Path(path).expanduser()
     if not folder.exists() and folder.name:
-        clear_leftovers(folder.parent, folder.name)  # a writer may have been killed after moving the old one aside
+        clear_leftovers(folder.parent, folder.name)  # a writer may have been killed after it moved the old folder away
     if not folder.exists():
         raise UserError(f"'{path}' is neither a folder nor a built-in model {_known()}")
     if not folder.is_dir() and find_gguf(folder) is None:
@@ -110,7 +111,7 @@ def resolve(path: str | Path) -> Path:
 
 
 def builtin_names() -> list[str]:
-    """Names of the models that come with the package."""
+    """The names of the models in this package."""
     return sorted(entry.name for entry in ASSETS.iterdir() if (entry / CONFIG).is_file()) if ASSETS.is_dir() else []
 
 
@@ -136,13 +137,13 @@ def fingerprint(path: str | Path) -> str:
 
 
 def read_config(path: str | Path) -> ModelConfig:
-    """The config of the model in a folder, whatever its layout."""
+    """The config of the model in a folder of any layout."""
     where, data = _described(resolve(path))
     return recognise(data, where).config(data, where)
 
 
 def _described(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """(where a model is described, the content of its ``config.json``)."""
+    """The file that describes a model, and the content of its ``config.json``."""
     gguf = find_gguf(folder)
     return (folder / CONFIG, read_json(folder / CONFIG)) if gguf is None else (gguf, gguf_json(gguf))
 
@@ -152,17 +153,17 @@ def _described(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A model on disk, checked against its config and not yet read.
+    """A model on disk. It was checked against its config, and is not read yet.
 
     Attributes:
-        folder: where it lies.
+        folder: where it is.
         layout: the name of its layout.
-        config: what it is.
-        weights: its own tensors (a delta's teacher not counted).
-        read: our tensors of a part, on the CPU in the dtype they are stored in.
-        teacher: what a student was made from, where that is written down.
-        places: its own folder (or GGUF file), its teacher's, and of a delta those that complete it.
-        dtype: of its matrices, where that is written down.
+        config: the config of the network.
+        weights: its own tensors, without those of a delta's teacher.
+        read: returns our tensors of a part, on the CPU, in the dtype in which they are stored.
+        teacher: a student's teacher, if that is recorded.
+        places: its folder (or GGUF file), its teacher's folder and, for a delta, the folders that complete it.
+        dtype: of its matrices, if that is recorded.
     """
 
     folder: Path
@@ -176,10 +177,10 @@ class Source:
 
 
 def open_source(path: str | Path) -> Source:
-    """The model in a folder, ready to be read part by part.
+    """Open the model in a folder, ready to be read part by part.
 
     Raises:
-        UserError: when names or shapes of its tensors are not what its config asks for.
+        UserError: names or shapes of its tensors do not match its config.
     """
     folder = resolve(path)
     where, data = _described(folder)
@@ -198,7 +199,7 @@ def open_source(path: str | Path) -> Source:
 
 
 def _student_source(folder: Path, stored: student.StudentFolder, weights: Weights) -> Source:
-    """A folder of ours; a delta is completed from its teacher."""
+    """Open a folder of ours. A delta is completed from its teacher."""
     config, where = stored.model, folder / CONFIG
     expected = stored_shapes(STUDENT, config, where)
     read: Callable[[Part], Tensors] = partial(student.read_student, weights, config)
@@ -207,7 +208,7 @@ def _student_source(folder: Path, stored: student.StudentFolder, weights: Weight
         places += (folder / stored.teacher.name,)
     dtype = None if stored.dtype is None else getattr(torch, stored.dtype)
     if stored.delta:
-        assert stored.teacher is not None  # folder_from_json saw to it
+        assert stored.teacher is not None  # folder_from_json has checked this
         teacher = open_teacher(folder, stored.teacher)
         places += teacher.places
         theirs = stored_shapes(STUDENT, teacher.config, where)
@@ -215,7 +216,7 @@ def _student_source(folder: Path, stored: student.StudentFolder, weights: Weight
         own = student.delta_shapes(expected, weights)
         expected = {name: shape for name, shape in own.items() if name in weights or theirs.get(name) != shape}
     check_tensors(weights, expected, dtypes=code_dtypes(expected) if stored.delta else None, reason=lambda name: "")
-    if stored.tensors not in (None, len(weights)):  # in a delta, a lost tensor would become the teacher's
+    if stored.tensors not in (None, len(weights)):  # in a delta, a missing tensor would become the teacher's
         raise UserError(f"{weights.path}: holds {len(weights)} tensors, {CONFIG} says {stored.tensors}")
     return Source(
         folder=folder, layout=STUDENT.name, config=config, weights=weights, read=read, teacher=stored.teacher,
@@ -226,15 +227,15 @@ def _student_source(folder: Path, stored: student.StudentFolder, weights: Weight
 def _complete(
     weights: Weights, teacher: Source, shapes: Mapping[Part, Mapping[str, torch.Size]], dtype: torch.dtype, part: Part
 ) -> Tensors:
-    """A delta's part with what its teacher has to add."""
+    """A part of a delta, completed with the teacher's tensors."""
     return student.complete_delta(weights, teacher.read(part), shapes[part], dtype)
 
 
 def open_teacher(folder: Path, reference: student.TeacherReference) -> Source:
-    """The teacher that the student in ``folder`` was made from.
+    """Open the teacher of the student in ``folder``.
 
     Raises:
-        UserError: when it is not there, or is another than it was.
+        UserError: it is missing, or it has changed.
     """
     where = folder / CONFIG
     path = Path(reference.name)

@@ -1,4 +1,4 @@
-"""Weight files of ``torch.save``: tensors alone, none of them larger than what the file holds."""
+"""Reads weight files of ``torch.save``: only tensors, and none larger than what the file stores."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from torch import Tensor
 from mmmamba.errors import UserError
 from mmmamba.jsonfile import shown
 
-MAX_PICKLE = 64 << 20  # bytes of the part that names the tensors; a thousand layers take one MB
+MAX_PICKLE = 64 << 20  # bytes of the part with the tensors' names; a thousand layers take one MB
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file that ``torch.save`` wrote, mapped, not read; a pickle that holds anything else is refused.
+    """The tensors of a file that ``torch.save`` wrote. They are mapped, not read. A pickle of anything else is refused.
 
-    The trainers' habit of one object around the tensors (``module``, ``state_dict``, ``model``) is seen through.
+    Many trainers put the tensors into one outer object (``module``, ``state_dict``, ``model``). It is skipped.
 
     Raises:
-        UserError: naming the file: for anything but dense tensors with names, or one that claims more values than the
-            file stores; for a compressed archive, whose size says nothing about what it unpacks to.
+        UserError: naming the file. It holds anything but dense tensors with names, or a tensor that claims more values
+            than the file stores, or it is a compressed archive (its size does not limit what it unpacks to).
     """
     _check_archive(path)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of protocols and older formats: what matters is an error
+        warnings.simplefilter("ignore")  # about protocols and older formats; whatever matters is an error
         found = _loaded(path)
     for key in ("module", "state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
@@ -38,7 +38,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: does not hold a table of tensors")
     for name, tensor in found.items():
         if not isinstance(name, str):
-            raise UserError(f"{path}: a tensor is named {shown(name)}, which is no text")
+            raise UserError(f"{path}: a tensor is named {shown(name)}, which is not text")
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
             raise UserError(f"{path}: tensor {shown(name)} is not a dense tensor: not read")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
@@ -47,7 +47,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse what unpacks to more than the file's own size."""
+    """Refuse an archive that unpacks to more than the size of the file."""
     try:
         if not zipfile.is_zipfile(path):
             return
@@ -68,9 +68,9 @@ def _check_archive(path: Path) -> None:
 def _loaded(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError:  # the format before zip files can't be mapped
+    except RuntimeError:  # the older format, which is not a zip file, can't be mapped
         return _unmapped(path)
-    except Exception as error:  # the reader lets through whatever a wrong byte leads to
+    except Exception as error:  # a wrong byte may cause any error in the reader
         raise _no_tensors(path, error) from error
 
 
@@ -83,9 +83,9 @@ def _unmapped(path: Path) -> Any:
 
 def _no_tensors(path: Path, error: Exception) -> UserError:
     if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.EACCES, errno.EIO, errno.EISDIR):
-        return UserError(f"{path}: {error.strerror}")  # any other is what reading a broken file ends in
+        return UserError(f"{path}: {error.strerror}")  # any other error comes from a broken file
     if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower():
-        return UserError(f"{path}: the pickle holds code or objects, not tensors alone: not read, for safety")
+        return UserError(f"{path}: the pickle holds code or objects, not only tensors: not read, for safety")
     return UserError(f"{path}: truncated or not a file of tensors ({_reason(error)})")
 
 

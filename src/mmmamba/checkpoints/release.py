@@ -6,7 +6,7 @@ the published one: whatever our mixer has switched on beside it is refused by na
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -70,7 +70,10 @@ def write_release(
     out = write_common(ours, config, part)
     if part is None:
         return out
-    writers = {ATTENTION: write_attention, MAMBA2: partial(_write_mamba2, fused=fused)}
+    writers: dict[str, Callable[..., dict[str, Tensor]]] = {
+        ATTENTION: write_attention,
+        MAMBA2: partial(_write_mamba2, fused=fused),
+    }
     return out | writers[config.layer_map[part]](ours, config, part)
 
 

@@ -1,8 +1,8 @@
 """SOLO ("A Single Transformer for Scalable Vision-Language Modeling"): a Mistral decoder that reads patches of pixels.
 
-The tensors are Mistral's and one matrix more, ``model.embed_vision_patch.weight`` (d, 3·p·p), whose result is added to
-the embedding of the mark ``<vpatch>``. Names, marks and sizes are read from the public code (modeling, conversion
-script, demo notebook); they are not verified against a released checkpoint.
+The tensors are Mistral's, and one more matrix, ``model.embed_vision_patch.weight`` (d, 3·p·p). Its result is added to
+the embedding of the mark ``<vpatch>``. Names, marks and sizes come from the public code (modeling, conversion script,
+demo notebook). We have not checked them on a released checkpoint.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from mmmamba.model.config import ModelConfig, VisionConfig
 
 ARCHITECTURE = "SoloForCausalLM"
 
-#: Not in ``config.json``: the published code has both as constants (``<vpatch>`` follows Mistral's 32,000 pieces and
-#: ``<vision>``; a picture's longer side is at most 32 patches of 32 pixels).
+#: These are not in ``config.json``; the published code has both as constants (``<vpatch>`` follows Mistral's 32,000
+#: pieces and ``<vision>``; a picture's longer side is at most 32 patches of 32 pixels).
 PATCH_TOKEN_ID = 32001
 MAX_SIDE = 1024
 
@@ -30,12 +30,12 @@ _OURS, _THEIRS = "vision.patch_embedding.weight", "model.embed_vision_patch.weig
 
 
 def is_solo(data: Mapping[str, Any]) -> bool:
-    """Whether a parsed ``config.json`` is SOLO's; its ``model_type`` is Mistral's own."""
+    """Whether a parsed ``config.json`` is SOLO's. (Its ``model_type`` is Mistral's.)"""
     return data.get("architectures") == [ARCHITECTURE] or "vision_patch_size" in data
 
 
 def config_from_solo(data: Mapping[str, Any], where: str | Path) -> ModelConfig:
-    """Our config of a SOLO ``config.json``; the code that an ``auto_map`` asks for is not needed and not run."""
+    """Our config for a SOLO ``config.json``. Code that ``auto_map`` names is not needed and not run."""
     top = Section(data, where)
     top.require("architectures", ([ARCHITECTURE],))
     ids = {"bos_token_id": 1, "eos_token_id": 2}  # the defaults of SOLO's config class
@@ -64,9 +64,9 @@ def read_solo(state: Mapping[str, Tensor], config: ModelConfig, part: int | None
 
 
 def write_solo(ours: dict[str, Tensor], config: ModelConfig, part: int | None) -> dict[str, Tensor]:
-    """Our tensors of a part, moved out of ``ours`` under SOLO's names."""
+    """Our tensors of a part, moved out of ``ours``, under SOLO's names."""
     theirs = write_llama(ours, config, part)
-    # HoVLE's patches have other parameters too: those are left behind, to be refused by name.
+    # HoVLE's patches have more parameters. They stay in `ours`, and the caller refuses them by name.
     if part is None and config.vision is not None and config.vision.max_side is not None:
         theirs[_THEIRS] = ours.pop(_OURS)
     return theirs

@@ -1,4 +1,4 @@
-"""Whether tensors are the ones that were written down: hashes over their names, kinds, shapes and bytes."""
+"""Hashes of tensors, over their names, kinds, shapes and bytes. They tell whether tensors are unchanged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmmamba.errors import UserError
 
 
 def digest(texts: Sequence[str], tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over texts in order, and over tensors (name, type, shape, bytes) whatever their order."""
+    """sha256 over texts in order, and over tensors (name, type, shape, bytes) in any order."""
     return digest_lines(texts, lines_of(tensors))
 
 
@@ -24,7 +24,7 @@ def digest_lines(texts: Sequence[str], lines: Sequence[str]) -> str:
 
 
 def lines_of(tensors: Mapping[str, Tensor]) -> list[str]:
-    with ThreadPoolExecutor(cores()) as pool:  # hashing lets go of the interpreter's lock
+    with ThreadPoolExecutor(cores()) as pool:  # hashing releases the interpreter's lock
         return list(pool.map(_line, sorted(tensors), [tensors[name] for name in sorted(tensors)]))
 
 

@@ -82,6 +82,7 @@ class _Step:
                 cu_seqlens=whole.cu_seqlens[first : last + 1] - starts[first],
                 tiles=whole.tiles[first_tile:last_tile],
                 ids=whole.ids[first:last],
+                tile_counts=whole.tile_counts[first:last],
             )
             for (first, last), (first_tile, last_tile) in spans
         ]

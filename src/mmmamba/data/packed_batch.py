@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +26,10 @@ class Batch:
         scored: int64 (k,), the positions whose next token is scored. Left out, it is found in the labels. That happens
             on the host, before the row moves to a device, so that no pass waits for a count on the device.
         real: int64 (), how many of the row's tokens are real if padding follows them (None: all are).
+        tile_counts: how many tiles each sequence has (s).
+        top_ids: int32 (1, n, k), the teacher's most likely tokens, where they are kept on disk: of every token, or of
+            those that are ``scored``.
+        top_log_probs: float16 (1, n, k+1), their log-probabilities, and that of all other tokens together.
     """
 
     input_ids: Tensor
@@ -35,6 +39,9 @@ class Batch:
     ids: list[str]
     scored: Tensor = None  # type: ignore[assignment]  # found below
     real: Tensor | None = None
+    tile_counts: list[int] = field(default_factory=list)
+    top_ids: Tensor | None = None
+    top_log_probs: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.scored is None:
@@ -57,25 +64,18 @@ class Batch:
             self.__dict__[key] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device, non_blocking=non_blocking),
-            labels=self.labels.to(device, non_blocking=non_blocking),
-            cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
-            tiles=self.tiles.to(device, non_blocking=non_blocking),
-            scored=self.scored.to(device, non_blocking=non_blocking),
-        )
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        """A copy in page-locked memory, from which a GPU reads without waiting."""
-        return replace(
-            self,
-            input_ids=self.input_ids.pin_memory(),
-            labels=self.labels.pin_memory(),
-            cu_seqlens=self.cu_seqlens.pin_memory(),
-            tiles=self.tiles.pin_memory(),
-            scored=self.scored.pin_memory(),
-        )
+        """Page-locked copies, from which a GPU reads without waiting."""
+        return self._moved(Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with its tensors moved; ``real`` belongs to a row that stays where it is."""
+        tensors: dict[str, Any] = {
+            key: one for key, one in vars(self).items() if isinstance(one, Tensor) and key != "real"
+        }
+        return replace(self, **{key: move(tensor) for key, tensor in tensors.items()})
 
 
 def pack(samples: Sequence[Encoded]) -> Batch:
@@ -90,6 +90,7 @@ def pack(samples: Sequence[Encoded]) -> Batch:
         cu_seqlens=torch.from_numpy(starts),
         tiles=torch.from_numpy(np.concatenate([s.tiles for s in samples])),
         ids=[sample.id for sample in samples],
+        tile_counts=[len(sample.tiles) for sample in samples],
     )
 
 

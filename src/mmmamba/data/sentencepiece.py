@@ -1,8 +1,8 @@
-"""A sentencepiece ``tokenizer.model`` as a fast tokenizer that gives the same ids for the same text.
+"""Reads a sentencepiece ``tokenizer.model`` as a fast tokenizer that gives the same ids for the same text.
 
-What is read is the BPE kind with byte fallback that InternLM2, Llama and Mistral use. Sentencepiece merges the
-neighbours whose joint piece has the highest score, leftmost first; a BPE whose merges are ranked by the scores does the
-same. The file is a protocol buffer of a few fields, read here by hand. Formats: sentencepiece's
+Only the BPE kind with byte fallback is read, which InternLM2, Llama and Mistral use. Sentencepiece merges the
+neighbours whose joint piece has the highest score, leftmost first. A BPE whose merges are ranked by these scores does
+the same. The file is a protocol buffer with few fields, which are parsed here. Formats: sentencepiece's
 ``sentencepiece_model.proto``; InternLM2's published tokenizer class for the added tokens.
 """
 
@@ -31,7 +31,7 @@ _MODEL_KINDS = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 
 
 class Piece(NamedTuple):
-    """One row of the vocabulary; its id is its place."""
+    """One row of the vocabulary. Its id is its position."""
 
     text: str
     score: float
@@ -40,14 +40,14 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    """What a ``tokenizer.model`` says about encoding and decoding.
+    """The settings of a ``tokenizer.model`` for encoding and decoding.
 
     Attributes:
         pieces: the vocabulary (v).
         charsmap: sentencepiece's compiled character map (nmt_nfkc and the like), empty for identity. The ``tokenizers``
-            library looks a character up together with its combining marks, and where only a part of them is in the map
-            its result differs from sentencepiece's. Models with byte fallback seldom have one.
-        add_dummy_prefix: a space is put before every text, and taken away when decoding.
+            library looks up a character together with its combining marks. If only some of them are in the map, its
+            result differs from sentencepiece's. Models with byte fallback seldom have a map.
+        add_dummy_prefix: a space is put before every text, and removed when decoding.
         remove_extra_whitespaces: spaces at both ends are dropped, runs of them become one.
         unk_id, bos_id, eos_id: ids of the pieces with these parts, -1 for none.
     """
@@ -68,7 +68,7 @@ def parse(data: bytes, where: str) -> SentencePieceModel:
         where: the file, named in error messages.
 
     Raises:
-        UserError: the file is damaged, or a kind of model that is not supported.
+        UserError: the file is damaged, or its kind of model is not supported.
     """
     try:
         model = _merged(data)
@@ -119,8 +119,8 @@ def to_fast(
 ) -> tokenizers.Tokenizer:
     """The model as a fast tokenizer.
 
-    Text that a user-defined symbol of several characters spells is taken for that symbol, by sentencepiece and here:
-    such a symbol is an added token that is not special. Where a space is put before every text, one is also put behind
+    If text spells a user-defined symbol of several characters, it is read as that symbol, in sentencepiece and here:
+    such a symbol becomes an added token that is not special. If a space is put before every text, one is also put after
     such a symbol, as transformers does (sentencepiece does not).
 
     Args:
@@ -185,12 +185,12 @@ def _is_added(piece: Piece) -> bool:
 
 
 def _may_merge(piece: Piece) -> bool:
-    """Whether a piece can be a part or a result of merges; sentencepiece never joins user-defined characters."""
+    """Whether a piece can be part or result of merges. Sentencepiece never joins user-defined characters."""
     return piece.kind in (NORMAL, UNUSED)
 
 
 def _merges(pieces: Mapping[str, Piece], where: str) -> list[tuple[str, str]]:
-    """Every way to make a piece of two others, best scores first."""
+    """All ways to make a piece from two others, best scores first."""
     found: list[tuple[float, str, str]] = []
     lost = []
     for text, piece in pieces.items():
@@ -203,7 +203,7 @@ def _merges(pieces: Mapping[str, Piece], where: str) -> list[tuple[str, str]]:
             lost.append(text)
         found += [(piece.score, left, right) for left, right in ways]
     if lost:
-        # Sentencepiece can join characters that are no pieces themselves; a BPE knows such characters by bytes only.
+        # Sentencepiece can join characters that are not pieces themselves. A BPE knows such characters only as bytes.
         log.warning(
             "%s: %d pieces hold characters that are no pieces and are never used (%r)", where, len(lost), lost[0]
         )
@@ -258,7 +258,7 @@ def _piece(raw: bytes) -> Piece:
 
 
 def _int(fields: Fields, field: int, default: int) -> int:
-    """An integer, enum or bool field; of several values the last one holds."""
+    """An integer, enum or bool field. If it has several values, the last one counts."""
     value = fields.get(field, [default])[-1]
     if not isinstance(value, int):
         raise ValueError(f"field {field} is no integer")
@@ -266,7 +266,7 @@ def _int(fields: Fields, field: int, default: int) -> int:
 
 
 def _bytes(fields: Fields, field: int) -> bytes:
-    """A field of bytes, empty when it is not there."""
+    """A field of bytes; empty if it is missing."""
     return _messages(fields, field)[-1] if field in fields else b""
 
 
@@ -279,7 +279,7 @@ def _messages(fields: Fields, field: int) -> list[bytes]:
 
 
 def _merged(data: bytes) -> Fields:
-    """Field number → its values, in the order they stand in the message."""
+    """Field number → its values, in the order of the message."""
     fields: Fields = {}
     for field, value in _fields(data):
         fields.setdefault(field, []).append(value)

@@ -1,7 +1,7 @@
-"""The files beside config and weights by which transformers knows a folder of ours, written without transformers.
+"""Writes the files that transformers needs beside config and weights to load our folders. transformers is not needed.
 
-``generation_config.json``, ``processor_config.json`` and ``preprocessor_config.json``, ``chat_template.jinja``, and the
-tokenizer's two.
+These are ``generation_config.json``, ``processor_config.json`` and ``preprocessor_config.json``,
+``chat_template.jinja``, and the tokenizer's two.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mmmamba.model.config import ModelConfig
 PROCESSOR_CLASS = "MMMambaProcessor"
 IMAGE_PROCESSOR_CLASS = "MMMambaImageProcessor"
 
-#: What makes any tokenizer of ours load without its own code, from ``tokenizer.json`` alone, and pad for generation.
+#: With these settings, transformers loads any of our tokenizers from ``tokenizer.json`` alone, and pads for generation.
 TOKENIZER_SETTINGS: Mapping[str, Any] = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "processor_class": PROCESSOR_CLASS,
@@ -66,9 +66,9 @@ def write_transformers_files(
 
 
 def generation_settings(config: ModelConfig, stop_token_ids: Sequence[int]) -> dict[str, Any]:
-    """How the model generates: what ends an answer, what fills a batch, and what may not be said.
+    """Settings for generation: what ends an answer, what pads a batch, and which token an answer may not contain.
 
-    An image position stands for pixels, which an answer does not have.
+    That token is the image position: it represents pixels, and an answer has none.
     """
     tokens = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id}
     settings: dict[str, Any] = {name: token for name, token in tokens.items() if token >= 0}
@@ -80,7 +80,7 @@ def generation_settings(config: ModelConfig, stop_token_ids: Sequence[int]) -> d
 
 
 def image_settings(config: ModelConfig) -> dict[str, Any]:
-    """How a picture becomes tiles; ``image_size`` is null in a model that reads text only."""
+    """How a picture becomes tiles. ``image_size`` is null for a model that reads text only."""
     return {
         "image_processor_type": IMAGE_PROCESSOR_CLASS,
         "image_size": None if config.vision is None else config.vision.image_size,
@@ -97,8 +97,8 @@ def image_settings(config: ModelConfig) -> dict[str, Any]:
 def chat_template(tokenizer: Tokenizer, template: Template | JinjaTemplate, config: ModelConfig) -> str:
     """The template in Jinja: messages of ``role`` and ``content`` (text, or a list of parts) → the prompt.
 
-    A picture is an ``<image>`` mark, on a line of its own before what follows it. ``{% generation %}`` marks answers
-    with what ends them, for losses on answers only.
+    A picture becomes an ``<image>`` mark, on a separate line if something follows it. ``{% generation %}`` marks
+    answers with their end marks, for losses on answers only.
     """
     if isinstance(template, JinjaTemplate):
         return _of_tokenizer(tokenizer, config.system_message)
@@ -117,7 +117,7 @@ def chat_template(tokenizer: Tokenizer, template: Template | JinjaTemplate, conf
     return re.sub("@([A-Z]+)@", lambda name: _literal(names[name[1]]), lines)
 
 
-# The lines are joined without what is between them, so that no setting of Jinja's about white space matters.
+# The lines are joined without white space, so that Jinja's settings for white space do not matter.
 _TEMPLATE = """
 {%- macro text(content) -%}
     {%- if content is string -%}{{ content }}
@@ -149,12 +149,12 @@ _TEMPLATE = """
 
 
 def without_generation(source: str) -> str:
-    """A template of ours as earlier versions wrote it: without the marks around answers."""
+    """One of our templates as earlier versions wrote it, without the marks around answers."""
     return source.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
 
 
 def _of_tokenizer(tokenizer: Tokenizer, system_message: str | None) -> str:
-    """The chat template that a tokenizer brings (else the plain one), behind the config's system message, if any."""
+    """The tokenizer's chat template (or else the plain one), with the config's system message, if there is one."""
     source = tokenizer.chat_template
     if source is None:
         said = "{{ 'Assistant:\n' + message.content + eos_token + '\n\n' }}"
@@ -171,7 +171,7 @@ def _of_tokenizer(tokenizer: Tokenizer, system_message: str | None) -> str:
 
 
 def _literal(text: str) -> str:
-    """``text`` as a string of Jinja's, whose escapes are those of JSON."""
+    """``text`` as a Jinja string. Jinja's escapes are those of JSON."""
     return json.dumps(text, ensure_ascii=False)
 
 

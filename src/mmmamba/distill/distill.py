@@ -20,10 +20,11 @@ from mmmamba.distill.borrowed_alignment import alignment_digest, borrow_alignmen
 from mmmamba.distill.checked_tensors import restore
 from mmmamba.distill.parameters import label, own_parameters, part_of, unshare
 from mmmamba.distill.placement import place
-from mmmamba.distill.recipe import DistillRecipe, SourceConfig, check_teacher, load_recipe
+from mmmamba.distill.recipe import DistillRecipe, SourceConfig, check_teacher, load_recipe, with_teacher_cache
 from mmmamba.distill.run_folder import RunFolder, alone
 from mmmamba.distill.seeding import seed
 from mmmamba.distill.stages import ALIGNMENT, PLACEMENT_ORDER, STAGES
+from mmmamba.distill.teacher_cache import teacher_rows
 from mmmamba.distill.train_config import StageConfig
 from mmmamba.distill.trainer import train
 from mmmamba.distill.training_data import TrainingData
@@ -46,6 +47,7 @@ def distill(
     on_bad_sample: Literal["stop", "skip"] | None = None,
     device: str = "auto",
     precision: Literal["auto", "fp32", "bf16"] = "auto",
+    cache_teacher: int | None = None,
     dry_run: bool = False,
     gpu: Literal["h100", "h200", "a100", "rtx4090"] | None = None,
     geometry: str | None = None,
@@ -75,6 +77,9 @@ def distill(
         on_bad_sample: stop at the first bad sample, or skip and list them.
         device: auto, cpu, cuda, cuda:1, ….
         precision: fp32, or bf16 passes over fp32 weights; auto picks bf16 on a GPU.
+        cache_teacher: keep so many of the teacher's most likely tokens for each token on disk, beside the data, and
+            train stage 3 from them: later epochs, and other students of this teacher, do without its passes. 32 to 64
+            are a good choice.
         dry_run: say what the run will need and try its first steps, instead of running it.
         gpu: the kind of GPU to estimate for, with --dry-run (default: h100).
         geometry: hovle-2.6b or nano, in place of a teacher's folder, with --dry-run.
@@ -90,6 +95,8 @@ def distill(
         loaded = replace(loaded, data=replace(loaded.data, sources=sources))
     if on_bad_sample is not None:
         loaded = replace(loaded, data=replace(loaded.data, on_bad_sample=on_bad_sample))
+    if cache_teacher is not None:
+        loaded = with_teacher_cache(loaded, cache_teacher)
     where = pick_device(device) if dry_run else processes.join(pick_device(device))
     dtype = pick_precision(precision, where)
     run_folder = out or Path("runs") / loaded.name
@@ -176,7 +183,8 @@ def _run_stage(
         if processes.is_main():
             describe(stage, student, objective.trained)
         rows = data.rows(config, STAGES[stage].order)
-        train(objective, config, rows, run, stage, device=teacher.device, precision=precision)
+        with teacher_rows(rows, teacher, run.manifest["teacher"]["sha256"], config, precision, data.cache) as given:
+            train(objective, config, given, run, stage, device=teacher.device, precision=precision)
         run.finish(stage, own_parameters(student, teacher), steps=config.steps)
     else:
         restore(own_parameters(student, teacher), done, run.checkpoints / stage)

@@ -22,6 +22,7 @@ from mmmamba.distill.time_estimate import step_work
 from mmmamba.distill.training_step import make_step
 from mmmamba.errors import UserError
 from mmmamba.model.config import ModelConfig
+from mmmamba.model.mixers import Options
 from mmmamba.model.model import Model
 from mmmamba.progress import Progress
 from mmmamba.report.table import show, table_of
@@ -125,7 +126,9 @@ def first_steps(
     config = replace(work.config, graph=False, compile=False)
     student = aligned
     if not work.stage.layer_local:
-        student = seed(teacher, work.student.layer_map, aligned.config.mixer, aligned=aligned)
+        mixer = aligned.config.mixer
+        assert isinstance(mixer, Options)  # one kind is seeded
+        student = seed(teacher, work.student.layer_map, mixer, aligned=aligned)
         unshare(student, teacher, (*work.owned, *config.train))
     objective = work.stage.make_objective(teacher, student, config)
     rows = [_random_row(estimate.row, teacher.config) for _ in range(2)]

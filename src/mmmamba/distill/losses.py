@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mmmamba.errors import UserError
 from mmmamba.model.plain import plain
 from mmmamba.ops import chunked_kl, squared_error
+from mmmamba.ops.kl.top_k import top_k_kl
 from mmmamba.ops.kl.tuning import CHUNK
 
 
@@ -64,6 +66,26 @@ def divergence(
 
     parts = zip(student.split(CHUNK), teacher.split(CHUNK), flat.split(CHUNK), strict=True)
     return torch.stack([_again(part, *one) for one in parts]).sum() * temperature**2
+
+
+def top_k_divergence(
+    student_hidden: Tensor,
+    student_head: nn.Module,
+    ids: Tensor,
+    log_probs: Tensor,
+    weights: Tensor,
+    temperature: float = 1.0,
+) -> Tensor:
+    """The same where the teacher is known by its most likely tokens: ids (1, l, k), log-probabilities (1, l, k+1).
+
+    Raises:
+        UserError: when the head has to be called (an adapter, say): its matrix is read.
+    """
+    if not plain(nn.Linear, student_head):
+        raise UserError("cache_teacher reads the matrix of the student's head, which is wrapped or hooked")
+    weight: Tensor = student_head.weight  # type: ignore[assignment]
+    flat = weights.flatten()
+    return top_k_kl(student_hidden[0], weight, ids[0].long(), log_probs[0], weight=flat, temperature=temperature)
 
 
 def _again(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from mmmamba.data.packed_batch import Batch
 from mmmamba.data.processor import UNSCORED
 from mmmamba.data.tiling import normalise
 from mmmamba.distill import processes
-from mmmamba.distill.losses import answer_loss, divergence, heads_error, token_weights
+from mmmamba.distill.losses import answer_loss, divergence, heads_error, token_weights, top_k_divergence
 from mmmamba.distill.parameters import EMBEDDINGS, parameters_of, rules_of
 from mmmamba.distill.recompute import recompute
 from mmmamba.distill.train_config import StageConfig
@@ -158,7 +158,10 @@ class AlignHeads(Objective):
 
 
 class MatchLogits(Objective):
-    """Stage 3: KL(teacher ‖ student) end to end, from hidden states (paper, section 3.3; T = 1, no cross-entropy)."""
+    """Stage 3: KL(teacher ‖ student) end to end, from hidden states (paper, section 3.3; T = 1, no cross-entropy).
+
+    The teacher does not pass a row that brings its most likely tokens (:mod:`mmmamba.distill.teacher_cache`).
+    """
 
     def __init__(self, teacher: Model, student: Model, stage: StageConfig) -> None:
         self.teacher, self.student, self.stage, self.device = teacher, student, stage, teacher.device
@@ -181,23 +184,22 @@ class MatchLogits(Objective):
     def pass_row(self, row: Batch, divisors: Mapping[str, Tensor], precision: torch.dtype) -> dict[str, Tensor]:
         stage = self.stage
         weight = token_weights(row.labels, stage.prompt_weight, row.real)
+        # With a prompt weight of 0 only the answers' tokens need logits.
+        kept = slice(None) if stage.prompt_weight else row.scored
         with autocast(self.device, precision):
-            with torch.no_grad():
-                given = inputs(self.teacher, row)
-                target = self.teacher(**given, cu_seqlens=row.cu_seqlens, logits="none").hidden
-            if self.embeds:
+            if row.top_ids is None:
+                with torch.no_grad():
+                    given = inputs(self.teacher, row)
+                    target = self.teacher(**given, cu_seqlens=row.cu_seqlens, logits="none").hidden
+            if self.embeds or row.top_ids is not None:
                 given = inputs(self.student, row)
             hidden = self.student(**given, cu_seqlens=row.cu_seqlens, logits="none").hidden
-            # With a prompt weight of 0 only the answers' tokens need logits.
-            kept = slice(None) if stage.prompt_weight else row.scored
-            kl = divergence(
-                hidden[:, kept],
-                self.student.head,
-                target[:, kept],
-                self.teacher.head,
-                weight[:, kept],
-                stage.temperature,
-            )
+            ours = (hidden[:, kept], self.student.head)
+            if row.top_ids is None or row.top_log_probs is None:
+                kl = divergence(*ours, target[:, kept], self.teacher.head, weight[:, kept], stage.temperature)
+            else:
+                theirs = (row.top_ids, row.top_log_probs)
+                kl = top_k_divergence(*ours, *theirs, weight[:, kept], stage.temperature)
             loss = kl / divisors["kl"] * stage.loss_scale
             found = {}
             if stage.supervised:

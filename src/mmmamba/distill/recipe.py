@@ -144,6 +144,8 @@ class DistillRecipe:
         kind = kind_of(self.mixer)
         here = kind.parts_with(self.mixer)
         for name, config in self.stages.items():
+            if config.cache_teacher and not STAGES[name].matches_logits:
+                raise ValueError(f"{name}.cache_teacher: this stage does not read the teacher's logits, stage 3 does")
             for part in config.train:
                 if part in here or (part not in mixer_parts() and not STAGES[name].layer_local):
                     continue
@@ -240,6 +242,18 @@ class TeachRecipe:
         check_name(self.name, "name")
         in_range(self, "seed", most=MOST_SEED)
         in_range(self, "vocab_size", least=1, most=10**7)
+
+
+def with_teacher_cache(recipe: DistillRecipe, k: int) -> DistillRecipe:
+    """The recipe with k of the teacher's most likely tokens kept on disk in stage 3.
+
+    Raises:
+        UserError: for a number that no stage can have.
+    """
+    try:
+        return replace(recipe, stage3=replace(recipe.stage3, cache_teacher=k))
+    except ValueError as error:
+        raise UserError(f"--cache-teacher {k}: {error}") from error
 
 
 def check_teacher(config: ModelConfig, where: str | Path) -> None:

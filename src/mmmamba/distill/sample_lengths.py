@@ -48,10 +48,10 @@ def sample_lengths(recipe: DistillRecipe) -> SampleLengths:
     found: list[tuple[float, list[int]]] = []  # weight and lengths of each source
     bad: list[str] = []
     longest = 0
-    for dataset, source in zip(datasets, config.sources, strict=True):
+    for dataset, wanted in zip(datasets, config.sources, strict=True):
         encoded = EncodedSource(dataset, processor, max_length=config.max_length, max_tiles=config.max_tiles)
         lengths, wrong = _look_at(encoded)
-        found.append((source.weight, lengths))
+        found.append((wanted.weight, lengths))
         bad += wrong
         longest = max([longest, *lengths]) if len(encoded) <= SAMPLED else config.max_length
     weights = sum(weight for weight, lengths in found if lengths)

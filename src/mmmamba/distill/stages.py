@@ -33,6 +33,11 @@ class Stage:
         return self.objective is AlignHeads
 
     @property
+    def matches_logits(self) -> bool:
+        """Whether it learns from the teacher's logits, which may come from disk."""
+        return self.objective is MatchLogits
+
+    @property
     def reads_teacher(self) -> bool:
         """Whether the teacher passes each row too."""
         return self.objective is not PredictAnswers

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from mmmamba.config_files import OMIT_DEFAULT
 from mmmamba.distill.parameters import GATHERED, known_parts
 
 MOST_SAMPLES = 10**7  # of a step
 MOST = 10**9  # of any number that has no narrower range: what is larger is a slip
+MOST_CACHED = 4096  # tokens of the teacher's for each token
 DEFAULT = "default"  # in ``train``: what the stage trains by default
 
 
@@ -104,6 +106,9 @@ class StageConfig(TrainConfig):
         reduction: ``mean`` is a per-token mean over the mask; ``published`` sums KL over tokens and divides by samples.
         supervised: weight of the cross-entropy on the answers beside the KL (stage 3; the paper has none).
         temperature: of the KL (stage 3).
+        cache_teacher: keep so many of the teacher's most likely tokens on disk (stage 3); 0 keeps none. The teacher
+            passes each sample once, for all later epochs and all other students of the same teacher and data. The loss
+            is then the KL over these tokens and the sum of all others.
         recompute: what the backward pass of stages 3 and 4 computes again instead of keeping it: ``none``; ``mlp``, all
             that follows a layer's heads (W_o, norm, MLP); ``layer``, whole layers. The gradients are the same.
     """
@@ -114,11 +119,13 @@ class StageConfig(TrainConfig):
     reduction: Literal["mean", "published"] = "mean"
     supervised: float = 0.0
     temperature: float = 1.0
+    cache_teacher: int = field(default=0, metadata={OMIT_DEFAULT: True})
     recompute: Literal["none", "mlp", "layer"] = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         in_range(self, "prompt_weight", "supervised")
+        in_range(self, "cache_teacher", most=MOST_CACHED)
         in_range(self, "loss_scale", "temperature", above=True)
         if not self.train:
             raise ValueError("train names no parameter; to leave a stage out, set its steps to 0")

@@ -25,6 +25,8 @@ from mmmamba.distill.train_config import TrainConfig
 from mmmamba.errors import UserError
 from mmmamba.input_files import open_file
 
+CACHE = ".cache"  # a folder beside the data
+
 
 class TrainingData:
     """The encoded samples of a run, mixed by weight in an order that depends on the seed and the step alone.
@@ -52,7 +54,7 @@ class TrainingData:
                     EncodedCache(
                         dataset,
                         processor,
-                        path.parent / ".cache",
+                        path.parent / CACHE,
                         workers=cores(),
                         on_bad_sample=config.on_bad_sample,
                         **limits,
@@ -63,6 +65,11 @@ class TrainingData:
         workers = config.workers
         own = cores() // processes.local_count()
         self.workers = workers if workers is not None else 0 if own <= 2 else min(8, own - 1)
+
+    @property
+    def cache(self) -> Path:
+        """Where what is worked out of the samples is kept: beside the first source."""
+        return self.paths[0].parent / CACHE
 
     @functools.cached_property
     def identity(self) -> list[str]:

@@ -8,8 +8,10 @@ device (:class:`~mmmamba.ops.packing.DeviceLayout`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -177,7 +179,15 @@ class Room:
 
     def empty_row(self, like: Batch, device: torch.device) -> Batch:
         """A row of this size on ``device``, nothing real in it."""
+        top: dict[str, Any] = {}
+        if like.top_ids is not None and like.top_log_probs is not None:
+            k = like.top_ids.shape[2]
+            places = self.tokens if like.top_ids.shape[1] == like.tokens else self.scored
+            # Padding counts nothing, but its loss has to be finite.
+            top["top_ids"] = torch.arange(k, dtype=torch.int32, device=device).repeat(1, places, 1)
+            top["top_log_probs"] = like.top_log_probs.new_full((1, places, k + 1), -math.log(k + 1), device=device)
         return Batch(
+            **top,
             input_ids=torch.zeros(1, self.tokens, dtype=torch.long, device=device),
             labels=torch.full((1, self.tokens), UNSCORED, dtype=torch.long, device=device),
             cu_seqlens=torch.zeros(self.sequences + -(-self.tokens // PIECE) + 1, dtype=torch.int32, device=device),
@@ -208,13 +218,17 @@ def copy_row(row: Batch, into: Batch) -> None:
     borders = [*row.cu_seqlens.tolist(), *range(row.tokens + PIECE, into.tokens, PIECE)]
     borders += [into.tokens] * (into.cu_seqlens.shape[0] - len(borders))
     cu_seqlens = torch.tensor(borders, dtype=torch.int32)
-    for target, source in (
+    copies = [
         (into.input_ids[:, : row.tokens], row.input_ids),
         (into.labels[:, : row.tokens], row.labels),
         (into.scored[: row.scored.shape[0]], row.scored),
         (into.tiles[: row.tiles.shape[0]], row.tiles),
         (into.cu_seqlens, cu_seqlens),
-    ):
+    ]
+    for kept, given in ((into.top_ids, row.top_ids), (into.top_log_probs, row.top_log_probs)):
+        if kept is not None and given is not None:
+            copies.append((kept[:, : given.shape[1]], given))
+    for target, source in copies:
         # From pinned memory a copy waits for nothing. What is pinned stays as it is.
         target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
 

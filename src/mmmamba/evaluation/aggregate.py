@@ -1,4 +1,4 @@
-"""From answers to numbers: what each model scores, keeps of its teacher, and agrees with it on."""
+"""From answers to numbers: each model's scores, the share of its teacher's that it keeps, and how often both agree."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ class _Scored:
         return [i for i, item in self.items.items() if item.ability == ability]
 
     def units(self, ability: str) -> list[float]:
-        """Scores of the units that ratios and their intervals are made of.
+        """Scores of the units that ratios and their intervals are computed from.
 
         In MME a unit is a picture: the mean of its two answers and whether both are right, halved, so that 200 times
         the mean over units is the subtask's score. Elsewhere a unit is a question.
@@ -255,7 +255,7 @@ def _ability(scored: _Scored, teacher: _Scored | None, blind: _Scored | None, ab
 
 
 def _mean(scored: _Scored, teacher: _Scored | None, abilities: Mapping[str, AbilityResult], seed: int) -> AbilityResult:
-    """Over abilities, each counting alike; likelihood, agreement and cost over all questions."""
+    """The mean over abilities, which count equally; likelihood, agreement and cost are over all questions."""
     results = list(abilities.values())
     nll = scored.nll(scored.kept)
     costs = [scored.row.answers.costs[ability] for ability in abilities]

@@ -5,7 +5,7 @@ they differ, the reading that takes nothing for an answer that is none:
 
 - ScienceQA (``run_gpt3.py`` of its repository) takes the letter in "The answer is X."; LLaVA's script for the same set
   also takes a letter alone and the letter of "X. text".
-- MMBench (``can_infer`` in VLMEvalKit) takes the one capital letter that stands as a word of its own, and doubts an
+- MMBench (``can_infer`` in VLMEvalKit) takes the one capital letter that is a separate word, and doubts an
   "A" in a sentence, which may be an article; else it takes the one option whose text the answer holds.
 - MMMU (``parse_multi_choice_response`` of its repository) takes a letter in brackets, else a capital letter between
   spaces, else the option whose text a longer answer holds.
@@ -51,7 +51,7 @@ def choice_answer(text: str, choices: Sequence[str] = ()) -> str | None:
 
     An option's own text wins over a letter ("C. elegans", "a mixture"), wherever the answer is that text, states it
     ("The answer is a mixture") or begins with it. Then come the letters: "B", "(b)", "B. text", "The answer is B",
-    "option B", and the one capital letter that stands alone in a sentence. Last comes the one option whose text stands
+    "option B", and the one capital letter that is a separate word. Last comes the one option whose text is
     in the answer. "A" and "I" before a word are English.
 
     Args:
@@ -155,7 +155,7 @@ def _named_options(text: str) -> set[str]:
 
 
 def _held(text: str, options: dict[str, str]) -> tuple[set[str], str]:
-    """The letters of the options whose text stands in ``text`` as words, and what is left of ``text`` without them.
+    """The letters of the options whose text occurs in ``text`` as words, and what is left of ``text`` without them.
 
     An option's text inside a longer one doesn't count.
     """

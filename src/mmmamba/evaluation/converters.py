@@ -58,7 +58,7 @@ def convert_dataset(
         split: Which split of scienceqa to take.
         prompt: What to add after each question. Default: the usual request for a short answer or a letter;
             an empty text adds nothing.
-        overwrite: Replace the file at --out, unless it lies among what is read.
+        overwrite: Replace the file at --out, unless it is one of the files that are read.
     """
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
@@ -144,7 +144,7 @@ def scienceqa(path: Path, image_root: Path | None, split: str = "test", prompt: 
 
 
 def mme(path: Path, image_root: Path | None, split: str = "", prompt: str | None = None) -> Iterator[Record]:
-    """MME: one folder per subtask with NAME.txt of two lines "question<TAB>answer" beside NAME.jpg or .png.
+    """MME: one folder per subtask with NAME.txt of two lines "question<TAB>answer", with NAME.jpg or .png.
 
     The layout with ``questions_answers_YN/`` and ``images/`` inside a subtask is read too.
     """

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import gc
-import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
-
-import torch
 
 from mmmamba.checkpoints import fingerprint, resolve
 from mmmamba.errors import UserError
@@ -23,7 +20,7 @@ from mmmamba.file_names import file_labels, unique
 from mmmamba.locks import alone_in
 from mmmamba.outputs import check_folder
 from mmmamba.progress import Progress, Terminal
-from mmmamba.version import __version__
+from mmmamba.report.environment import environment
 
 
 def evaluate(
@@ -186,7 +183,7 @@ def compare(
         request: what was asked for, kept in the results; the arguments of this call when omitted.
 
     Returns:
-        The report; see `report.write_report` and `report.write_html`.
+        The report; see `report.write_report` and `webpage.write_html`.
     """
     against = dict(against or {})
     for student, teacher in against.items():
@@ -226,12 +223,12 @@ def compare(
                 Row(label=name, path=path, layers=layers, answers=answers, against=teacher_label, blind=is_blind)
             )
         net.int8_steps, net.half_states = own
-        environment = environment_of(loaded)
+        made_on = environment_of(loaded)
         del loaded, net  # before the next model is read
         gc.collect()
     rows.sort(key=lambda row: row.blind)  # blind rows come last; the sort is stable
     return assemble(
-        suite, rows, seed=seed, environment=environment,
+        suite, rows, seed=seed, environment=made_on,
         request=dict(request) if request is not None else {
             "models": {label: "(in memory)" if isinstance(m, Loaded) else str(m) for label, m in models.items()},
             "against": against, "blind": blinded, "int8": list(int8), "half_states": list(half_states),
@@ -289,12 +286,7 @@ def layers_of(loaded: Loaded) -> str:
 def environment_of(loaded: Loaded) -> dict[str, str]:
     """What a model is asked with: versions, device and number format."""
     weight = next(loaded.model.parameters())
-    device = torch.cuda.get_device_name(weight.device) if weight.is_cuda else f"cpu, {torch.get_num_threads()} threads"
-    return {
-        "mmmamba": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": device,
-        "dtype": str(weight.dtype).removeprefix("torch."),
+    found = environment(weight.device, weight.dtype)
+    return {name: found[name] for name in ("mmmamba", "torch", "python", "platform", "device")} | {
+        "dtype": found["weights"]
     }

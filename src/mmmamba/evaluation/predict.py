@@ -21,7 +21,7 @@ from mmmamba.inference.likelihood import Score, score
 from mmmamba.model.model import Model
 
 GREY = 128  # what a blind model sees
-CHUNK_TOKENS = 65536  # prompts encoded at once: bounds memory, whatever the size of the set
+CHUNK_TOKENS = 65536  # prompts encoded at once: bounds memory for a set of any size
 CHUNK_BYTES = 512 * 2**20  # the same for their pictures
 
 

@@ -1,6 +1,6 @@
-"""What an evaluation leaves behind: results.json, results.md, predictions-LABEL.jsonl, abilities.png and .svg.
+"""The files of an evaluation: results.json, results.md, predictions-LABEL.jsonl, abilities.png and abilities.svg.
 
-The one-file web page is `write_html` in `webpage.py`.
+`webpage.py` writes the one-file web page.
 """
 
 from __future__ import annotations
@@ -17,14 +17,11 @@ from mmmamba.evaluation import plots
 from mmmamba.evaluation.aggregate import AbilityResult, Report
 from mmmamba.evaluation.statistics import Interval
 from mmmamba.evaluation.tables import tables
-from mmmamba.evaluation.webpage import Answer, Example, pick_examples, write_html
 from mmmamba.file_names import file_labels
 from mmmamba.jsonfile import read_json
 from mmmamba.outputs import Ledger
 from mmmamba.report.markdown import code, text
 from mmmamba.report.plot_style import render
-
-__all__ = ["Answer", "Example", "check_results", "markdown", "pick_examples", "write_html", "write_report"]
 
 VERB = "eval"
 RESULTS = "results.json"

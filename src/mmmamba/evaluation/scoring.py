@@ -1,8 +1,8 @@
 """How one generated answer is scored: exact match and the published rules of POPE, MME and TextVQA/GQA.
 
-How the answer to a multiple-choice question is read stands in :mod:`mmmamba.evaluation.choices`.
+How the answer to a multiple-choice question is read is in :mod:`mmmamba.evaluation.choices`.
 
-Pure functions of text. `score_answer` turns a prediction into a number in [0, 1]; the rest are the pieces it is made of
+Pure functions of text. `score_answer` turns a prediction into a number in [0, 1]; the others are its pieces
 and the extra numbers that a rule reports over a whole set (POPE's F1, MME's acc+).
 """
 

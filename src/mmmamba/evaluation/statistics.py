@@ -56,7 +56,7 @@ def retention(student: Sequence[float], teacher: Sequence[float], seed: int = 0)
 
 
 def mean_retention(pairs: Sequence[tuple[Sequence[float], Sequence[float]]], seed: int = 0) -> Interval | None:
-    """Mean over abilities of the capped retention; every ability counts alike, whatever its number of questions.
+    """Mean over abilities of the capped retention; every ability counts equally, however many questions it has.
 
     ``pairs``: (student, teacher) per ability. Abilities in which the teacher scores 0 are left out.
     """
@@ -69,7 +69,7 @@ def mean_retention(pairs: Sequence[tuple[Sequence[float], Sequence[float]]], see
 
 
 def mean_of(parts: Sequence[Interval]) -> Interval:
-    """Mean of independent values, each counting alike, with the interval that theirs add up to.
+    """Mean of independent values, which count equally, with the interval that their intervals give.
 
     Distances to each side add in squares (the MOVER rule). Unlike a bootstrap it does not claim certainty when every
     answer was right.
@@ -112,7 +112,7 @@ def _capped_ratio(s: np.ndarray, t: np.ndarray) -> np.ndarray:
 
 
 def _percentiles(value: float, drawn: np.ndarray) -> Interval:
-    """Percentile interval. The point estimate always lies inside: a handful of units can put it outside by a hair."""
+    """Percentile interval. It always includes the point estimate, which few units can put just outside."""
     if len(drawn) == 0:
         return Interval(value, 0.0, 1.0)
     low, high = np.quantile(drawn, [0.025, 0.975])

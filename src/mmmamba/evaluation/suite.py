@@ -85,7 +85,7 @@ class Suite:
         for item in self.items:
             for path in item.sample.images:
                 if path not in known:
-                    known[path] = file_hash(Path(path)).encode() + b";"  # what can't be read is told when it is asked
+                    known[path] = file_hash(Path(path)).encode() + b";"  # unreadable files are reported later
                 digest.update(known[path])
         return digest.hexdigest()[:16]
 
@@ -272,7 +272,7 @@ def _choose(items: list[Item], abilities: Sequence[str], limit: int | None, seed
     chosen: list[Item] = []
     for ability in abilities:
         mine = [item for item in items if item.ability == ability]
-        # MME is scored by pairs: the unit is the picture. Elsewhere every item stands for itself.
+        # MME is scored by pairs: the unit is the picture. Elsewhere every item is a unit.
         keys = [item.unit if metric == "mme" else str(i) for i, item in enumerate(mine)]
         units = list(dict.fromkeys(keys))
         if limit is not None and limit < len(units):

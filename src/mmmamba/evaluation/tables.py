@@ -44,7 +44,7 @@ def _scores(report: Report) -> Table:
         report,
         report.models,
         f"{METRIC_TITLES[report.metric]}, %",
-        "Greedy answers, with 95 % intervals. The mean counts every ability alike. 'blind': the same questions "
+        "Greedy answers, with 95 % intervals. Every ability counts equally in the mean. 'blind': the same questions "
         "with the pictures blanked, which shows what guessing gives.",
         lambda r: r.score,
     )
@@ -110,7 +110,7 @@ def _perplexity(report: Report) -> Table:
     ]
     return Table(
         title="Perplexity of the reference answers",
-        note="exp of the mean negative log-likelihood per token; 'all' weighs every token alike.",
+        note="exp of the mean negative log-likelihood per token; 'all' weights every token equally.",
         columns=["model", *report.abilities, "all", "nats per token"],
         rows=rows,
     )

@@ -126,7 +126,7 @@ def pick_examples(report: Report, count: int = 12) -> list[Example]:
 
 
 def read_curves(label: str, path: str | Path) -> list[Curve]:
-    """The loss of each stage in a ``metrics.jsonl``; lines without a loss are passed over."""
+    """The loss of each stage in a ``metrics.jsonl``; lines without a loss are skipped."""
     file = Path(path)
     if not file.is_file():
         raise UserError(f"{file}: no such metrics file")
@@ -197,7 +197,7 @@ def _example(example: Example) -> str:
 
 
 def _question(text: str) -> str:
-    """The end of a long question, where it is asked, with the whole behind a click."""
+    """The end of a long question, which asks it; the whole text unfolds at a click."""
     if len(text) <= QUESTION_CHARACTERS:
         return f'<p class="question">{escape(text)}</p>'
     return (

@@ -139,6 +139,12 @@ class ModelConfig:
     def num_layers(self) -> int:
         return self.embedding.num_layers + self.decoder.num_layers
 
+    @property
+    def dynamic_rope(self) -> bool:
+        """Whether a stack's RoPE base depends on how long the text will get."""
+        scalings = (self.embedding.rope_scaling, self.decoder.rope_scaling)
+        return any(scaling is not None and scaling.type == "dynamic" for scaling in scalings)
+
     def stack_of(self, layer: int) -> StackConfig:
         """The stack that global layer ``layer`` belongs to."""
         return self.embedding if layer < self.embedding.num_layers else self.decoder

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
 
 from mmmamba.model.layer import Layer, SwiGLU
 from mmmamba.model.plain import plain
@@ -72,7 +73,7 @@ def _join(maps: Sequence[nn.Linear]) -> None:
         return
     whole = torch.cat([weight.detach() for weight in weights])
     for weight, part in zip(weights, whole.split([len(weight) for weight in weights]), strict=True):
-        weight.data = torch.from_dlpack(part)  # the same bytes in a storage that begins and ends with them
+        weight.data = from_dlpack(part)  # the same bytes in a storage that begins and ends with them
     _WHOLE[maps[0]] = whole
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmmamba.errors import UserError
@@ -15,14 +14,13 @@ from mmmamba.model.config import ModelConfig
 from mmmamba.model.joined import join, joined, maps_of
 from mmmamba.model.layer import Layer, Observer, RMSNorm, finish_layer
 from mmmamba.model.mixers import LayerState, Mixer
+from mmmamba.model.padding import Padding
 from mmmamba.model.plain import device_of, weight_of
-from mmmamba.model.rope import Rotation, rotation
+from mmmamba.model.positions import Places, places_of
+from mmmamba.model.rope import Rotation
 from mmmamba.model.state import State
 from mmmamba.model.vision import PatchEmbedding, PatchRow, VisionEmbedding, check_slots
-from mmmamba.ops import compute_dtype, layout_of
-from mmmamba.ops.packing import DeviceLayout
-
-log = logging.getLogger(__name__)
+from mmmamba.ops import layout_of
 
 
 @dataclass(frozen=True)
@@ -191,139 +189,119 @@ class Model(nn.Module):
         With ``pixel_shuffle_loc: post`` all of this still counts the prompt's tokens; the embedding stack alone runs
         over a longer row, with positions of its own, in which each tile's patches take the place of its tokens.
         """
-        image: Tensor | None = None  # where pictures go, when their patches become tokens later
+        x, image = self._embedded(input_ids, pixel_values, inputs_embeds)
+        x, image, cu_seqlens, padding = _packed(x, image, attention_mask, cu_seqlens)
+        row = None
+        if image is not None:
+            _refuse_looks(observe is not None, return_layers)
+            assert pixel_values is not None and cu_seqlens is not None
+            row = self._patch_row(image, cu_seqlens, pixel_values)
+        wide, borders = (x, cu_seqlens) if row is None else (row.widen(x), row.cu_seqlens)
+        places = places_of(
+            self.config,
+            x,
+            cu_seqlens,
+            state,
+            patches=(wide, borders) if self.merges_late else None,
+            max_length=max_length,
+            max_embedded=max_embedded,
+        )
+        states: list[LayerState | None] = []
+        entered: list[Tensor] = []
+
+        def through(layers: Sequence[nn.Module], x: Tensor, rotation: Rotation, cu_seqlens: Tensor | None) -> Tensor:
+            for layer in layers:
+                if return_layers:
+                    entered.append(x)
+                old = None if state is None else state.layers[len(states)]
+                x, new = layer(
+                    x, old, rotation=rotation, cu_seqlens=cu_seqlens, keep_state=return_state, observe=observe
+                )
+                states.append(new)
+            return x
+
+        layers, first = list(self.layers), self.config.embedding.num_layers
+        x = through(layers[:first], wide, places.embedding, borders)
+        if row is not None:
+            assert isinstance(self.vision, VisionEmbedding)
+            x = row.narrow(x, self.vision.merge)
+        hidden = self.norm(through(layers[first:], x, places.decoder, cu_seqlens))
+        found = self._logits(hidden, logits, cu_seqlens)
+        if padding is not None:
+            hidden, *entered = (padding.restore(one) for one in (hidden, *entered))
+            found = padding.restore(found) if logits == "all" and found is not None else found
+        after = _state_after(states, places) if return_state else None
+        return Output(hidden, found, after, (*entered, hidden) if return_layers else None)
+
+    def _embedded(
+        self, input_ids: Tensor | None, pixel_values: Tensor | None, inputs_embeds: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the layers read (b, l, d), and where pictures go whose patches become tokens later, if any (b, l)."""
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("forward needs input_ids or inputs_embeds")
             if self.merges_late and pixel_values is not None:
-                image, inputs_embeds = self.image(input_ids), self._embed_text(input_ids)
-            else:
-                inputs_embeds = self.embed(input_ids, pixel_values)
-        elif pixel_values is not None and self.vision is not None:
-            image = self.image_positions(inputs_embeds)
-            if not self.merges_late:
-                inputs_embeds, image = self._with_pictures(inputs_embeds, image, pixel_values), None
-        kept: Tensor | None = None
-        batch_shape = inputs_embeds.shape[:2]
-        if image is not None and attention_mask is None and cu_seqlens is None:
-            attention_mask = torch.ones_like(image)  # a packed row, for with patches they may differ in length
-        if attention_mask is not None and (image is not None or not bool((attention_mask != 0).all())):
-            if cu_seqlens is not None:
-                raise ValueError("give attention_mask or cu_seqlens, not both")
-            real = attention_mask != 0
-            kept = real.flatten().nonzero()[:, 0]
-            inputs_embeds = inputs_embeds.flatten(0, 1).index_select(0, kept)[None]
-            image = None if image is None else image.flatten()[kept][None]
-            cu_seqlens = F.pad(real.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-        positions, seen, longest = self._positions(
-            inputs_embeds, cu_seqlens, None if state is None else state.positions
+                return self._embed_text(input_ids), self.image(input_ids)
+            return self.embed(input_ids, pixel_values), None
+        if pixel_values is None or self.vision is None:
+            return inputs_embeds, None
+        image = self.image_positions(inputs_embeds)
+        return (
+            (inputs_embeds, image)
+            if self.merges_late
+            else (self._with_pictures(inputs_embeds, image, pixel_values), None)
         )
-        fixed = state.max_length if state is not None else max(max_length or 0, longest)
-        self._warn_if_outgrown("text", longest, "tokens", fixed)
-        x, row = inputs_embeds, None
-        if image is not None:
-            assert isinstance(self.vision, VisionEmbedding) and pixel_values is not None and cu_seqlens is not None
-            if observe is not None:
-                raise UserError(
-                    "pixel_shuffle_loc 'post': the embedding stack reads patches, not tokens, so that its heads cannot "
-                    "be aligned token by token (stages 1 and 2)"
-                )
-            if return_layers:
-                raise UserError(
-                    "pixel_shuffle_loc 'post': the embedding stack reads patches, not tokens, so that its layers have "
-                    "no hidden state for each token"
-                )
-            patches, _ = self.vision(pixel_values, with_patches=True)
-            row = PatchRow(image[0], cu_seqlens, patches, self.vision.config.shuffle**2)
-            x = row.widen(x)
-        # Each stack's base follows from the positions that this stack reads.
-        embedding_positions, embedded, embedding_fixed = positions, None, fixed
-        if self.merges_late:
-            borders = cu_seqlens if row is None else row.cu_seqlens
-            past = None if state is None else state.embedded
-            embedding_positions, embedded, widest = self._positions(x, borders, past)
-            if state is None:
-                embedding_fixed = max(max_embedded or widest + fixed - longest, widest)
-            elif state.max_embedded is not None:
-                embedding_fixed = state.max_embedded
-            self._warn_if_outgrown("row of patches", widest, "positions", embedding_fixed)
-        turns = self._rotations(embedding_positions, positions, embedding_fixed, fixed, compute_dtype(inputs_embeds))
-        new, entered = [], []
-        for layer in self.layers:
-            if layer.index == self.config.embedding.num_layers and row is not None:
-                assert isinstance(self.vision, VisionEmbedding)
-                x, row = row.narrow(x, self.vision.merge), None
-            old: LayerState | None = None if state is None else state.layers[layer.index]  # type: ignore[index]
-            turn = turns[layer.index >= self.config.embedding.num_layers]  # type: ignore[operator]
-            if return_layers:
-                entered.append(x)
-            x, kept_state = layer(
-                x,
-                old,
-                rotation=turn,
-                cu_seqlens=cu_seqlens if row is None else row.cu_seqlens,
-                keep_state=return_state,
-                observe=observe,
-            )
-            new.append(kept_state)
-        hidden = self.norm(x)
-        result: Tensor | None = None
-        if logits == "last":
-            result = self.head(
-                hidden[:, -1] if cu_seqlens is None else hidden[0].index_select(0, layout_of(cu_seqlens).last)
-            )
-        elif logits == "all":
-            result = self.head(hidden)
-        if kept is not None:
-            hidden = _repad(hidden, kept, batch_shape)
-            result = _repad(result, kept, batch_shape) if logits == "all" and result is not None else result
-            entered = [_repad(x, kept, batch_shape) for x in entered]
-        state = (
-            State(tuple(new), seen, fixed, embedded, None if embedded is None else embedding_fixed)
-            if return_state
-            else None
-        )
-        return Output(hidden, result, state, (*entered, hidden) if return_layers else None)
 
-    def _positions(self, x: Tensor, cu_seqlens: Tensor | None, seen: Tensor | None) -> tuple[Tensor, Tensor, int]:
-        """Positions (b, l) of the new tokens, tokens ``seen`` per sequence (s,) after them, the longest sequence."""
-        if cu_seqlens is None:
-            rows, length = x.shape[:2]
-            offset = torch.arange(length, device=x.device).expand(rows, length)
-            past = torch.zeros(rows, dtype=torch.long, device=x.device) if seen is None else seen
-            longest = length if seen is None or not self.dynamic_rope else length + int(past.max())
-            return offset + past[:, None], past + length, longest
-        layout = layout_of(cu_seqlens)
-        if layout.total != x.shape[1] or x.shape[0] != 1:
-            raise ValueError(f"cu_seqlens ends at {layout.total}, the packed row is {tuple(x.shape[:2])}")
-        if self.dynamic_rope and isinstance(layout, DeviceLayout):
-            raise UserError("dynamic RoPE scaling needs lengths that the host knows: train without graph")
-        past = torch.zeros_like(layout.sizes) if seen is None else seen
-        longest = layout.longest if seen is None or not self.dynamic_rope else layout.longest + int(past.max())
-        return (layout.offset + past[layout.sequence])[None], past + layout.sizes, longest
+    def _patch_row(self, image: Tensor, cu_seqlens: Tensor, pixel_values: Tensor) -> PatchRow:
+        """The row that the embedding stack reads, in which each tile's patches are in place of its tokens."""
+        assert isinstance(self.vision, VisionEmbedding)
+        patches, _ = self.vision(pixel_values, with_patches=True)
+        return PatchRow(image[0], cu_seqlens, patches, self.vision.config.shuffle**2)
+
+    def _logits(
+        self, hidden: Tensor, which: Literal["all", "last", "none"], cu_seqlens: Tensor | None
+    ) -> Tensor | None:
+        if which == "none":
+            return None
+        if which == "last":
+            hidden = hidden[:, -1] if cu_seqlens is None else hidden[0].index_select(0, layout_of(cu_seqlens).last)
+        logits: Tensor = self.head(hidden)
+        return logits
 
     @property
     def dynamic_rope(self) -> bool:
         """Whether a stack's RoPE base depends on how long the text will get."""
-        stacks = (self.config.embedding, self.config.decoder)
-        return any(s.rope_scaling is not None and s.rope_scaling.type == "dynamic" for s in stacks)
+        return self.config.dynamic_rope
 
-    def _warn_if_outgrown(self, what: str, longest: int, unit: str, fixed: int) -> None:
-        if longest > fixed and self.dynamic_rope:
-            log.warning(
-                "the %s grew to %d %s, past the %d that dynamic RoPE scaling was fixed for", what, longest, unit, fixed
-            )
 
-    def _rotations(
-        self, embedding: Tensor, decoder: Tensor, max_embedded: int, max_length: int, dtype: torch.dtype
-    ) -> tuple[Rotation, Rotation]:
-        """The rotation of each stack's positions (one, where stacks and positions agree)."""
-        config = self.config
-        found = rotation(config.decoder, decoder, max_length, dtype)
-        keys = ("head_dim", "rope_theta", "rope_scaling", "max_position_embeddings")
-        if embedding is decoder and all(getattr(config.embedding, k) == getattr(config.decoder, k) for k in keys):
-            return found, found
-        return rotation(config.embedding, embedding, max_embedded, dtype), found
+def _packed(
+    x: Tensor, image: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Padding | None]:
+    """The tokens without padding: x, image and borders of the packed row, and the way back; as they are without any."""
+    if mask is None and image is not None and cu_seqlens is None:
+        mask = torch.ones_like(image)  # with patches, rows may come to differ in length: they are packed
+    if mask is None or (image is None and bool((mask != 0).all())):
+        return x, image, cu_seqlens, None
+    if cu_seqlens is not None:
+        raise ValueError("give attention_mask or cu_seqlens, not both")
+    padding = Padding(mask)
+    return padding.remove(x), None if image is None else padding.remove(image), padding.cu_seqlens, padding
+
+
+def _refuse_looks(observe: bool, return_layers: bool) -> None:
+    """Refuse to show single tokens of layers that read patches."""
+    for asked, what in ((observe, _NO_HEADS), (return_layers, _NO_LAYERS)):
+        if asked:
+            raise UserError(f"pixel_shuffle_loc 'post': the embedding stack reads patches, not tokens, so that {what}")
+
+
+_NO_HEADS = "its heads cannot be aligned token by token (stages 1 and 2)"
+_NO_LAYERS = "its layers have no hidden state for each token"
+
+
+def _state_after(layers: Sequence[LayerState | None], places: Places) -> State:
+    kept = tuple(layer for layer in layers if layer is not None)
+    return State(kept, places.seen, places.max_length, places.embedded, places.max_embedded)
 
 
 def compile_layers(model: Model) -> Model:
@@ -337,12 +315,6 @@ def compile_layers(model: Model) -> Model:
         layer.finish = finish
         layer.mixer.compile_parts()
     return model
-
-
-def _repad(packed: Tensor, kept: Tensor, shape: torch.Size) -> Tensor:
-    """(1, total, …) back to (b, l, …), zeros at the padding."""
-    out = packed.new_zeros(shape[0] * shape[1], packed.shape[-1])
-    return out.index_copy(0, kept, packed[0]).view(*shape, -1)
 
 
 @torch.no_grad()

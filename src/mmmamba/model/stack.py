@@ -84,3 +84,8 @@ class StackConfig:
             raise ValueError(f"num_heads ({self.num_heads}) is not a multiple of num_kv_heads ({self.num_kv_heads})")
         if self.num_layers and self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even for RoPE")
+
+    def rotates_like(self, other: StackConfig) -> bool:
+        """Whether both stacks rotate equal positions equally."""
+        keys = ("head_dim", "rope_theta", "rope_scaling", "max_position_embeddings")
+        return all(getattr(self, key) == getattr(other, key) for key in keys)

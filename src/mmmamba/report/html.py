@@ -1,4 +1,4 @@
-"""The frame and the pieces of a self-contained HTML page: what every report of the package looks like."""
+"""The frame and the pieces of a self-contained HTML page, as every report of the package uses them."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def table(given: Table, folded: bool = False) -> str:
 
 
 def listed(title: str, items: Sequence[str]) -> list[str]:
-    """A heading with a list below, if there is anything to list."""
+    """A heading with a list below it; nothing where there are no items."""
     return (
         [f"<h2>{escape(title)}</h2>", "<ul>", *(f"<li>{escape(item)}</li>" for item in items), "</ul>"] if items else []
     )
@@ -82,5 +82,5 @@ def facts(title: str, values: Mapping[str, str]) -> list[str]:
 
 
 def data_url(kind: str, content: bytes) -> str:
-    """A file's content as an address, so that the page needs no file beside it."""
+    """A file's content as an address, so that the page needs no other file."""
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"

@@ -16,7 +16,7 @@ def text(value: str) -> str:
 
 
 def code(value: str) -> str:
-    """``value`` as a code span, whatever it holds."""
+    """``value`` as a code span; it may hold anything."""
     shown = printable(value) or " "
     longest = max((len(run) for run in re.findall("`+", shown)), default=0)
     fence, space = "`" * (longest + 1), " " if longest else ""

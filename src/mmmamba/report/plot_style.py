@@ -1,4 +1,4 @@
-"""How every figure looks, and how it becomes a file. Matplotlib without pyplot: no global state, no display."""
+"""How every plot looks, and how it becomes a file. Matplotlib is used without pyplot: no global state, no display."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ THEMES: tuple[Theme, Theme] = ("light", "dark")
 INK = {"light": "#1f2933", "dark": "#e4e9ee"}
 GRID = {"light": "#d9dee4", "dark": "#3a444f"}
 
-# Letters as text: as outlines they take more room than all else, and can be neither searched nor read aloud. The figure
-# is laid out with the first font, which comes with matplotlib; the second is as wide, for readers without the first.
-_ABOUT = ("Creator", "Date", "Format", "Type")  # what matplotlib says of a file, left out
+# Letters are stored as text. As outlines they would be most of the file, and could be neither searched nor read aloud.
+# The layout uses the first font, which comes with matplotlib. Readers without it see the second, which is as wide.
+_ABOUT = ("Creator", "Date", "Format", "Type")  # facts that matplotlib writes into a file, left out
 _SVG: dict[Any, Any] = {
     "svg.hashsalt": "mmmamba",
     "svg.fonttype": "none",
@@ -40,7 +40,7 @@ def new_figure(width: float, height: float, theme: Theme = "light") -> Figure:
 
 
 def style(axis: Axes, theme: Theme = "light") -> None:
-    """The house's look: horizontal grid lines behind what is drawn, one spine, no ticks."""
+    """Give an axis the common look: horizontal grid lines in the background, one spine, no ticks."""
     axis.set_facecolor("none")
     axis.grid(axis="y", color=GRID[theme], linewidth=0.8)
     axis.set_axisbelow(True)
@@ -53,7 +53,7 @@ def style(axis: Axes, theme: Theme = "light") -> None:
 
 
 def label(name: str, longest: int = LABEL) -> str:
-    """A name as a figure shows it: as it is, on one line, not too long.
+    """A name as a plot shows it: unchanged, on one line, not too long.
 
     To matplotlib, dollars enclose mathematics, and a label that begins with an underscore is not for the legend.
     """
@@ -67,7 +67,7 @@ def render(figure: Figure, format: Literal["png", "svg"]) -> bytes:
     from matplotlib import rc_context
 
     with rc_context(_SVG), warnings.catch_warnings():
-        # A letter that no font has is drawn as a box, names that leave a plot no room overlap: tables have them.
+        # A letter that no font has becomes a box, and very long names overlap. The tables show them in full.
         warnings.filterwarnings("ignore", "Glyph .* missing from font|constrained_layout not applied")
         figure.savefig(buffer, format=format, dpi=160, metadata=dict.fromkeys(_ABOUT) if format == "svg" else None)
     return buffer.getvalue()

@@ -276,10 +276,11 @@ class Mixer(nn.Module, Generic[S]):
         Args:
             trained: the parts that are trained.
         """
-        whole = _measured_saved(type(self), self.hidden_size, self.stack, self.options, min(tokens, MEASURED))
+        kind: Any = type(self)
+        whole = _measured_saved(kind, self.hidden_size, self.stack, self.options, min(tokens, MEASURED))
         if tokens <= MEASURED:
             return whole
-        half = _measured_saved(type(self), self.hidden_size, self.stack, self.options, MEASURED // 2)
+        half = _measured_saved(kind, self.hidden_size, self.stack, self.options, MEASURED // 2)
         return whole + (tokens - MEASURED) * (whole - half) // (MEASURED // 2)
 
     def backward_bytes(self, passes: Passes, tokens: int) -> int:

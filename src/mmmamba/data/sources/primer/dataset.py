@@ -1,4 +1,4 @@
-"""The primer as files: records in JSONL, pictures as PNG, made by as many processes as wanted, always the same."""
+"""Writes the primer: records as JSONL, pictures as PNG. The files are the same for any number of processes."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class Scene:
 
 
 def scene(rng: Random, split: str, propose: Callable[[], Sequence[str]], contrast: bool = False) -> Scene:
-    """A scene of the proposed kinds, proposed anew until their combination belongs to ``split``.
+    """A scene of the proposed kinds, proposed again until their combination belongs to ``split``.
 
     Args:
         contrast: draw only small and large objects, so that "which is larger" has an answer more often.
