@@ -64,7 +64,7 @@ def test_few_programs_take_many_tiles_each(monkeypatch, device):
 
 @pytest.mark.parametrize("programs", [0, 1, 600])
 def test_partial_sums_of_taps_and_bias(programs, device):
-    from mmmamba.ops.partial_sums import sum_partial
+    from mmmamba.ops.sum_kernels import sum_partial
 
     partial = torch.randn(programs, 3, 20, dtype=torch.float64, device=device)
     dweight, dbias = partial.new_empty(20, 2), partial.new_empty(20)

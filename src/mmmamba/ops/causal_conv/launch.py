@@ -20,7 +20,7 @@ from torch import Tensor
 from mmmamba.ops.causal_conv.backward_kernels import backward_kernel
 from mmmamba.ops.causal_conv.forward_kernels import forward_kernel
 from mmmamba.ops.dispatch import on_device, operator
-from mmmamba.ops.partial_sums import sum_partial
+from mmmamba.ops.sum_kernels import sum_partial
 
 TOKENS, CHANNELS, WARPS = 32, 64, 4  # forward tile
 RUNS, RUN, BACKWARD_CHANNELS = 8, 16, 128  # backward tile: runs of tokens, and the tokens of a run

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmmamba.ops.dispatch import on_device, operator
-from mmmamba.ops.partial_sums import sum_partial
+from mmmamba.ops.sum_kernels import sum_partial
 
 TILE, BACKWARD_TILE = 4096, 1024  # elements of a tile: backward few, for many programs at once hide the memory's delay
 PROGRAMS = 768  # of a backward launch, at most: an H100 holds them all at once, each with one row of partial sums

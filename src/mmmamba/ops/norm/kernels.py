@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmmamba.ops.dispatch import on_device, operator
-from mmmamba.ops.partial_sums import sum_partial
+from mmmamba.ops.sum_kernels import sum_partial
 
 TILE, BACKWARD_TILE = 4096, 2048  # elements of a tile
 PROGRAMS = 768  # of a backward launch that sums a weight's gradient: each leaves one row of partial sums
