@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import recurrences
 from mmmamba.ops import gated_delta_chunked, gated_delta_reference, layout_of
+from mmmamba.ops.gated_delta import tuning
 from mmmamba.ops.packing import remember_bounds
 
 launch = pytest.importorskip("mmmamba.ops.gated_delta.launch", exc_type=ImportError)
@@ -91,12 +92,12 @@ def test_heads_whose_columns_are_cut_equal_the_recurrence(device, monkeypatch):
 
 
 def test_only_long_sequences_are_cut_into_segments(monkeypatch):
-    monkeypatch.setattr(launch, "PROGRAMS", 1024)
-    least = launch.LEAST
-    assert launch._segment_chunks(50 * least, least, walks=64, chunk=32) == 0
-    assert launch._segment_chunks(2 * least, 2 * least, walks=64, chunk=32) == least // 32
-    assert launch._segment_chunks(50 * least, 50 * least, walks=64, chunk=32) == 50 * least // 32 // 16
-    assert launch._segment_chunks(50 * least, 50 * least, walks=4096, chunk=32) == 0  # as many walks without
+    monkeypatch.setattr(tuning, "PROGRAMS", 1024)
+    least = tuning.LEAST
+    assert tuning.segment_chunks(50 * least, least, walks=64, chunk=32) == 0
+    assert tuning.segment_chunks(2 * least, 2 * least, walks=64, chunk=32) == least // 32
+    assert tuning.segment_chunks(50 * least, 50 * least, walks=64, chunk=32) == 50 * least // 32 // 16
+    assert tuning.segment_chunks(50 * least, 50 * least, walks=4096, chunk=32) == 0  # as many walks without
 
 
 @pytest.mark.parametrize("begun", [True, False])

@@ -34,7 +34,7 @@ def causal_conv(
         return_final_state: also return the last k-1 inputs of each sequence.
         rotation: cosines and sines of each token, (b, l, 1, p/2), for heads of p channels whose first half is paired
             with the second. They get no gradient.
-        rotate_from: the first channel that is rotated (v stands in front of k and q), a multiple of p.
+        rotate_from: the first channel that is rotated (v comes before k and q), a multiple of p.
 
     Returns:
         y (b, l, c) and the final state, shaped as ``initial_state``, or None.

@@ -65,8 +65,8 @@ def _backward_runs(
 ):  # fmt: skip
     """Gradients to the inputs of RUNS · RUN tokens, and these tokens' share of those to weight and bias.
 
-    Each row of the tile walks along a run of tokens with the inputs just behind it and their unfinished gradients in
-    hand, so that an input is read, and the gradient before the activation worked out, once. The K - 1 tokens after a
+    Each row of the tile walks along a run of tokens and keeps the inputs just before it and their unfinished gradients.
+    So an input is read, and the gradient before the activation computed, only once. The K - 1 tokens after a
     run are visited to complete its gradients; for the weights they count in the run they belong to.
     """
     origin = program * (RUNS * RUN)
@@ -167,7 +167,7 @@ def _gradient_before(
     dy, x, weight, bias, state, cos, sin, token, sequence, start, end, channel, real, mask, C, stride, rotate_from,
     SILU: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient to the convolution before its activation at ``token``; zero behind a sequence's end."""
+    """The gradient to the convolution before its activation at ``token``; zero after a sequence's end."""
     mask = mask & (token < end)[:, None]
     at = token[:, None] * C
     d = tl.load(dy + at + channel[None, :], mask=mask, other=0.0).to(WIDE)
@@ -195,7 +195,7 @@ def _backward_states(
     end = border_of(sequence + 1, cu_seqlens, length)
     for slot in tl.static_range(K - 1):
         d = tl.zeros((SEQUENCES, channel.shape[0]), dtype=WIDE)
-        for after in tl.static_range(slot + 1):  # the tokens behind the start that see this slot
+        for after in tl.static_range(slot + 1):  # the tokens after the start that see this slot
             token = (start + after).to(tl.int64)
             dz = _gradient_before(
                 dy, x, weight, bias, state, cos, sin, token, sequence, start, end, channel, real, mask, C, stride,

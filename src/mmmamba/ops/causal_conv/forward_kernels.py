@@ -107,7 +107,7 @@ def _forward_tile(
     place = tl.arange(0, TOKENS)
     token = origin + place
     mask = (token < total)[:, None] & real[None, :]
-    # Slots behind the end repeat the last token: no table is read out of bounds.
+    # Slots after the end repeat the last token: no table is read out of bounds.
     last = tl.minimum(origin + TOKENS, total) - 1
     sequence, start = _sequences(tl.minimum(token, last), origin, last, cu_seqlens, length, steps, rows)
     # One wide offset for the tile: within it offsets are narrow.

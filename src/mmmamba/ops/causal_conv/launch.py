@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mmmamba.ops.causal_conv.backward_kernels import backward_kernel
 from mmmamba.ops.causal_conv.forward_kernels import forward_kernel
+from mmmamba.ops.causal_conv.shapes import check_shapes
 from mmmamba.ops.dispatch import on_device, operator
 from mmmamba.ops.sum_kernels import sum_partial
 
@@ -207,7 +208,7 @@ def causal_conv(
         return_final_state: also return the last k-1 inputs of each sequence.
         rotation: cosines and sines of each token, (b, l, p/2) or (b, l, 1, p/2), for heads of p channels whose first
             half is paired with the second. They get no gradient.
-        rotate_from: the first channel that is rotated (v stands in front of k and q), a multiple of p.
+        rotate_from: the first channel that is rotated (v comes before k and q), a multiple of p.
 
     Returns:
         y (b, l, c) and the final state in x's dtype, or None. Gradients go to x, weight, bias and the initial state;
@@ -216,19 +217,11 @@ def causal_conv(
     Raises:
         ValueError: for shapes that do not fit together; the message names the tensor.
     """
-    if activation not in ("silu", "none"):
-        raise ValueError(f"conv activation must be 'silu' or 'none', got {activation!r}")
+    check_shapes(x, weight, bias, initial_state, cu_seqlens, activation)
     b, length, c = x.shape
     k = weight.shape[1]
-    rows = _rows(x, cu_seqlens)
-    if not 2 <= k <= 4 or weight.shape[0] != c:
+    if not 2 <= k <= 4:
         raise ValueError(f"conv: weight has shape {tuple(weight.shape)}, expected ({c}, 2 to 4)")
-    if bias is not None and tuple(bias.shape) != (c,):
-        raise ValueError(f"conv: bias has shape {tuple(bias.shape)}, expected {(c,)}")
-    if cu_seqlens is not None and b != 1:
-        raise ValueError(f"conv: with cu_seqlens x has one row, got {b}")
-    if initial_state is not None and tuple(initial_state.shape) != (rows, k - 1, c):
-        raise ValueError(f"conv: initial_state has shape {tuple(initial_state.shape)}, expected {(rows, k - 1, c)}")
     cos = sin = None
     if rotation is not None:
         half = rotation[0].shape[-1]

@@ -6,16 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmmamba.ops.causal_conv.shapes import check_shapes
 from mmmamba.ops.packing import layout_of
 from mmmamba.ops.rotary import rotate
-
-
-def _activate(y: Tensor, activation: str) -> Tensor:
-    if activation == "silu":
-        return F.silu(y)
-    if activation == "none":
-        return y
-    raise ValueError(f"conv activation must be 'silu' or 'none', got {activation!r}")
 
 
 def causal_conv_torch(
@@ -31,14 +24,11 @@ def causal_conv_torch(
     rotate_from: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """The convolution in PyTorch's operators. Same contract as :func:`causal_conv`."""
+    check_shapes(x, weight, bias, initial_state, cu_seqlens, activation)
     k = weight.shape[1]
     rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if initial_state is None:
         initial_state = x.new_zeros(rows, k - 1, x.shape[2])
-    if tuple(initial_state.shape) != (rows, k - 1, x.shape[2]):
-        raise ValueError(
-            f"conv: initial_state has shape {tuple(initial_state.shape)}, expected {(rows, k - 1, x.shape[2])}"
-        )
     if cu_seqlens is None:
         past = torch.cat([initial_state.to(x.dtype), x], dim=1)  # (b, k-1+l, c)
         y = past[:, k - 1 :] * weight[:, k - 1]
@@ -70,7 +60,8 @@ def causal_conv_torch(
             final = pool.index_select(0, index.flatten()).view(rows, k - 1, -1)
     if bias is not None:
         y = y + bias
-    y = _activate(y, activation)
+    if activation == "silu":
+        y = F.silu(y)
     if rotation is not None:
         cos, sin = rotation
         heads = y[..., rotate_from:].unflatten(-1, (-1, 2 * cos.shape[-1]))

@@ -1,4 +1,4 @@
-"""The gated delta rule: a recurrence that first takes out of the state what it holds under a key, then writes anew.
+"""The gated delta rule: a recurrence that removes what the state holds under a key, then writes the new value there.
 
 For head j with key/value group k(j) = j // (h/g), decay A_j < 0, step size dt and strength beta in [0, 1]::
 
@@ -6,9 +6,9 @@ For head j with key/value group k(j) = j // (h/g), decay A_j < 0, step size dt a
         = a_t S_{t-1} + u_t k_t^T,  u_t = beta_t (v_t - a_t S_{t-1} k_t)
     y_t = S_t q_t                                                      (p,)
 
-(Yang, Kautz and Hatamizadeh 2024, "Gated Delta Networks", arXiv 2412.06464.) Keys have unit length, else a step may let
-the state grow. Where :func:`mmmamba.ops.ssd` adds to what a key already has, this replaces it: with beta of 1 the
-state gives v_t for k_t, whatever it held.
+(Yang, Kautz and Hatamizadeh 2024, "Gated Delta Networks", arXiv 2412.06464.) Keys have unit length; with longer ones a
+step may let the state grow. While :func:`mmmamba.ops.ssd` adds to what a key already has, this replaces it: with beta
+of 1 the state gives v_t for k_t, no matter what it held before.
 
 The second line is the state space recurrence with u for its inputs. Inside a chunk of q tokens with inclusive log
 decays c_i and entering state S, the u obey a unit lower triangular system, which is solved for all chunks at once (the
@@ -41,7 +41,7 @@ def gated_delta(
     cu_seqlens: Tensor | None = None,
     return_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gated delta rule over whole sequences.
+    """Compute the gated delta rule over whole sequences, with gradients through every input and both states.
 
     Args:
         v: (b, l, g, p) values, one per key/value group; group k serves heads k·h/g … (k+1)·h/g-1.
@@ -49,10 +49,10 @@ def gated_delta(
         A: (h,) negative decay rates.
         k: (b, l, g, n) keys of unit length.
         q: (b, l, h, n) queries.
-        beta: (b, l, h) how much of what the state holds under the key gives way, in [0, 1], float32.
+        beta: (b, l, h) which share of what the state holds under the key is replaced, in [0, 1], float32.
         initial_state: (b, h, p, n), or (s, h, p, n) with ``cu_seqlens``; zeros when absent.
         cu_seqlens: (s+1,) borders of the sequences in a packed row (then b = 1).
-        return_final_state: also return the state behind the last token of each sequence.
+        return_final_state: also return the state after the last token of each sequence.
 
     Returns:
         y (b, l, h, p) in v's dtype, and the final state (float32, or float64 for float64 inputs) or None.

@@ -13,7 +13,7 @@ tokens). In a chunk with inclusive log decays a_i, strengths b_i, entering state
 
 T is the only thing that is solved for, and it is the same for all rows of the state, which are independent given k, q
 and T: a program walks through a sequence's chunks with some rows of one head's state in registers, transposed, so that
-no product needs an operand turned round. Whatever needs no order is worked out by all chunks at once.
+no product needs a transposed operand. What needs no order is computed for all chunks at once.
 
 A long sequence is cut into segments, so that enough programs walk at once. A segment turns the state S that enters it
 into S M + R: R is what it makes of nothing, and M (n, n) what it makes of the rows of the identity without values. All
@@ -50,7 +50,7 @@ from mmmamba.ops.dispatch import on_device, operator, why_not
 from mmmamba.ops.gated_delta.backward_kernels import gradients_kernel, leaving_kernel
 from mmmamba.ops.gated_delta.forward_kernels import join_kernel, prepare_kernel, states_kernel
 from mmmamba.ops.gated_delta.shapes import check_shapes
-from mmmamba.ops.gated_delta.tuning import ACCURATE, JOINED, JOINING, LEAST, PROGRAMS, TUNED, Tuning, held_rows
+from mmmamba.ops.gated_delta.tuning import ACCURATE, JOINED, JOINING, TUNED, Tuning, held_rows, segment_chunks
 from mmmamba.ops.packing import layout_for
 
 
@@ -341,18 +341,9 @@ def gated_delta(
     if segment is None:
         longest = v.shape[1] if layout is None else layout.longest
         walks = q.shape[2] * (v.shape[3] // held_rows(tuning, v.shape[3], q.shape[3]))
-        segment = _segment_chunks(v.shape[0] * v.shape[1], longest, walks, tuning.chunk)
+        segment = segment_chunks(v.shape[0] * v.shape[1], longest, walks, tuning.chunk)
     begins = None if layout is None else layout.begins(tuning.chunk, segment)
     y, final, _, _ = _delta(
         v, dt.float(), A.float(), k, q, beta.float(), state, table, begins, rows if return_final_state else 0, segment
     )
     return y, final if return_final_state else None
-
-
-def _segment_chunks(tokens: int, longest: int, walks: int, chunk: int) -> int:
-    """Chunks of a segment, such that about PROGRAMS walks run at once; 0 where no sequence is longer than one.
-
-    Walking in segments costs nearly three times the products, so that short sequences are never cut.
-    """
-    chunks = max(ceil_div(ceil_div(tokens, chunk), max(PROGRAMS // walks, 1)), ceil_div(LEAST, chunk))
-    return chunks if ceil_div(longest, chunk) > chunks else 0

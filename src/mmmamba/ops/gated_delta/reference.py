@@ -21,7 +21,7 @@ def gated_delta_reference(
     cu_seqlens: Tensor | None = None,
     return_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The recurrence one token at a time, in the inputs' own precision. Same contract as :func:`gated_delta`."""
+    """Compute the recurrence token by token, in the precision of the inputs. Same contract as :func:`gated_delta`."""
     layout = layout_for(v, cu_seqlens)
     check_shapes(v, dt, A, k, q, beta, initial_state, layout.sequences)
     h, p, n = q.shape[2], v.shape[3], q.shape[3]
@@ -58,7 +58,7 @@ def gated_delta_chunked(
     return_final_state: bool = False,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The recurrence as products and one solve inside chunks. Same contract as :func:`gated_delta`.
+    """Compute the recurrence as products and one solve inside chunks. Same contract as :func:`gated_delta`.
 
     Works in float32 (float64 for float64 inputs); memory grows with length × chunk.
     """
@@ -90,7 +90,7 @@ def _chunked(
     def cut(t: Tensor) -> Tensor:  # (b, l, heads, …) → (c, heads, size, …)
         return t.flatten(0, 1).index_select(0, table.gather.flatten()).view(c, size, *t.shape[2:]).transpose(1, 2)
 
-    # Behind a sequence's end nothing decays and nothing is written.
+    # After a sequence's end nothing decays and nothing is written.
     inside = table.valid[:, None]  # (c, 1, size)
     log_decay = torch.where(inside, cut(dt.to(work)) * A.to(work)[:, None], 0).cumsum(-1)  # (c, h, size), inclusive
     strength = torch.where(inside, cut(beta.to(work)), 0)[..., None]  # (c, h, size, 1)
@@ -139,7 +139,7 @@ def _chunked(
 def gated_delta_step(
     v: Tensor, dt: Tensor, A: Tensor, k: Tensor, q: Tensor, beta: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token of the recurrence for each row of a batch.
+    """Compute one token of the recurrence for each row of a batch.
 
     Args:
         v: (b, g, p).  dt, beta: (b, h).  A: (h,).  k: (b, g, n).  q: (b, h, n).  state: (b, h, p, n).

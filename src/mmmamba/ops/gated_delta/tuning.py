@@ -42,3 +42,13 @@ TUNED = {
 def held_rows(tuning: Tuning, p: int, n: int) -> int:
     """Rows of a state that a program walks with."""
     return min(tuning.rows, p, n)
+
+
+def segment_chunks(tokens: int, longest: int, walks: int, chunk: int) -> int:
+    """Chunks of a segment, such that about PROGRAMS walks run at once; 0 where no sequence is longer than one.
+
+    Walking in segments costs nearly three times the products, so that short sequences are never cut.
+    """
+    total = -(-tokens // chunk)
+    chunks = max(-(-total // max(PROGRAMS // walks, 1)), -(-LEAST // chunk))
+    return chunks if -(-longest // chunk) > chunks else 0

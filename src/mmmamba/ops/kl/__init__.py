@@ -1,7 +1,7 @@
 """KL(teacher ‖ student) from hidden states, in chunks of tokens, so that the logits of a whole sequence never exist.
 
-The loss is a scalar: each chunk's gradients are worked out with its loss, in the forward pass, and only scaled in the
-backward pass. No logits are made twice, and none are kept.
+The loss is a scalar: each chunk's gradients are computed with its loss, in the forward pass, and only scaled in the
+backward pass. No logits are computed twice, and none are kept.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def chunked_kl(
     temperature: float = 1.0,
     chunk: int | None = None,
 ) -> Tensor:
-    """Sum over tokens of weight · KL(softmax(teacher/T) ‖ softmax(student/T)) · T² (paper stage 3; T = 1 there).
+    """Sum over tokens weight · KL(softmax(teacher/T) ‖ softmax(student/T)) · T² (the paper's stage 3, with T = 1).
 
-    A token of weight 0 costs its logits all the same: what knows which tokens count leaves the others out.
+    A token of weight 0 costs its logits all the same. A caller that knows which tokens count should leave out the rest.
 
     Args:
-        student_hidden, teacher_hidden: (t, d) hidden states behind the final norm.
+        student_hidden, teacher_hidden: (t, d) hidden states after the final norm.
         student_head, teacher_head: (v, d) output matrices.
         weight: (t,) float; ones when absent.
         temperature: T.
@@ -37,6 +37,9 @@ def chunked_kl(
 
     Returns:
         a scalar in float32 (float64 for float64 inputs), with gradients to the student's hidden states and head.
+
+    Raises:
+        ValueError: for shapes that do not fit together; the message names the tensor.
     """
     arguments = (student_hidden, student_head, teacher_hidden, teacher_head)
     if serves(*arguments, weight):

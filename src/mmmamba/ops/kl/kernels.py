@@ -2,7 +2,7 @@
 
 The matrix products are PyTorch's. Between them one kernel reads a chunk of both logits twice: once for the two
 log-sum-exps, once for the divergence and its gradient to the student's logits, which takes their place in memory. The
-loss is a scalar, so the gradients are worked out in the forward pass and only scaled in the backward pass: no logits
+loss is a scalar, so the gradients are computed in the forward pass and only scaled in the backward pass: no logits
 are made twice.
 """
 
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from mmmamba.ops.autocast import compute_dtype
 from mmmamba.ops.dispatch import on_device, operator
-from mmmamba.ops.kl.tuning import BLOCK, MEMORY
+from mmmamba.ops.kl.shapes import check_shapes
+from mmmamba.ops.kl.tuning import BLOCK, MEMORY, ROWS
 
 WARPS = 8
-ROWS = 128  # chunks are whole tiles of the matrix units
 ALIGNED = 8  # products whose vocabulary is no multiple of it run at a sixth of the speed (cuBLAS on an H100)
 
 
@@ -188,7 +188,7 @@ def chunked_kl(
     knows on the host which tokens count leaves the others out.
 
     Args:
-        student_hidden, teacher_hidden: (t, d) hidden states behind the final norm; the teacher's d may differ.
+        student_hidden, teacher_hidden: (t, d) hidden states after the final norm; the teacher's d may differ.
         student_head, teacher_head: (v, d) output matrices.
         weight: (t,) float; ones when absent.
         temperature: T.
@@ -200,16 +200,8 @@ def chunked_kl(
     Raises:
         ValueError: for shapes that do not fit together; the message names the tensor.
     """
-    (tokens, width), size = student_hidden.shape, student_head.shape[0]
-    expected = {
-        "student_head": (student_head, (size, width)),
-        "teacher_hidden": (teacher_hidden, (tokens, teacher_head.shape[1])),
-        "teacher_head": (teacher_head, (size, teacher_head.shape[1])),
-        "weight": (weight, (tokens,)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"chunked_kl: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+    check_shapes(student_hidden, student_head, teacher_hidden, teacher_head, weight)
+    tokens = len(student_hidden)
     if not tokens:
         return student_hidden.float().sum()
     if weight is None:

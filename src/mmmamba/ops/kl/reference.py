@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmmamba.ops.kl.shapes import check_shapes
 from mmmamba.ops.kl.tuning import CHUNK
 
 
@@ -62,6 +63,7 @@ def chunked_kl_torch(
     chunk: int | None = None,
 ) -> Tensor:
     """The same in PyTorch's operators. Same contract as :func:`chunked_kl`."""
+    check_shapes(student_hidden, student_head, teacher_hidden, teacher_head, weight)
     if weight is None:
         weight = student_hidden.new_ones(student_hidden.shape[0], dtype=torch.float32)
     train = (

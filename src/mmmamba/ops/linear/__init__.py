@@ -1,8 +1,8 @@
-"""Linear maps: several of the same tokens side by side; and of one token, with what stands before and behind it.
+"""Linear maps: several of the same tokens side by side; and of a few tokens, with what comes before and after them.
 
-A decoding step is little else than the latter. With a token, or a few, a product reads its whole matrix for a few
-operations an element. Whatever else the step does with them (norm, bias, residual, SwiGLU) is then free, if it is done
-in the same launch; and a matrix of half the bytes takes half the time.
+A decoding step is mostly the latter. With one token or a few, a product reads its whole matrix and does few operations
+for each element. What else the step does (norm, bias, residual, SwiGLU) is free if it is done in the same launch, and
+a matrix of half the bytes takes half the time.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from mmmamba.ops.dispatch import SIZES, serves
 from mmmamba.ops.linear.joined import joined_linear, linear_add
 from mmmamba.ops.linear.reference import linear_step_torch
+from mmmamba.ops.linear.shapes import check_shapes
 from mmmamba.ops.linear.tuning import INT8_TOKENS, TOKENS, WIDEST
 from mmmamba.ops.linear.wide import linear_wide
 from mmmamba.ops.norm import rms_norm
@@ -79,27 +80,8 @@ def linear_step(
     options: dict[str, Any] = {
         "scale": scale, "norm": norm, "squares": squares, "eps": eps, "residual": residual, "swiglu": swiglu
     }  # fmt: skip
-    (b, k), n = x.shape, weight.shape[0]
-    expected = {
-        "weight": (weight, (n, k)),
-        "bias": (bias, (n,)),
-        "scale": (scale, (n,)),
-        "norm": (norm, (k,)),
-        "residual": (residual, (b, n)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"linear_step: {name} has shape {tuple(tensor.shape)}, expected {shape}")
-    if squares is not None:
-        heads = squares.shape[1]
-        if squares.ndim != 3 or len(squares) != b or not heads or k % heads:
-            raise ValueError(f"linear_step: squares has shape {tuple(squares.shape)}, x {(b, k)}")
-        if norm is not None or residual is None:
-            raise ValueError("linear_step: squares stand for the norm, and need a residual")
-    if swiglu and (n % 2 or residual is not None):
-        raise ValueError("linear_step: swiglu needs an even number of rows and no residual")
-    if (scale is None) != weight.is_floating_point():
-        raise ValueError(f"linear_step: weight is {str(weight.dtype)[6:]}, a scale belongs to int8 and to nothing else")
+    check_shapes(x, weight, bias, scale, norm, squares, residual, swiglu)
+    b, k = x.shape
     alike = (x if residual is None else residual).dtype == weight.dtype or scale is not None
     whole = squares is None or k // squares.shape[1] in SIZES["head_dim"]
     few = 1 <= b <= (TOKENS if scale is None else INT8_TOKENS) and k <= WIDEST

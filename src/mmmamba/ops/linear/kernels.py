@@ -2,9 +2,9 @@
 
 The matrix is read once, at the rate of the memory. A program holds some whole rows of it: all its loads are in flight
 before the first is used, and no loop waits. In a chain of launches (programmatic dependent launch) they are in flight
-before the kernel in front has ended; and when it has, the first programs ask for the rows of those that will take their
-places. The tokens x, their norm's weight and their statistics are worked out by every program anew, from the caches:
-which is why they must be few.
+before the kernel before this one has ended. When it has ended, the first programs ask for the rows of those that will
+take their places. Every program reads the tokens x from the caches and computes their norm again, so the tokens must be
+few.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def linear_step(
 ) -> Tensor:
     """Few tokens of :func:`mmmamba.ops.linear_step`, whose contract this keeps; a contiguous residual.
 
-    With ``squares``, a head's channels and its parts are powers of two. Every number of tokens is a kernel of its own.
+    With ``squares``, a head's channels and its parts are powers of two. Each number of tokens is compiled apart.
 
     Raises:
         ValueError: for no token or too many, a residual that is not contiguous, or heads of other sizes.
