@@ -14,7 +14,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def locate(table, chunk, length, CHUNK: tl.constexpr):
-    """Of a chunk's sequence: its row, its first and its last chunk, its first token, and the token behind it."""
+    """Of a chunk's sequence: its row, its first and its last chunk, its first token, and the token after its last."""
     if table is None:
         row = chunk // tl.maximum(tl.cdiv(length, CHUNK), 1)
         first = row * tl.maximum(tl.cdiv(length, CHUNK), 1)
@@ -31,7 +31,7 @@ def locate(table, chunk, length, CHUNK: tl.constexpr):
 
 @triton.jit
 def load_rows(tensor, token, stride, inside, at, valid):
-    """The (q, width) inputs of a chunk's tokens, zeros behind its end."""
+    """The (q, width) inputs of a chunk's tokens, zeros after its end."""
     return tl.load(tensor + token * stride + (inside[:, None] * stride + at[None, :]), mask=valid[:, None], other=0.0)
 
 
@@ -51,4 +51,5 @@ def dot_types(x: Tensor, B: Tensor, C: Tensor) -> tuple[tl.dtype, str, torch.dty
 
 
 def ceil_div(size: int, part: int) -> int:
+    """How many parts of at most ``part`` make up ``size``."""
     return -(-size // part)

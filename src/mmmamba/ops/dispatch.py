@@ -22,7 +22,7 @@ R = TypeVar("R")
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SIZES = {"head_dim": (32, 64, 128), "state_dim": (32, 64, 128), "conv_kernel": (2, 3, 4)}
-PLAIN = (Tensor, torch.nn.Parameter)  # what other tensors there are stand for something that is traced
+PLAIN = (Tensor, torch.nn.Parameter)  # other classes of tensors appear while something is traced
 CAPABILITY = (8, 0)  # the first with bfloat16 in the matrix units
 
 
@@ -43,13 +43,14 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def why_not(*tensors: Tensor | None, **sizes: int) -> str | None:
-    """What keeps the kernels from serving these tensors, in a few words; None where they can.
+    """Say in a few words why the kernels can't serve these tensors; None if they can.
 
     Args:
         tensors: all tensors of the call (None for those left out).
-        sizes: what the kernels are built for only some values of: ``head_dim``, ``state_dim``, ``conv_kernel``.
+        sizes: ``head_dim``, ``state_dim``, ``conv_kernel``: the kernels are built for some values only (:data:`SIZES`).
 
-    With the interpreter on, CPU tensors are served (slowly: it is for tests). A dispatch asks for the device first.
+    With the interpreter on, CPU tensors are served too, slowly: that is for tests. :func:`serves` asks for the device
+    first.
     """
     if not available():
         return "Triton is not installed"
@@ -74,12 +75,12 @@ def why_not(*tensors: Tensor | None, **sizes: int) -> str | None:
 
 @functools.cache
 def fallback(reason: str) -> None:
-    """Warn that PyTorch's own operators serve where a kernel can't: once for each reason (see :func:`why_not`)."""
+    """Warn, once for each reason (see :func:`why_not`), that PyTorch's own operators are used in place of a kernel."""
     warnings.warn(f"slower PyTorch operators are used: {reason}", RuntimeWarning, stacklevel=3)
 
 
 def serves(first: Tensor, *tensors: Tensor | None, **sizes: int) -> bool:
-    """Whether a call goes to the kernels: on a GPU, unless :func:`why_not` has a reason, which is then warned of."""
+    """Whether a call goes to the kernels: on a GPU, unless :func:`why_not` has a reason; the reason is warned of."""
     if not first.is_cuda:
         return False
     reason = why_not(first, *tensors, **sizes)
@@ -89,11 +90,11 @@ def serves(first: Tensor, *tensors: Tensor | None, **sizes: int) -> bool:
 
 
 class Operator(Generic[R]):
-    """A function that launches kernels, as an operator of PyTorch's that a compiler takes for one piece.
+    """A function that launches kernels, and the PyTorch operator that a compiler sees in its place.
 
-    Where nothing is traced the function is called as it is: the wrappers around an operator that is written in Python
-    take the host longer than several launches do, and a short row's pass would wait for them. ``traced`` is what a
-    compiler sees.
+    If nothing is traced, the function is called directly. PyTorch's wrappers around an operator that is written in
+    Python take the host longer than several launches, and the pass of a short row would wait for them. ``traced`` is
+    the operator that a compiler sees.
     """
 
     def __init__(self, function: Callable[..., R], name: str, mutates_args: Sequence[str]) -> None:
@@ -102,12 +103,15 @@ class Operator(Generic[R]):
         self._differentiable: type[torch.autograd.Function] | None = None
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
-        """``fake``: the results' shapes and dtypes, for whoever traces."""
+        """Register ``fake``, which gives a tracer results of the right shapes and dtypes."""
         self.traced.register_fake(fake)
         return fake
 
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
-        """Gradients, once: ``setup_context(ctx, inputs, output)`` keeps what ``backward(ctx, *gradients)`` reads."""
+        """Register the gradients (first order only).
+
+        ``setup_context(ctx, inputs, output)`` keeps what ``backward(ctx, *gradients)`` reads.
+        """
         self.traced.register_autograd(backward, setup_context=setup_context)
         methods = {
             "forward": staticmethod(self._function),
@@ -133,10 +137,10 @@ def operator(name: str, *, mutates_args: Sequence[str] = ()) -> Callable[[Callab
 
 
 def chain(tensor: Tensor, chained: bool) -> dict[str, bool]:
-    """The options of a launch that may be part of a chain (programmatic dependent launch).
+    """Give the options of a launch that may be part of a chain (programmatic dependent launch).
 
-    ``CHAINS``: the kernel may say that the next launch can begin, and wait for the one in front. ``launch_pdl``: this
-    launch begins before the one in front has ended (``chained``).
+    ``CHAINS``: the kernel may let the next launch begin, and may wait for the one before it. ``launch_pdl``: this
+    launch begins before the one before it has ended (``chained``).
     """
     can = tensor.is_cuda and torch.version.hip is None and _capability(tensor.device) >= (9, 0)
     return {"CHAINS": True, "launch_pdl": chained} if can else {"CHAINS": False}

@@ -1,7 +1,7 @@
 """Where each token of a packed row belongs: the index tables that the packed operators share.
 
-A packed row holds ``s`` sequences behind one another, ``cu_seqlens`` (s+1,) their borders. The tables are worked out
-once per ``cu_seqlens`` tensor (one host copy) and remembered for as long as that tensor lives: the layers of a model
+A packed row holds ``s`` sequences one after another; ``cu_seqlens`` (s+1,) holds their borders. The tables are computed
+once for each ``cu_seqlens`` tensor (one copy to the host) and remembered while that tensor lives: the layers of a model
 share them.
 """
 
@@ -73,7 +73,7 @@ class Layout:
 
     @cached_property
     def offset(self) -> Tensor:
-        """(total,) how many tokens of its own sequence precede each token."""
+        """(total,) how many tokens of the same sequence come before each token."""
         return torch.arange(self.total, device=self.device) - self.starts[self.sequence]
 
     @cached_property
@@ -87,7 +87,7 @@ class Layout:
         return self.sequence * self.longest + self.offset
 
     def pad(self, packed: Tensor) -> Tensor:
-        """(total, …) → (s, longest, …), zeros behind each sequence."""
+        """(total, …) → (s, longest, …), zeros after each sequence."""
         out = packed.new_zeros(self.sequences * self.longest, *packed.shape[1:])
         out = out.index_copy(0, self.padded_slot, packed)
         return out.view(self.sequences, self.longest, *packed.shape[1:])
@@ -105,7 +105,7 @@ class Layout:
     def cuts(self, size: int) -> Tensor:
         """(c, 4) int32, the chunks of ``size`` tokens, sequence by sequence; an empty sequence has one, without tokens.
 
-        Of each: its sequence, and that sequence's first chunk, first token and length.
+        For each chunk: its sequence, and that sequence's first chunk, first token and length.
         """
         if size not in self._cuts:
             lengths = torch.tensor(self.lengths, dtype=torch.int32)
@@ -116,9 +116,9 @@ class Layout:
         return self._cuts[size]
 
     def begins(self, size: int, segment: int) -> Tensor:
-        """(w,) int32, the chunks at which segments begin: every ``segment``-th of each sequence's (0: its first alone).
+        """(w,) int32, the chunks at which segments begin: every ``segment``-th of each sequence (0: only the first).
 
-        As many as such a row may have at most; -1 where there are fewer.
+        w is the most that such a row may have; the places that are left over hold -1.
         """
         if (size, segment) not in self._begins:
             cuts = self.cuts(size)
@@ -126,7 +126,7 @@ class Layout:
             index = chunk - cuts[:, 1]
             begins = (index == 0) if segment == 0 else (index % segment == 0)
             most = self.sequences + (len(cuts) // segment if segment else 0)
-            # Each goes to its place among those that begin; all others to a place that is cut off.
+            # Each chunk that begins a segment goes to its place among them; all others to a place that is cut off.
             place = torch.where(begins, begins.cumsum(0) - 1, most).clamp(max=most)
             found = torch.full((most + 1,), -1, dtype=torch.int32, device=self.device)
             self._begins[size, segment] = found.scatter(0, place, chunk.int())[:most]
@@ -157,10 +157,10 @@ class Layout:
 
 
 class DeviceLayout(Layout):
-    """The layout of borders that the host does not know, for a row whose tensors keep their shapes while they change.
+    """The layout of borders that the host does not know: the tensors of the row keep their shapes, the borders change.
 
-    Every table is worked out on the device, so that a graph that was captured with them works them out anew in each
-    replay. ``lengths``, and what is made of them (``chunks``), are refused.
+    Every table is computed on the device. So a captured CUDA graph computes them again in each replay. ``lengths`` and
+    ``chunks``, which the host would have to know, are refused.
 
     Args:
         cu_seqlens: (s+1,) borders on the device, the last one ``total``; sequences may be empty.
@@ -177,7 +177,7 @@ class DeviceLayout(Layout):
 
     @property
     def lengths(self) -> list[int]:  # type: ignore[override]
-        """Refused (ValueError): whatever asks for it cannot be part of a graph."""
+        """Refused (ValueError): an operator that asks for lengths cannot be part of a graph."""
         raise ValueError(
             "only the device knows this row's lengths: the operators need kernels for it (bfloat16 or float16 heads of "
             "32, 64 or 128 channels on a GPU); train without graph otherwise"
@@ -197,9 +197,9 @@ class DeviceLayout(Layout):
         return torch.searchsorted(self.borders[1:].contiguous(), tokens, right=True)
 
     def cuts(self, size: int) -> Tensor:
-        """As :meth:`Layout.cuts`, padded to as many chunks as such a row may have: with empty sequences behind its own.
+        """As :meth:`Layout.cuts`, padded with empty sequences at the end to as many chunks as such a row may have.
 
-        Those have the last sequence's row in a state. So where states are given or asked for, that one must be empty.
+        The empty ones have the last sequence's row in a state. So if states are given or asked for, it must be empty.
         """
         if size not in self._cuts:
             chunks = ((self.sizes + size - 1) // size).clamp(min=1)
@@ -218,7 +218,7 @@ class DeviceLayout(Layout):
 
 
 def layout_of(cu_seqlens: Tensor) -> Layout:
-    """The layout of a packed row, remembered while the tensor ``cu_seqlens`` (s+1,) lives.
+    """Give the layout of a packed row; it is remembered while the tensor ``cu_seqlens`` (s+1,) lives.
 
     Raises:
         ValueError: if the borders do not start at 0 or fall.
@@ -235,10 +235,10 @@ def layout_of(cu_seqlens: Tensor) -> Layout:
 
 
 def layout_for(x: Tensor, cu_seqlens: Tensor | None) -> Layout:
-    """The layout of ``x`` (b, l, …): a packed row with the borders of its sequences, or b rows of l tokens without.
+    """Give the layout of ``x`` (b, l, …): a packed row if there are ``cu_seqlens``, else b sequences of l tokens.
 
     Raises:
-        ValueError: for borders of more than one row, or that end elsewhere than the row.
+        ValueError: if there are borders and more than one row, or if the borders do not end where the row ends.
     """
     if cu_seqlens is None:
         return uniform_layout(x.shape[0], x.shape[1], x.device)
@@ -251,10 +251,10 @@ def layout_for(x: Tensor, cu_seqlens: Tensor | None) -> Layout:
 
 
 def chunk_size(longest: int, channels: int) -> int:
-    """Tokens of a chunk of a recurrence, where PyTorch's own operators work it out: 16, 32 or 64.
+    """Tokens of a chunk of a recurrence when PyTorch's own operators compute it: 16, 32 or 64.
 
-    As many as a head has channels: in smaller ones the state's products take the time, in larger ones the products
-    of each token with each (measured on a CPU). And not more than the longest sequence fills.
+    As many as a head has channels. In smaller chunks the products with the state take most of the time, in larger ones
+    the products of each token with each (measured on a CPU). No more than the longest sequence fills.
     """
     return min(64, _power_of_two(channels), _power_of_two(longest))
 
@@ -265,15 +265,15 @@ def _power_of_two(least: int) -> int:
 
 
 def uniform_layout(rows: int, length: int, device: torch.device) -> Layout:
-    """The layout of ``rows`` sequences of one length (a batch without padding, flattened)."""
+    """Give the layout of ``rows`` sequences of one length (a batch without padding, flattened)."""
     return Layout([length] * rows, device)
 
 
 def remember_lengths(cu_seqlens: Tensor, lengths: list[int]) -> None:
-    """Tell the layout of ``cu_seqlens`` from lengths that the host knows: nothing is read back from a device."""
+    """Remember the layout of ``cu_seqlens`` from lengths that the host knows, so that it need not read the device."""
     _LAYOUTS[cu_seqlens] = Layout(lengths, cu_seqlens.device)
 
 
 def remember_bounds(cu_seqlens: Tensor, total: int, longest: int) -> None:
-    """Take ``cu_seqlens`` for borders that only the device knows (:class:`DeviceLayout`), from now on."""
+    """From now on treat ``cu_seqlens`` as borders that only the device knows (:class:`DeviceLayout`)."""
     _LAYOUTS[cu_seqlens] = DeviceLayout(cu_seqlens, total, longest)

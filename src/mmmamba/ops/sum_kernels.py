@@ -33,10 +33,12 @@ def _sum_kernel(
 
 
 def sum_partial(partial: Tensor, dweight: Tensor, dbias: Tensor | None = None) -> None:
-    """Sum what the programs found of the gradients to weights of k taps a channel, and to a bias, in a fixed order.
+    """Sum over programs their shares of the gradients to a weight and to a bias, in a fixed order.
 
-    partial: (programs, k, c), or (programs, k + 1, c) with the bias's behind the taps'.  dweight: (c, k).  dbias: (c,).
-    Both are written in their own dtype.
+    Args:
+        partial: (programs, k, c), for weights of k taps a channel; (programs, k + 1, c) with the bias's share last.
+        dweight: (c, k), written in its own dtype.
+        dbias: (c,), likewise; None without a bias.
     """
     programs, taps, c = partial.shape
     with on_device(partial):

@@ -21,7 +21,7 @@ def attention_step(
     longest: int | None = None,
     chained: bool = False,
 ) -> Tensor:
-    """Attention of one new token of each row of a running batch over its slot's cache and itself.
+    """Attend from one new token of each row of a running batch to its slot's cache and itself.
 
     Args:
         qkv: (b, (h+2g)p) projections q | k | v, in this order, not rotated.
@@ -31,8 +31,8 @@ def attention_step(
             fills the batch: it gives zeros and changes nothing.
         positions: (b,) int64, how many tokens each row's cache holds before this one, less than the capacity.
         frequencies: (p/2,) angle by which each pair of channels turns from one position to the next.
-        longest: no cache holds more afterwards (default: the capacity). A bound of the host: what lies behind it need
-            not be read.
+        longest: no cache holds more tokens afterwards (default: the capacity). The host knows this bound, and the
+            twin does not read beyond it.
         chained: only qkv may come from the kernel that was launched last; see ``linear_step``.
 
     Returns:

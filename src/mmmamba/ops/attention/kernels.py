@@ -1,8 +1,8 @@
 """One token through a softmax layer's heads as two Triton kernels; the twin is ``mmmamba.ops.attention``'s.
 
 Nearly all bytes are the cache's, read once. A sequence's cache is cut into as many splits as fill the GPU, each as long
-as its row is at this moment: the grid is of one size, so that a graph serves every length, and what lies behind a row's
-length is never read. A program rotates its queries and keeps an online softmax for all heads of a group; the one whose
+as its row is at this moment. The grid is of one size, so that a graph serves every length, and nothing after a row's
+length is read. A program rotates its queries and keeps an online softmax for all heads of a group; the one whose
 split the new token falls into adds its key and value, to the softmax as to the cache. A second launch joins the splits.
 """
 
@@ -83,7 +83,7 @@ def _split_kernel(
         one = tl.arange(0, 1)
         key = _rotated(new, (G * R + group) * P + one, one == 0, at_p, cosine, sine, P)
         at = first + cached.to(tl.int64) * (G * P) + one[:, None] * P + at_p[None, :]
-        key = key.to(k.dtype.element_ty)  # as the tokens behind it will read it
+        key = key.to(k.dtype.element_ty)  # as later tokens will read it
         value = tl.load(new + (G * R + G + group) * P + one[:, None] + at_p[None, :]).to(v.dtype.element_ty)
         tl.store(k + at, key)
         tl.store(v + at, value)

@@ -1,4 +1,4 @@
-"""What a decoding step begins with: the embeddings of its tokens, and how far each of its sequences has come."""
+"""The start of a decoding step: the embeddings of its tokens, and how many tokens each sequence has read."""
 
 from __future__ import annotations
 

@@ -11,11 +11,11 @@ __all__ = ["greedy_tokens", "greedy_tokens_torch"]
 
 
 def greedy_tokens(logits: Tensor, banned: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The token with the highest logit of each row, the first of several, and its log-probability.
+    """Find the token with the highest logit of each row (the first of several), and its log-probability.
 
     Args:
         logits: (b, v), in any order in memory.
-        banned: (v,) bool, tokens that are not picked; they stay part of the distribution.
+        banned: (v,) bool, tokens that are not chosen; they stay part of the distribution.
 
     Returns:
         tokens (b,) int64 and log-probabilities (b,) float32 at least. NaN among a row's logits makes the latter NaN.

@@ -1,4 +1,4 @@
-"""One token through the Mamba-2 mixer's heads, from the projections to the gated norm, with the states in place."""
+"""One token through a recurrent mixer's heads, from the projections to the gated norm; states change in place."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def mixer_step(
     beta_raw: Tensor | None = None,
     chained: bool = False,
 ) -> Tensor:
-    """One token of each row of a running batch: conv, rotation, recurrence, norm and gate.
+    """Take one token of each row of a running batch through conv, rotation, recurrence, norm and gate.
 
     Args:
         vkq: (b, (h+2g)p) projections v | k | q, in this order.  gate: (b, h·p).  dt_raw: (b, h) before its bias.

@@ -66,7 +66,7 @@ def _direction(value, partner, n, cos, sin, P: tl.constexpr, NORMALISE: tl.const
 
 @triton.jit
 def _shift(x, state, channel, mask, C, K: tl.constexpr):
-    """The conv state without its oldest input, with this token's behind."""
+    """Move the conv state on: its oldest input goes, this token's comes last."""
     for tap in tl.static_range(K - 2):
         tl.store(state + tap * C + channel, tl.load(state + (tap + 1) * C + channel, mask=mask), mask=mask)
     tl.store(state + (K - 2) * C + channel, tl.load(x + channel, mask=mask), mask=mask)
@@ -176,7 +176,7 @@ def _step_kernel(
     q_partner = q
     cosine = n
     sine = n
-    if ROTATE:  # the other half of each head, worked out once more rather than moved between threads
+    if ROTATE:  # the other half of each head, computed once more rather than moved between threads
         k_partner, k_partner_last = _past(conv, conv_weight, conv_bias, k_at + other[None, :], k_mask, C, K, WIDE)
         q_partner, q_partner_last = _past(conv, conv_weight, conv_bias, q_at + other[None, :], q_mask, C, K, WIDE)
     if positions is not None:
@@ -237,7 +237,7 @@ def _step_kernel(
         if beta_raw is None:
             added = (dt[:, None] * v[None, :])[:, :, None] * k[:, None, :]
             state = state * decay[:, None, None] + added
-        else:  # what the state holds under the key gives way
+        else:  # what the state holds under the key is replaced
             state = state * decay[:, None, None]
             held = tl.sum(state * k[:, None, :], axis=2)
             state += (beta[:, None] * (v[None, :] - held))[:, :, None] * k[:, None, :]

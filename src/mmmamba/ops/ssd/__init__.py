@@ -1,11 +1,12 @@
-"""The state space recurrence of Mamba-2 (SSD): a sequential reference and a chunked twin.
+"""The state space recurrence of Mamba-2 (SSD).
 
 For head j with key/value group k(j) = j // (h/g), decay A_j < 0 and step size dt (after softplus)::
 
     S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T        (p, n)
     y_t = S_t C_t                                     (p,)
 
-(Dao and Gu 2024, "Transformers are SSMs", eq. 1 and the block decomposition of section 6; here without the D skip.)
+(Dao and Gu 2024, "Transformers are SSMs", arXiv 2405.21060, equation 1 and the block decomposition of section 6; here
+without the skip D.)
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def ssd(
     cu_seqlens: Tensor | None = None,
     return_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The state space recurrence over whole sequences.
+    """Compute the state space recurrence over whole sequences, with gradients through every input and both states.
 
     Args:
         x: (b, l, g, p) inputs (the values), one per key/value group; group k serves heads k·h/g … (k+1)·h/g-1.
@@ -41,7 +42,7 @@ def ssd(
         C: (b, l, h, n) read-out directions (the queries).
         initial_state: (b, h, p, n), or (s, h, p, n) with ``cu_seqlens``; zeros when absent.
         cu_seqlens: (s+1,) borders of the sequences in a packed row (then b = 1).
-        return_final_state: also return the state behind the last token of each sequence.
+        return_final_state: also return the state after the last token of each sequence.
 
     Returns:
         y (b, l, h, p) in x's dtype, and the final state (float32, or float64 for float64 inputs) or None.

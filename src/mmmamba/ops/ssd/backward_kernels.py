@@ -65,7 +65,7 @@ def reads_kernel(
     share = reach * scores
     d_step = tl.sum(share + tl.where(rows == columns, d_write[:, None], 0.0), 0)
 
-    # A step's log decay touches the pairs around it, the reads behind it, the writes before it, and what passes through
+    # A step's log decay touches the pairs around it, the reads after it, the writes before it, and what passes through
     # the whole chunk. Column k of ``before`` sums each read's share over the writes before k: a product with ones, its
     # operand in two parts where one would lose digits.
     share *= step[None, :]

@@ -15,8 +15,8 @@ def decays_kernel(
 ):  # fmt: skip
     """Programs (chunk, tile of heads), all (c, h, q): inclusive log2 decays a_i, and what is wanted of the others.
 
-    Those are the steps dt_j, ``sources`` a_j - log2 dt_j, ``writes`` exp2(a_q - a_j) dt_j. There is no step behind a
-    sequence's end.
+    Those are the steps dt_j, ``sources`` a_j - log2 dt_j, ``writes`` exp2(a_q - a_j) dt_j. There is no step after
+    a sequence's end.
     """
     chunk = tl.program_id(0)
     _row, first, _last, start, stop = locate(table, chunk, length, CHUNK)
@@ -46,12 +46,12 @@ def _run(
     heads, kept, kept_chunk, chunk, count, first, start, stop, tile, at_p, at_n,
     CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """``count`` chunks of one sequence from ``chunk`` on: the state behind them, and ``total`` plus their log2 decay.
+    """``count`` chunks of one sequence from ``chunk`` on: the state after them, and ``total`` plus their log2 decay.
 
     A tile (p, n) of state' = decay · state + (weight · left)^T right, forward (x, B) or from the end (dy, C). What it
     was before each chunk goes to ``kept``, the output of the recurrence to ``y``, each unless None.
 
-    The products' left operands that are worked out here (scores, weighted inputs) stay in registers, and all loaded
+    The products' left operands that are computed here (scores, weighted inputs) stay in registers, and all loaded
     ones are multiplied as they lie in shared memory: only the state, in 2 bytes, is written there.
     """
     inside = tl.arange(0, CHUNK)
@@ -61,7 +61,7 @@ def _run(
         now = chunk - k if REVERSE else chunk + k
         token = start + (now - first) * CHUNK  # scalar and wide; offsets inside a chunk are narrow
         valid = inside < tl.minimum(stop - token, CHUNK).to(tl.int32)
-        # Behind the sequence's end the last token stands in, with weights of 0: loads without masks are cheaper.
+        # After the sequence's end the last token is read again, with weights of 0: loads without masks are cheaper.
         row = tl.minimum(inside, tl.minimum(stop - token, CHUNK).to(tl.int32) - 1)[:, None]
         here = now.to(tl.int64) * heads * CHUNK
         whole = upcoming
@@ -101,16 +101,16 @@ def _sweep(
     SIZE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, REVERSE: tl.constexpr, LOCAL: tl.constexpr,
 ):  # fmt: skip
-    """One segment of one head. LOCAL: what it adds and how it decays, for the segments behind it; else all of it.
+    """One segment of one head. LOCAL: what it adds and how it decays, for the segments after it; else all of it.
 
-    ``edge`` (rows, h, p, n) is the state with which sequences begin (zeros if None), ``far_edge`` takes those behind.
+    ``edge`` (rows, h, p, n) is the state with which sequences begin (zeros if None), ``far_edge`` takes those after.
     """
     segment = tl.program_id(1)
     begin = segment * per_segment
     end = tl.minimum(begin + per_segment, chunks)
     state = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
     if LOCAL:
-        # The only sequence that matters is the one that goes on behind the segment, if one does.
+        # The only sequence that matters is the one that goes on after the segment, if one does.
         if REVERSE:
             row, first, last, start, stop = locate(table, begin, length, CHUNK)
             goes_on = first < begin

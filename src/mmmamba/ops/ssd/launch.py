@@ -1,8 +1,8 @@
 """The state space recurrence (SSD) in Triton, forward and backward; the contract is :func:`mmmamba.ops.ssd`'s.
 
-Tokens of all rows lie behind one another; each sequence is cut into chunks of q tokens, and no chunk straddles two
-sequences (an empty sequence has one chunk without tokens). The chunks, in order, are dealt to segments, one a program
-and head. A program walks through its segment with the state in registers: in the forward pass no chunk's state goes to
+The tokens of all rows lie one after another. Each sequence is cut into chunks of q tokens, and no chunk belongs to two
+sequences (an empty sequence has one chunk without tokens). The chunks, in order, are divided into segments. For each
+head one program walks through a segment with the state in registers: in the forward pass no chunk's state goes to
 memory. With t tokens, c chunks, s segments (fixed by the number of heads), e bytes an element of x, B, C and y, and f
 of a stored state (2 for bfloat16 inputs, else 4), each tensor counted once (re-reads by other heads and tiles of the
 state hit the L2)::
@@ -18,17 +18,17 @@ state hit the L2)::
     3 reads    dC, and the gradients of the steps                      2 c h p n f + t (g (p+n) + h (p+2n)) e + 12 t h
     4 writes   dx and dB, a group's heads summed                       c h p n f + t (2 g + h) (p+n) e + 8 t h
 
-Launch 1 does nothing for a segment behind which a sequence starts. The sum of dA over chunks is one more, tiny,
-reduction. Nothing is added atomically: two runs give the same bits.
+Launch 1 does nothing for a segment if a new sequence starts right after it. The sum of dA over chunks is one more
+reduction, a tiny one. Nothing is added atomically: two runs give the same bits.
 
 In a chunk with inclusive log decays a_i (float32, a_q at its end), entering state S and leaving gradient D::
 
     y_i = sum_{j<=i} exp(a_i - a_j) dt_j (C_i.B_j) x_j + exp(a_i) S C_i
     S'  = exp(a_q) S + sum_j exp(a_q - a_j) dt_j x_j B_j^T          D' = exp(a_q) D + sum_i exp(a_i) dy_i C_i^T
 
-Decays are kept as powers of two, with the steps folded into them where that saves a product; what is exponentiated is
-never above a step's size. The gradient of a step's log decay sums over just the pairs (earlier token, later token) that
-the step lies between: nothing cancels, however strong the decay.
+Decays are kept as powers of two, with the steps folded into them where that saves a product; the result of an
+exponential is never above a step's size. The gradient of a step's log decay sums over just the pairs (earlier token,
+later token) that the step lies between: nothing cancels, no matter how strong the decay is.
 
 bfloat16 products use the tensor cores with float32 sums. float16 inputs are multiplied in TF32, which holds them
 exactly and does not overflow for large states; float32 ones in three TF32 products. Their tiles have 32 rows, too few

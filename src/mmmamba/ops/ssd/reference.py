@@ -20,7 +20,7 @@ def ssd_reference(
     cu_seqlens: Tensor | None = None,
     return_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The recurrence one token at a time, in the inputs' own precision. Same contract as :func:`ssd`."""
+    """Compute the recurrence token by token, in the precision of the inputs. Same contract as :func:`ssd`."""
     layout = layout_for(x, cu_seqlens)
     check_shapes(x, dt, A, B, C, initial_state, layout.sequences)
     h, p, n = C.shape[2], x.shape[3], C.shape[3]
@@ -53,7 +53,7 @@ def ssd_chunked(
     return_final_state: bool = False,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The recurrence as matrix products inside chunks and a recurrence between them. Same contract as :func:`ssd`.
+    """Compute it as matrix products inside chunks and a recurrence between them. Same contract as :func:`ssd`.
 
     Works in float32 (float64 for float64 inputs); memory grows with length × chunk. Groups are folded into the rows of
     the products, never expanded to heads, but for the weighted inputs of the chunk states.
@@ -133,7 +133,7 @@ def _chunked(
 
 
 def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One token of the recurrence for each row of a batch.
+    """Compute one token of the recurrence for each row of a batch.
 
     Args:
         x: (b, g, p).  dt: (b, h).  A: (h,).  B: (b, g, n).  C: (b, h, n).  state: (b, h, p, n).
