@@ -113,7 +113,7 @@ def test_refuses_what_does_not_fit():
         linear_step(x, weight, swiglu=True)
     with pytest.raises(ValueError, match="squares has shape"):
         linear_step(x, weight, squares=torch.ones(1, 3, 1), residual=torch.ones(1, 3))
-    with pytest.raises(ValueError, match="stand for the norm"):
+    with pytest.raises(ValueError, match="replace the norm"):
         linear_step(x, weight, squares=torch.ones(1, 2, 1))
     with pytest.raises(ValueError, match="powers of two"):
         kernels.linear_step(x, weight, squares=torch.ones(1, 2, 3), residual=torch.ones(1, 3))
