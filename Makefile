@@ -48,7 +48,7 @@ demo: $(READY)  ## run the whole method in small, on the CPU: mmmamba demo
 	$(BIN)/mmmamba demo $(ARGS)
 
 docs: $(READY)  ## build the documentation and the API reference into site/
-	@$(BIN)/python -c 'import material, mkdocstrings_handlers, latex2mathml' 2>/dev/null || $(PIP) install -e '.[docs]'
+	@$(BIN)/python -c 'import material, mkdocstrings_handlers' 2>/dev/null || $(PIP) install -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 dist: $(READY)  ## build the wheel and the sdist into dist/, and chat from the wheel in a fresh environment

@@ -4,7 +4,6 @@
 
 The hook adds pages that are kept elsewhere: CONTRIBUTING.md, CHANGELOG.md, the README of each operator, and a page of
 API reference for each package. A link in one of them to a file that is not on the site becomes plain text.
-Formulas become MathML, which browsers show without a script.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ PACKAGE = ROOT / "src" / "mmmamba"
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 SHARED_ENTRY = re.compile(r"^( {4,8})(\w+(?:, \w+)+)(: .*(?:\n\1 .*)*)\n?", re.MULTILINE)  # of two parameters or more
-FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 
 def pages() -> dict[str, Path]:
     """Return each page that is kept outside docs/: its place on the site → its file."""
     found = {"contributing.md": ROOT / "CONTRIBUTING.md", "changelog.md": ROOT / "CHANGELOG.md"}
+    found["operators/index.md"] = PACKAGE / "ops" / "README.md"
     found |= {f"operators/{file.parent.name}.md": file for file in sorted((PACKAGE / "ops").glob("*/README.md"))}
     return {place: file for place, file in found.items() if file.exists()}
 
@@ -88,18 +87,6 @@ def on_files(files: Any, config: Any) -> None:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Let Markdown be read inside ``<details>``, as the hosts of these pages do."""
     return markdown.replace("<details>", '<details markdown="1">')
-
-
-def on_page_content(html: str, **_: Any) -> str:
-    """Turn formulas into MathML."""
-    from html import unescape
-
-    from latex2mathml.converter import convert
-
-    def formula(match: re.Match[str]) -> str:
-        return str(convert(unescape(match[3]), display="inline" if match[2] == "(" else "block"))
-
-    return FORMULA.sub(formula, html)
 
 
 # ---------------------------------------------------------------------------------------------- called by mkdocstrings
