@@ -12,10 +12,9 @@ import torch
 from mmmamba.checkpoints import load, read_config
 from mmmamba.checkpoints.io import cast
 from mmmamba.errors import UserError
-from mmmamba.model.config import ModelConfig, VisionConfig
+from mmmamba.model.config import ModelConfig, VisionConfig, student_layer_map
 from mmmamba.model.geometries import geometry
-from mmmamba.model.mixers import ATTENTION, Mamba2Options
-from mmmamba.model.mixers import kind_of as kind_of_layer
+from mmmamba.model.mixers import Mamba2Options
 from mmmamba.model.model import Model
 from mmmamba.model.stack import StackConfig
 
@@ -147,7 +146,7 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, 
 
 def _random(kind: Kind, config: ModelConfig, label: str) -> Subject:
     kept = {"teacher": range(config.num_layers), "linear": (), "hybrid": range(0, config.num_layers, SOFTMAX_EVERY)}
-    layer_map = tuple(ATTENTION if i in kept[kind] else kind_of_layer(MIXER).name for i in range(config.num_layers))
+    layer_map = student_layer_map(config.num_layers, kept[kind], MIXER)
     image = config.img_context_token_id if config.img_context_token_id >= 0 else config.vocab_size - 1
     config = replace(config, layer_map=layer_map, mixer=MIXER, img_context_token_id=image)
     return Subject(label=label, kind=kind, config=config)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mmmamba.errors import UserError
 from mmmamba.model.plain import plain
+from mmmamba.model.recompute import recomputed
 from mmmamba.ops import chunked_kl, squared_error
 from mmmamba.ops.kl.top_k import top_k_kl
 from mmmamba.ops.kl.tuning import CHUNK
@@ -65,7 +63,7 @@ def divergence(
         return (F.kl_div(ours, theirs.detach(), reduction="none", log_target=True).sum(-1) * weight).sum()
 
     parts = zip(student.split(CHUNK), teacher.split(CHUNK), flat.split(CHUNK), strict=True)
-    return torch.stack([_again(part, *one) for one in parts]).sum() * temperature**2
+    return torch.stack([recomputed(part, *one) for one in parts]).sum() * temperature**2
 
 
 def top_k_divergence(
@@ -88,12 +86,6 @@ def top_k_divergence(
     return top_k_kl(student_hidden[0], weight, ids[0].long(), log_probs[0], weight=flat, temperature=temperature)
 
 
-def _again(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """A function's value; in a backward pass it is worked out once more, so that nothing of it is kept until then."""
-    found: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-    return found
-
-
 def answer_loss(hidden: Tensor, head: nn.Module, labels: Tensor, scored: Tensor) -> Tensor:
     """Summed cross-entropy of the scored tokens of a packed row; logits exist only where something is scored.
 
@@ -110,4 +102,4 @@ def answer_loss(hidden: Tensor, head: nn.Module, labels: Tensor, scored: Tensor)
     parts = scored.split(CHUNK)
     if len(parts) == 1:
         return part(hidden, scored)
-    return torch.stack([_again(part, hidden, one) for one in parts]).sum()
+    return torch.stack([recomputed(part, hidden, one) for one in parts]).sum()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,8 @@ from mmmamba.data.tiling import normalise
 from mmmamba.distill import processes
 from mmmamba.distill.losses import answer_loss, divergence, heads_error, token_weights, top_k_divergence
 from mmmamba.distill.parameters import EMBEDDINGS, parameters_of, rules_of
-from mmmamba.distill.recompute import recompute
 from mmmamba.distill.train_config import StageConfig
+from mmmamba.model.layer import Layer
 from mmmamba.model.mixers import Part
 from mmmamba.model.model import Model, compile_layers
 from mmmamba.model.rope import Rotation
@@ -88,7 +89,8 @@ def end_to_end(student: Model, stage: StageConfig) -> dict[str, nn.Parameter]:
     freeze_all_but(student, trained)
     if stage.compile:
         compile_layers(student)
-    recompute(student, stage.recompute)
+    for layer in student.layers:
+        cast(Layer, layer).recompute = stage.recompute
     return trained
 
 

@@ -15,7 +15,8 @@ from mmmamba.distill.objectives import autocast, inputs, total
 from mmmamba.distill.seeding import seed
 from mmmamba.distill.train_config import StageConfig
 from mmmamba.errors import UserError
-from mmmamba.model.mixers import ATTENTION, Options, kind_of
+from mmmamba.model.config import student_layer_map
+from mmmamba.model.mixers import Options
 from mmmamba.model.model import Model
 
 
@@ -51,8 +52,7 @@ def place(
         ]
 
     def measure(keep: Sequence[int]) -> float:
-        layer_map = [ATTENTION if i in keep else kind_of(mixer).name for i in layers]
-        student = seed(teacher, layer_map, mixer, aligned=aligned)
+        student = seed(teacher, student_layer_map(len(layers), keep, mixer), mixer, aligned=aligned)
         found = torch.zeros((), device=teacher.device)
         with autocast(teacher.device, precision):
             for x, row, weight, target in zip(given, rows, weights, targets, strict=True):

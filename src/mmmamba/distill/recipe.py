@@ -21,8 +21,8 @@ from mmmamba.distill.stages import STAGES
 from mmmamba.distill.train_config import DEFAULT, StageConfig, TrainConfig, in_range
 from mmmamba.errors import UserError
 from mmmamba.file_names import check_name
-from mmmamba.model.config import ModelConfig
-from mmmamba.model.mixers import ATTENTION, Options, default_options, kind_of
+from mmmamba.model.config import ModelConfig, student_layer_map
+from mmmamba.model.mixers import Options, default_options, kind_of
 from mmmamba.model.model import Model
 
 T = TypeVar("T")
@@ -201,7 +201,7 @@ class DistillRecipe:
 
     def keeping(self, softmax: Sequence[int], num_layers: int) -> tuple[str, ...]:
         """The layer map in which these layers keep softmax, and all others are new."""
-        return tuple(ATTENTION if i in softmax else kind_of(self.mixer).name for i in range(num_layers))
+        return student_layer_map(num_layers, softmax, self.mixer)
 
     def student_config(self, teacher: ModelConfig, softmax: Sequence[int] | None = None) -> ModelConfig:
         """The config of a student of this teacher; ``softmax``: the layers that keep it (default: the recipe's)."""

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from mmmamba.config_files import OMIT_DEFAULT
 from mmmamba.distill.parameters import GATHERED, known_parts
+from mmmamba.model.recompute import Recompute
 
 MOST_SAMPLES = 10**7  # of a step
 MOST = 10**9  # of any number that has no narrower range: what is larger is a slip
@@ -120,7 +121,7 @@ class StageConfig(TrainConfig):
     supervised: float = 0.0
     temperature: float = 1.0
     cache_teacher: int = field(default=0, metadata={OMIT_DEFAULT: True})
-    recompute: Literal["none", "mlp", "layer"] = "none"
+    recompute: Recompute = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()

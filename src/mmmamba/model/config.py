@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -65,6 +66,11 @@ class VisionConfig:
     def tokens_per_tile(self) -> int:
         """``<IMG_CONTEXT>`` positions that one tile takes in the prompt, the decoder's (also with ``post``)."""
         return (self.patches_per_side // self.shuffle) ** 2
+
+
+def student_layer_map(num_layers: int, softmax: Collection[int], new: Options) -> tuple[str, ...]:
+    """The layer map in which some layers keep softmax attention, and all others are of the kind that ``new`` is of."""
+    return tuple(ATTENTION if layer in softmax else kind_of(new).name for layer in range(num_layers))
 
 
 @dataclass(frozen=True, kw_only=True)

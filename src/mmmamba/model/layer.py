@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmmamba.model.config import ModelConfig
 from mmmamba.model.mixers import LayerState, Mixer
 from mmmamba.model.plain import plain
+from mmmamba.model.recompute import Recompute, recomputed
 from mmmamba.model.rope import Rotation
 from mmmamba.ops import compute_dtype, linear_add, rms_norm, swiglu
 
@@ -62,6 +63,7 @@ class Layer(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, stack.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, stack.intermediate_size)
         self.finish = finish_layer
+        self.recompute: Recompute = "none"  # in backward passes
 
     def forward(
         self,
@@ -74,9 +76,17 @@ class Layer(nn.Module):
         observe: Observer | None = None,
     ) -> tuple[Tensor, LayerState | None]:
         """x (b, l, d) → (b, l, d) and the layer's new state."""
-        u = self.input_norm(x)
-        seen = None if observe is None else partial(_observed, observe, self.index, u, rotation)
         options: dict[str, Any] = {"rotation": rotation, "cu_seqlens": cu_seqlens, "keep_state": keep_state}
+        if self.recompute == "layer":
+            return recomputed(self._pass, x, state, observe, **options)
+        return self._pass(x, state, observe, **options)
+
+    def _pass(
+        self, x: Tensor, state: LayerState | None, observe: Observer | None, *, rotation: Rotation, **options: Any
+    ) -> tuple[Tensor, LayerState | None]:
+        u = self.input_norm(x)
+        options["rotation"] = rotation
+        seen = None if observe is None else partial(_observed, observe, self.index, u, rotation)
         if not plain(Mixer, self.mixer):
             mixed, new = self.mixer(u, state, observe=seen, **options)
             x = x + mixed
@@ -88,6 +98,9 @@ class Layer(nn.Module):
 
     def rest(self, x: Tensor, heads: Tensor) -> Tensor:
         """All that follows the heads: x (b, l, d), heads (b, l, h, p) → (b, l, d)."""
+        return recomputed(self._rest, x, heads) if self.recompute == "mlp" else self._rest(x, heads)
+
+    def _rest(self, x: Tensor, heads: Tensor) -> Tensor:
         out, norm, mlp = self.mixer.o_proj, self.mlp_norm, self.mlp
         if plain(SwiGLU, mlp) and plain(RMSNorm, norm) and plain(nn.Linear, out, mlp.gate, mlp.up, mlp.down):
             weights = (out.weight, out.bias, norm.weight, mlp.gate.weight, mlp.up.weight, mlp.down.weight)
