@@ -493,7 +493,7 @@ def run_step(bench: Bench) -> None:
             seed = torch.zeros(1, dtype=torch.int64, device=DEVICE) if state == BF16 else None
             slots = torch.arange(pool, device=DEVICE, dtype=torch.int32).view(-1, batch)
             calls = max(len(slots), 8)
-            # A single row's heads as the decoder wants them: in parts, the norm left to the map behind.
+            # A single row's heads as the decoder wants them: in parts, the norm left to the next map.
             shared = {"": None, ", norm left": torch.empty(1, h, PARTS, device=DEVICE)} if batch == 1 else {"": None}
             pools = options["ssm_state"].view(-1, batch, h, p, p)
             peers = step_peers(update, recurrent, pools) if state == torch.float32 else {}
@@ -502,7 +502,7 @@ def run_step(bench: Bench) -> None:
                 bench.time(
                     "mixer_step", f"batch {batch}, {str(state)[6:]} state, graph{label}",
                     lambda row=row, options=options, slots=slots, seed=seed, calls=calls, squares=squares: bench.graph(
-                        # As a decoding step launches it, behind another kernel of its chain; but only where no state
+                        # As a decoding step launches it, after another kernel of its chain; but only where no state
                         # that a launch reads was written by the one in front.
                         lambda i: step(
                             *row, **options, slots=slots[i % len(slots)], seed=seed, squares=squares,

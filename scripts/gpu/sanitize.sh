@@ -6,7 +6,7 @@
 #     TESTS="tests/ops/gated_delta tests/ops/squared_error" sh scripts/gpu/sanitize.sh
 #
 # What racecheck says of NVIDIA's own matrix products (nvjet) does not count: it does not follow their asynchronous copies.
-# The tests run once without a tool, so that every kernel is compiled; then PyTorch's memory cache is off, behind which an
+# The tests run once without a tool, so that every kernel is compiled; then PyTorch's memory cache is off, in which an
 # access beyond a tensor could hide. No graph can be captured then, so the tests that capture one are left out. Long rows, the
 # full size, and what torch.compile makes, take too long there.
 set -eu

@@ -14,7 +14,7 @@ two rows, with gradients and the optimizer's state in memory; beside it stands w
 reckons. Reserved is what the allocator took from the GPU for them, its gaps included. At the greatest timed length
 the first steps of the recipe, at its rising rate, must lower the loss. FLOP counted are those of the matrix products
 that a step needs: a frozen matrix 2 a parameter and token forward and 2 for the gradient of its input, a trained one
-2 more, the causal half of softmax's scores and the recurrence's chunks; what is computed anew is not counted. Prints
+2 more, the causal half of softmax's scores and the recurrence's chunks; what is computed again is not counted. Prints
 its table last, of all that ``--out`` holds.
 """
 
@@ -292,7 +292,7 @@ class Rows:
 
 
 def resume_check(arguments: argparse.Namespace, stage: str, tokens: int, results: Results) -> list[str]:
-    """Six steps as they come, the same with an interruption behind the fourth; what the checkpoint of three holds."""
+    """Six steps as they come, the same with an interruption after the fourth; what the checkpoint of three holds."""
     steps, every, die = 6, 3, 4
     teacher = {"path": f"random {arguments.geometry}", "sha256": "seed 0"}
     losses: list[list[float]] = []
@@ -329,7 +329,7 @@ def resume_check(arguments: argparse.Namespace, stage: str, tokens: int, results
 
 
 class Results:
-    """What was measured, by stage, length and what is computed anew; read from and written to ``--out``."""
+    """What was measured, by stage, length and what is computed again; read from and written to ``--out``."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.path: Path | None = arguments.out

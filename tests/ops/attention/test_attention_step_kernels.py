@@ -24,8 +24,8 @@ def draw(positions, slots, h=4, g=2, p=32, capacity=200, dtype=torch.float32, de
 def check(args, **options):
     qkv, k, v, slots, positions, frequencies = args
     held = torch.zeros(len(k), dtype=torch.long, device=k.device).index_put((slots[slots >= 0],), positions[slots >= 0])
-    behind = torch.arange(k.shape[1], device=k.device) >= held[:, None]
-    k, v = (t.masked_fill(behind[..., None, None], float("nan")) for t in (k, v))  # nothing there may be read
+    unread = torch.arange(k.shape[1], device=k.device) >= held[:, None]
+    k, v = (t.masked_fill(unread[..., None, None], float("nan")) for t in (k, v))  # nothing there may be read
     wide = [t.double().nan_to_num() for t in (qkv, k, v)]
     truth = attention_step_torch(*wide, slots, positions, frequencies.double())
     ours = kernels.attention_step(qkv, k, v, slots, positions, frequencies, **options)
@@ -34,8 +34,8 @@ def check(args, **options):
     for cache, expected in zip((k, v), wide[1:], strict=True):  # the token's own key and value, and nothing else
         added = (torch.arange(k.shape[1], device=k.device) == held[:, None]) & (held > 0)[:, None]
         assert (cache.double()[added] - expected[added]).abs().max() <= 4 * LIMITS[qkv.dtype]
-        assert cache[behind & ~added].isnan().all()
-        assert torch.equal(cache[~behind].double(), expected[~behind])
+        assert cache[unread & ~added].isnan().all()
+        assert torch.equal(cache[~unread].double(), expected[~unread])
     return ours
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mmmamba.ops import chunked_kl as twin
 
 kl = pytest.importorskip("mmmamba.ops.kl.kernels", reason="needs Triton", exc_type=ImportError)
-# What lies behind the vocabulary is never written: the interpreter's numpy minds such numbers, no result has them.
+# What lies after the vocabulary is never written: the interpreter's numpy minds such numbers, no result has them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 NAMES = ("student_hidden", "student_head", "teacher_hidden", "teacher_head")
 

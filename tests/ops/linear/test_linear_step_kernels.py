@@ -20,12 +20,12 @@ LIMITS = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 1e-3}
     n=st.integers(3, 40),
     biased=st.booleans(),
     normed=st.booleans(),
-    behind=st.sampled_from(["nothing", "residual", "swiglu"]),
+    after=st.sampled_from(["nothing", "residual", "swiglu"]),
     int8=st.booleans(),
     dtype=st.sampled_from(list(LIMITS)),
 )
-def test_equals_the_twin(device, tokens, k, n, biased, normed, behind, int8, dtype):
-    n += n % 2 if behind == "swiglu" else 0
+def test_equals_the_twin(device, tokens, k, n, biased, normed, after, int8, dtype):
+    n += n % 2 if after == "swiglu" else 0
     generator = torch.Generator().manual_seed(k * 97 + n)
 
     def draw(*shape):
@@ -35,15 +35,15 @@ def test_equals_the_twin(device, tokens, k, n, biased, normed, behind, int8, dty
     options = {
         "bias": draw(n) if biased else None,
         "norm": draw(k) if normed else None,
-        "residual": draw(tokens, n) if behind == "residual" else None,
+        "residual": draw(tokens, n) if after == "residual" else None,
     }
     if int8:
         weight, options["scale"] = quantize_rows(weight)
     wide = {name: None if t is None else t.double() for name, t in options.items()}
-    truth = linear_step_torch(x.double(), weight.double(), **wide, eps=1e-5, swiglu=behind == "swiglu")
-    ours = kernels.linear_step(x, weight, **options, eps=1e-5, swiglu=behind == "swiglu")
+    truth = linear_step_torch(x.double(), weight.double(), **wide, eps=1e-5, swiglu=after == "swiglu")
+    ours = kernels.linear_step(x, weight, **options, eps=1e-5, swiglu=after == "swiglu")
     assert ours.dtype == dtype
-    assert behind != "residual" or ours is options["residual"]
+    assert after != "residual" or ours is options["residual"]
     assert (ours.double() - truth).norm() <= LIMITS[dtype] * truth.norm() + 1e-6
 
 

@@ -44,7 +44,7 @@ def wide(value):
 
 
 def run(function, inputs, named, widened=False):
-    """The output and both states behind a step, which starts from copies of the states."""
+    """The output and both states after a step that starts from copies of the states."""
     named = {**named, "conv_state": named["conv_state"].clone(), "ssm_state": named["ssm_state"].clone()}
     if widened:
         inputs, named = wide(inputs), {name: wide(value) for name, value in named.items()}
@@ -87,7 +87,7 @@ def test_every_option(k, activation, qk_norm, turned, biased, slots, shift):
 
 
 def test_rotates_by_the_angles_of_a_long_context(device):
-    """As exactly a million tokens behind the beginning as at it: against float64 of the same float32 angles."""
+    """As exactly a million tokens after the beginning as at it: against float64 of the same float32 angles."""
     inputs, named = draw(device=device)
     positions = torch.tensor([1_048_575, 9_999_991, 3], device=device)
     frequencies = (1 / 1e4 ** (torch.arange(8) / 8)).to(device)
@@ -148,7 +148,7 @@ def test_blocks_of_any_size_and_slices_of_a_wider_projection(programs, half, siz
 
 @pytest.mark.parametrize("parts", [0, 4])
 def test_step_after_step_head_by_head(parts, device):
-    """The programs of a group count themselves; the count is back at zero behind every step."""
+    """The programs of a group count themselves; the count is back at zero after every step."""
     (vkq, gate, dt_raw), named = draw(b=2, h=2, g=1, p=64, device=device)
     truth = {name: wide(value) for name, value in named.items()}
     truth |= {name: truth[name].clone() for name in ("conv_state", "ssm_state")}
