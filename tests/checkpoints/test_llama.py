@@ -165,7 +165,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("Llama", {"residual_multiplier": 0.2}, "'residual_multiplier' is 0.2"),
     ("Llama", {"num_local_experts": 8}, "'num_local_experts' is 8"),
     ("Llama", {"quantization_config": {"bits": 4}}, "'quantization_config' is set"),
-    ("Llama", {"auto_map": {"AutoModel": "x.Y"}}, "'auto_map' asks for code"),
+    ("Llama", {"auto_map": {"AutoModel": "x.Y"}}, "'auto_map' names code"),
     ("Llama", {"architectures": ["LlamaForSequenceClassification"]}, "'architectures' is"),
     ("Llama", {"layer_types": ["sliding_attention"] * 3}, "'layer_types' has 'sliding_attention'"),
     ("Llama", {"num_attention_heads": 5, "head_dim": None}, "'num_attention_heads' is 5, which does not divide"),

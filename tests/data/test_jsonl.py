@@ -92,7 +92,7 @@ BAD = {
         "the key 'value' appears",
     ),
     "NaN": (b'{"id": NaN}', "NaN is not a JSON number"),
-    "infinity": (b'{"score": -Infinity}', "-Infinity is no number"),
+    "infinity": (b'{"score": -Infinity}', "-Infinity is not a JSON number"),
     "too large": (b'{"score": 1e999}', "1e999 is too large"),
     "deep": (b'{"a": ' + b"[" * 200 + b"]" * 200 + b"}", "nested too deeply"),
     "too long": (b'{"id": "' + b"x" * MAX_LINE + b'"}', "the line has 8,388,619 bytes, may have 8,388,608"),
