@@ -72,10 +72,10 @@ class Batch:
 
     def _moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with its tensors moved; ``real`` belongs to a row that stays where it is."""
-        tensors: dict[str, Any] = {
-            key: one for key, one in vars(self).items() if isinstance(one, Tensor) and key != "real"
+        moved: dict[str, Any] = {
+            key: move(one) for key, one in vars(self).items() if isinstance(one, Tensor) and key != "real"
         }
-        return replace(self, **{key: move(tensor) for key, tensor in tensors.items()})
+        return replace(self, **moved)
 
 
 def pack(samples: Sequence[Encoded]) -> Batch:

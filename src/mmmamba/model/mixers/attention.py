@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Final, Literal, cast
+from typing import Any, ClassVar, Final, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -166,7 +166,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @functools.cache
-def _varlen() -> Callable[..., Tensor]:
+def _varlen() -> Callable[..., Any]:
     """PyTorch's attention over a packed row, for query heads that share keys.
 
     It is imported when it is first used: it brings the compiler, which takes as long to import as all the rest.
