@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +27,7 @@ from mmmamba.evaluation.statistics import Interval
 from mmmamba.evaluation.suite import nano_suite
 from mmmamba.evaluation.webpage import pick_examples, write_html
 from mmmamba.jobs import Job, run_jobs
+from mmmamba.jsonfile import parse
 from mmmamba.locks import LOCK, alone_in
 from mmmamba.outputs import LEDGER, Ledger, check_folder
 from mmmamba.progress import Terminal
@@ -315,7 +315,7 @@ def _last_line(file: Path) -> dict[str, Any]:
         stream.seek(max(0, file.stat().st_size - 2000))
         lines = stream.read().split(b"\n")[:-1]
     try:
-        found = json.loads(lines[-1]) if lines else {}
+        found = parse(lines[-1]) if lines else {}
     except ValueError:  # cut by the seek, or damaged: the run itself will tell
         return {}
     return found if isinstance(found, dict) else {}
