@@ -1,4 +1,4 @@
-"""What is computed anew in the backward pass: the same gradients to the bit, and less memory."""
+"""What is computed again in the backward pass: the same gradients to the bit, and less memory."""
 
 from __future__ import annotations
 

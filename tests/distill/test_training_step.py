@@ -105,7 +105,7 @@ def test_without_a_gpu_a_step_is_taken_as_it_comes(tiny_model):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("name", REPLAYED)
 def test_replayed_steps_train_as_others_do(name, optimizer):
-    """Rows of changing sizes: the graph is captured anew when one is larger; losses and weights stay with the truth."""
+    """Rows of changing sizes: the graph is captured again when one is larger. Losses and weights stay right."""
     where = torch.device("cuda")
     # Each step shows a picture.
     batches = [[SAMPLES[:2]], [SAMPLES[1:2]], [SAMPLES[1:3]], [SAMPLES], [SAMPLES[2:]], [SAMPLES[::-1]], [SAMPLES[:2]]]

@@ -53,7 +53,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
 
 
 def step_cost(model: Model, state: StateBytes, *, context: int, batch: int = 1) -> Cost:
-    """Of one token for each of ``batch`` sequences behind ``context`` tokens; int8 weights where steps read those."""
+    """The cost of a token for each of ``batch`` sequences of ``context`` tokens; steps may read int8 weights."""
     weights = _weight_bytes(model)
     if model.int8_steps:
         weights += int8_bytes(model) - sum(matrix.nbytes for matrix in _matrices(model))
@@ -64,7 +64,7 @@ def step_cost(model: Model, state: StateBytes, *, context: int, batch: int = 1) 
 
 
 def prefill_cost(model: Model, state: StateBytes, *, length: int) -> Cost:
-    """Of reading ``length`` tokens, up to the logits behind the last one; what pictures cost to embed is left out."""
+    """The cost of reading ``length`` tokens, up to the last one's logits. The embedding of pictures is left out."""
     mixing = length * _mixing(model, context=(length + 1) / 2)
     flops = 2 * (_matrix_elements(model) * length + model.head.weight.numel()) + mixing
     return Cost(bytes=_weight_bytes(model) + state.at(length), flops=flops)

@@ -1,6 +1,6 @@
 """The teacher decoded as the published code decodes it: the baseline that the paper's headline is measured against.
 
-For every token each layer's cache is concatenated anew, and the old cache lives until the pass is over, as it does in a
+For every token each layer's cache is concatenated again. The old cache lives until the pass is over, as it does in a
 tuple that the caller passes in and gets back. Operators run as they come, one launch each. The cache is attended with
 FlashAttention, through SDPA. Called with an attention mask, the published code removes padding from the cache in every
 layer, whether there is any or not: it asks the host for the indices of the tokens, then copies keys and values.
@@ -31,7 +31,7 @@ Cache = list[tuple[Tensor, Tensor]]
 
 
 class PublishedDecoder:
-    """One sequence behind ``context`` random tokens, decoded in the published way.
+    """One sequence after ``context`` random tokens, decoded in the published way.
 
     Args:
         model: softmax attention in every layer.
@@ -58,7 +58,7 @@ class PublishedDecoder:
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
-        """Feed a token (1,); the logits (1, v) behind it."""
+        """Feed a token (1,); the logits (1, v) after it."""
         model, config = self.model, self.model.config
         at = torch.full((1, 1), self.length, dtype=torch.long, device=tokens.device)
         if self.mask is not None:

@@ -49,7 +49,7 @@ class Subject:
 class Series:
     """A line of the plots: a subject, run in one style.
 
-    ``engine``: as this package serves it. ``published``: the teacher with a cache that is concatenated anew for every
+    ``engine``: as this package serves it. ``published``: the teacher with a cache that is concatenated again for every
     token, no graph; ``published, mask``: the same, called with an attention mask. ``int8``: the engine again, whose
     decoding steps read int8 copies of the matrices.
     """
@@ -98,7 +98,7 @@ def given_subjects(models: Sequence[str]) -> list[Subject]:
 
 
 def series_of(subjects: Sequence[Subject]) -> list[Series]:
-    """Each subject as the engine serves it; behind that a teacher in the two published styles, and each in int8.
+    """Each subject as the engine serves it. After it comes a teacher in the two published styles, then each in int8.
 
     int8 comes last: its copies of the matrices stay in memory until their model goes, beside no other style's points.
     """

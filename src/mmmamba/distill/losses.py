@@ -89,7 +89,7 @@ def top_k_divergence(
 def answer_loss(hidden: Tensor, head: nn.Module, labels: Tensor, scored: Tensor) -> Tensor:
     """Summed cross-entropy of the scored tokens of a packed row; logits exist only where something is scored.
 
-    hidden (1, l, d) behind the final norm, head d → v, labels (1, l) unshifted with -100 unscored, scored (k,) the
+    hidden (1, l, d) after the final norm, head d → v, labels (1, l) unshifted with -100 unscored, scored (k,) the
     tokens whose next one is scored; one whose next is not counts nothing. Of more than :data:`CHUNK` of them the logits
     are made a chunk at a time, and again in the backward pass.
     """

@@ -15,7 +15,7 @@ KEPT = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")  # what an optimizer
 
 
 class Optimizers:
-    """The optimizers of one training, each over parameters of its own.
+    """The optimizers of one training. Each moves other parameters.
 
     Muon (K. Jordan, 2024; PyTorch's) makes the momentum of a matrix orthogonal before it is added: all its directions
     move alike. It is scaled so that AdamW's learning rates serve it too.

@@ -33,7 +33,7 @@ def join(device: torch.device) -> torch.device:
     if count() > 1 or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return device
     if device.index is not None:
-        raise UserError(f"--device {device}: several processes were launched, each has a GPU of its own: say cuda")
+        raise UserError(f"--device {device}: several processes were launched, each with its own GPU: give cuda")
     try:
         from accelerate import PartialState  # type: ignore[import-untyped]
     except ImportError as error:

@@ -169,7 +169,7 @@ class RunFolder:
             write_atomically(path, write, folder=folder)
 
     def _write_tensors(self, folder: Path, tensors: Mapping[str, Tensor], **about: Any) -> None:
-        """Tensors in a folder of their own, with what they are and whose teacher the rest is of."""
+        """Write tensors into a new folder, with what they are and which teacher the rest is from."""
         about |= {"teacher": self.manifest.get("teacher")}
         self._write(folder, lambda p: write_checked(p, tensors, about), folder=True)
 

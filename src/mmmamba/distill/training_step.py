@@ -2,7 +2,7 @@
 
 A pass launches some thousand kernels, and where they are small the host takes longer to launch them than the GPU to
 run them. A graph launches them all at once, but only with the shapes and addresses that it was captured with. So each
-row is laid into tensors that stay, with padding behind it that no loss counts, and its layout is worked out on the
+row is copied into tensors that stay, followed by padding that no loss counts, and its layout is worked out on the
 device (:class:`~mmmamba.ops.packing.DeviceLayout`).
 """
 
@@ -86,7 +86,7 @@ class Step:
 class ReplayedStep(Step):
     """The same step, its pass and its update captured once and replayed: the pass for each row.
 
-    A row larger than the graph has room for makes the room larger, and the graph is captured anew: after some steps
+    A row larger than the graph has room for makes the room larger, and the graph is captured again: after some steps
     that no longer happens. Gradients stay where they are, so that what a step's rows do not use (the patch embedding,
     where no picture is shown) has a gradient of zero here and none there, and AdamW's momentum and decay go on moving
     it.
@@ -205,9 +205,9 @@ def _idle(row: Batch) -> int | None:
 
 
 def copy_row(row: Batch, into: Batch) -> None:
-    """Copy ``row`` (on the host) into a row that stays; padding behind it.
+    """Copy ``row`` (on the host) into a row that stays, and fill the rest with padding.
 
-    Tiles behind the row's own keep what they had: no token asks for them.
+    Tiles after the row's own keep what they had: no token asks for them.
     """
     into.input_ids[:, row.tokens :] = 0
     into.labels[:, row.tokens :] = UNSCORED
