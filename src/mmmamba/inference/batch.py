@@ -48,7 +48,7 @@ class RunningBatch:
 
     def __init__(self, model: Model, share: Share, sampling: Sampling, ending: Ending, block: int) -> None:
         self._model, self._ending, self._block = model, ending, block
-        # A block runs to its end, which may be behind that of the longest answer in it.
+        # A block runs to its end, which may come after that of the longest answer in it.
         self._decoder = Decoder(model, share.slots, share.capacity + block, **share.fixed)
         self._sampler = Sampler(sampling, banned=unspeakable(model))
         self._stops = torch.tensor(sorted(ending.tokens), dtype=torch.long, device=model.device)
@@ -56,7 +56,7 @@ class RunningBatch:
         self._free = list(range(share.slots))
         self._slots = torch.empty(0, dtype=torch.long, device=model.device)  # (s,) of each row
         self._tokens = self._slots  # (going,) picked last and not fed yet, of the rows that have been stepped
-        self._joined: list[Tensor] = []  # logits of the rows behind them, which have not
+        self._joined: list[Tensor] = []  # logits of the other rows, which have not
 
     @property
     def running(self) -> int:
@@ -69,7 +69,7 @@ class RunningBatch:
         return len(self._free)
 
     def join(self, answers: Sequence[Answer], sequences: Sequence[int], logits: Tensor, state: State) -> None:
-        """Begin answers whose prompts were read: logits (n, v) behind them, a state of n sequences, in this order.
+        """Begin answers whose prompts were read: logits (n, v) after them, a state of n sequences, in this order.
 
         ``sequences`` key their random draws.
         """

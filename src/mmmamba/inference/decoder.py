@@ -162,7 +162,7 @@ class Decoder:
             slots: (b,) int64, no two the same; a negative one marks a row that only fills the batch.
 
         Returns:
-            logits (b, v) behind the tokens; those of idle rows mean nothing. A graph's are overwritten by its next
+            logits (b, v) after the tokens; those of idle rows mean nothing. A graph's are overwritten by its next
             replay.
 
         Raises:
@@ -332,7 +332,7 @@ def quantized(maps: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
 
 
 def _joined_bias(projections: Sequence[nn.Linear]) -> Tensor | None:
-    """The biases behind one another, zeros for projections without one; None when no projection has one."""
+    """The biases one after another, zeros for projections without one; None when no projection has one."""
     if all(p.bias is None for p in projections):
         return None
     parts = [p.weight.new_zeros(p.out_features) if p.bias is None else p.bias.detach() for p in projections]

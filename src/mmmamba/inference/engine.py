@@ -1,6 +1,6 @@
 """Prefill, decode and score: everything that turns prompts into tokens, for one prompt or many.
 
-The engine knows token ids and tiles only; what a prompt looks like is the processor's business. All of it stands on one
+The engine knows token ids and tiles only; what a prompt looks like is the processor's business. All of it relies on one
 property of the model: a state is a value with one row a sequence, and a prefill may be cut anywhere.
 """
 

@@ -3,7 +3,7 @@
 The tensors are the state's; the header holds what else a :class:`Chat` needs to go on (the transcript, the tokens that
 the state has not seen, how many answers were drawn), the fingerprint of the model, and a checksum over everything. For
 a linear student only the transcript grows. A conversation that is saved, loaded in another process and gone on with is,
-bit for bit, the conversation that went on. How tokens are picked is not part of it: it is given anew.
+bit for bit, the conversation that went on. How tokens are picked is not part of the file: it is given again.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Header:
         max_length, max_embedded: the state's.
         unfed, answers: the conversation's (see :class:`Past`).
         transcript: all that was said.
-        pictures: where the chat template has the whole conversation read anew, those of all turns; else none.
+        pictures: where the chat template has the whole conversation read again, those of all turns; else none.
     """
 
     fingerprint: str
@@ -125,7 +125,7 @@ def save_session(path: str | Path, chat: Chat) -> Path:
 
     Raises:
         UserError: naming ``path``: nothing has been said yet; the file can't be written; the transcript is too long
-            for a header; the conversation has to be read anew at each turn and has a picture that lies in no file.
+            for a header; the conversation has to be read again at each turn and has a picture that lies in no file.
     """
     path, past = Path(path), chat.past
     if past is None:
@@ -264,7 +264,7 @@ def _check_header(path: Path, header: Header, tensors: Mapping[str, Tensor], mod
 def _reference(path: Path, number: int, picture: Image.Image | Unread) -> Reference:
     if isinstance(picture, Image.Image):
         raise UserError(
-            f"{path}: not saved: this model's chat template has the whole conversation read anew at each turn, and "
+            f"{path}: not saved: this model's chat template has the whole conversation read again at each turn, and "
             f"picture {number} lies in no file"
         )
     width, height = picture.size

@@ -178,7 +178,7 @@ def chunks(model: Model, encoded: Encoded, size: int) -> Iterator[dict[str, torc
     """The inputs of the passes that read one sequence, in pieces of at most ``size`` tokens.
 
     Pictures are decoded and embedded as their piece comes: however many there are, no more than a piece's are in
-    memory. A tile is embedded whole, and where its patches become tokens behind the embedding stack (``merges_late``)
+    memory. A tile is embedded whole, and where its patches become tokens after the embedding stack (``merges_late``)
     it is also read whole, even if it is larger than ``size``.
     """
     for ids, pixel_values in _spans(model, encoded, size):
@@ -211,7 +211,7 @@ def _spans(model: Model, encoded: Encoded, size: int) -> Iterator[tuple[torch.Te
 def passes(
     model: Model, encoded: Encoded, size: int, *, logits: Literal["last", "none"], extra: int, state: State | None
 ) -> Iterator[Output]:
-    """Read one sequence behind ``state`` in pieces of at most ``size`` tokens: what each pass gives. ``extra`` tokens
+    """Read one sequence after ``state`` in pieces of at most ``size`` tokens: what each pass gives. ``extra`` tokens
     are to follow it.
 
     The next pass may write into the caches of the last one's state, which therefore has to be settled

@@ -1,4 +1,4 @@
-"""Geometries by name: networks whose size can be reckoned with, and built, where no checkpoint of them is at hand."""
+"""Geometries by name: networks that can be built, or whose size can be estimated, without a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SMOLLM2_STACK = StackConfig(
 )
 
 #: hovle-2.6b: HoVLE-2.6B, the paper's teacher. Its published sizes; RoPE's base and scaling, the norms' epsilon and the
-#: greatest position stand in its own config.json and cost neither memory nor time, so that ours here are defaults.
+#: greatest position are in its own config.json. They cost neither memory nor time, so ours here are defaults.
 #: nano: the built-in nano-teacher. smollm2-135m: SmolLM2-135M, a small language model.
 GEOMETRIES: dict[str, ModelConfig] = {
     "hovle-2.6b": ModelConfig(

@@ -25,7 +25,7 @@ from mmmamba.ops import layout_of
 
 @dataclass(frozen=True)
 class Output:
-    """What a pass gives: hidden states behind the final norm, logits as asked for, the state if kept.
+    """What a pass gives: hidden states after the final norm, logits as asked for, the state if kept.
 
     ``layers``, if asked for: what enters each layer, and last what leaves the final norm, each (b, l, d).
     """
@@ -98,12 +98,12 @@ class Model(nn.Module):
 
         Args:
             input_ids: (b, l).  pixel_values: (tiles, 3, H, W) normalised.
-            spare_tiles: there may be more tiles than positions ask for, behind those in use. Nothing is counted then,
+            spare_tiles: there may be more tiles than positions ask for, after those in use. Nothing is counted then,
                 so that nothing waits for the device.
 
         Raises:
             ValueError: when the number of those positions is not the number of tokens of the tiles, or when the tiles
-                become tokens behind the embedding stack only (``pixel_shuffle_loc: post``).
+                become tokens after the embedding stack only (``pixel_shuffle_loc: post``).
         """
         if pixel_values is None or self.vision is None:
             return self._embed_text(input_ids)
@@ -126,7 +126,7 @@ class Model(nn.Module):
 
     @property
     def merges_late(self) -> bool:
-        """Whether patches become image tokens behind the embedding stack (``pixel_shuffle_loc: post``)."""
+        """Whether patches become image tokens after the embedding stack (``pixel_shuffle_loc: post``)."""
         return self.vision is not None and self.vision.config.pixel_shuffle_loc == "post"
 
     def image(self, input_ids: Tensor) -> Tensor:
@@ -174,8 +174,8 @@ class Model(nn.Module):
             attention_mask: (b, l), non-zero for real tokens (padding on either side never reaches a mixer).
             inputs_embeds: (b, l, d) in place of ids; pixels go where <IMG_CONTEXT>'s embedding is.
             cu_seqlens: (s+1,) borders of the sequences of a packed row.
-            state: what the sequences left behind before; positions go on from there.
-            logits: ``all`` → (b, l, v); ``last`` → (s, v) behind each sequence's last token; ``none``.
+            state: of earlier passes over these sequences; positions go on from there.
+            logits: ``all`` → (b, l, v); ``last`` → (s, v) after each sequence's last token; ``none``.
             return_state: also return the new state, one row a sequence.
             max_length: length for which dynamic RoPE scaling is fixed when a state starts (default: this pass).
             max_embedded: the same in positions of the embedding stack, where that reads patches (default: this pass's,

@@ -1,4 +1,4 @@
-"""What sequences leave behind: the state of each layer, of whatever kind, as one value.
+"""What a model keeps of some sequences: the state of each layer, of whatever kind, as one value.
 
 States are never changed in place: a pass takes one and returns another, so a state can be kept, branched and stored.
 """
@@ -18,7 +18,7 @@ from mmmamba.model.mixers import LayerState, StateBytes
 
 @dataclass(frozen=True)
 class State:
-    """The state of s sequences behind a whole model.
+    """The state of s sequences in all layers of a model.
 
     Attributes:
         layers: one entry per global layer.
@@ -96,7 +96,7 @@ class State:
 
 
 def state_bytes(config: ModelConfig, dtype: torch.dtype, wide: torch.dtype = torch.float32) -> StateBytes:
-    """Bytes of one sequence's state behind a whole model.
+    """Bytes of one sequence's state in all layers of a model.
 
     Args:
         dtype: of what holds activations, such as keys and values.

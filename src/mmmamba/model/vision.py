@@ -63,7 +63,7 @@ class VisionEmbedding(nn.Module):
         return placed
 
     def forward(self, pixel_values: Tensor, *, with_patches: bool = False) -> Any:
-        """What stands for tiles (tiles, 3, H, W), normalised, at the network's entrance: (tiles, tokens, d).
+        """The network's inputs for tiles (tiles, 3, H, W), normalised: (tiles, tokens, d).
 
         With ``pixel_shuffle_loc: post`` that is their patches, row by row. ``with_patches``: two tensors, the patches
         (tiles, rows, columns, d) first.
@@ -103,12 +103,12 @@ class PatchEmbedding(nn.Module):
 
 
 class PatchRow:
-    """A packed row in which each tile's patches stand in place of its tokens, and the way back to tokens.
+    """A packed row that has each tile's patches in place of its tokens, and the way back to tokens.
 
     Patches stay in raster order: within a tile, no patch lies where the token lies that it becomes part of.
 
     Args:
-        image: (total,) which tokens of the row stand for pictures.
+        image: (total,) which tokens of the row are those of pictures.
         cu_seqlens: (s+1,) borders of the row's sequences.
         patches: (tiles, rows, columns, d), the tiles in the order of their tokens.
         merged: how many patches become one token.

@@ -210,7 +210,7 @@ def _continued(
     state: KVState,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, KVState]:
-    """New tokens of s sequences behind their caches; the mask is (s, 1, new, cached + new)."""
+    """New tokens of s sequences after their caches; the mask is (s, 1, new, cached + new)."""
     layout = None if cu_seqlens is None else layout_of(cu_seqlens)
     if layout is not None:
         q, k, v = (layout.pad(t[0]) for t in (q, k, v))
@@ -231,7 +231,7 @@ def _continued(
 
 
 def _grown(q: Tensor, k: Tensor, v: Tensor, cache: GrowingKV) -> Tensor:
-    """New tokens of s sequences without gaps behind their cache, to which they are added."""
+    """New tokens of s sequences without gaps, after their cache, to which they are added."""
     past, length = cache.length, q.shape[1]
     cache.append(k, v)
     # A part's log-sum-exp has no gradient.

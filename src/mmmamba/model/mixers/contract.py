@@ -136,7 +136,7 @@ class Mixer(nn.Module, Generic[S]):
 
         Args:
             x: (b, l, d), normed; a packed row has b = 1.
-            state: what the sequences left behind; None at their start.
+            state: of the sequences' earlier tokens; None at their start.
             rotation: RoPE at the positions of these tokens.
             cu_seqlens: (s+1,) borders of the sequences of a packed row. States then have s rows.
             keep_state: whether the state is wanted.

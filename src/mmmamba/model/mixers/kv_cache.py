@@ -58,7 +58,7 @@ class GrowingKV(LayerState):
         return self if here is self.k else GrowingKV(here, self.v.to(device), self.length)
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Write keys and values (s, l, g, p) behind those there are; ValueError where there is no room."""
+        """Write keys and values (s, l, g, p) after those there are; ValueError where there is no room."""
         end = self.length + k.shape[1]
         if end > self.k.shape[1]:
             raise ValueError(f"{end} tokens do not fit into a cache with room for {self.k.shape[1]}")

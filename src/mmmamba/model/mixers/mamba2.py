@@ -211,7 +211,7 @@ class Mamba2(Mixer[MambaState]):
             rotation=(rotation.cos, rotation.sin) if self.options.rope else None,  # it has k and q in hand
             rotate_from=g * p,
         )
-        if self.options.qk_norm:  # behind the rotation, which leaves lengths alone
+        if self.options.qk_norm:  # after the rotation, which leaves lengths alone
             v, kq = vkq.split([g * p, (g + h) * p], dim=-1)
             k, q = unit_norm(kq.unflatten(-1, (g + h, p))).split([g, h], dim=-2)
         else:

@@ -1,7 +1,7 @@
 """Softmax attention over some of the keys, with what it takes to merge it with attention over the others.
 
 Keys may be attended in parts: a part's output and the log-sum-exp of its scores are all that the whole needs of it. So
-new tokens are attended behind a cache without a mask: to all of the cache, and causally among themselves.
+new tokens that follow a cache need no mask: they attend to all of the cache, and causally among themselves.
 """
 
 from __future__ import annotations
