@@ -5,8 +5,8 @@
     python scripts/dist.py --torch "torch==2.13.0"       # what the fresh environment installs first
 
 The wheel is built from the sdist. The sdist must hold every file that git tracks, so that the tests run from it. The
-wheel must hold every file of the package and nothing else. The fresh environment is made in a temporary folder, outside
-the clone. There a built-in student says what it sees in a picture of a red circle. Needs
+wheel must hold every file of the package but the READMEs, and nothing else. The fresh environment is made in a
+temporary folder, outside the clone. There a built-in student says what it sees in a picture of a red circle. Needs
 ``pip install 'mmmamba[dist]'``. Exit code 1 when a check fails.
 """
 
@@ -61,7 +61,8 @@ def check_wheel(wheel: Path) -> None:
     """Exit if the wheel lacks a tracked file of the package, or holds another file."""
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    wanted = {name.removeprefix("src/") for name in tracked() if name.startswith("src/")}
+    package = (Path(name) for name in tracked() if name.startswith("src/"))
+    wanted = {path.relative_to("src").as_posix() for path in package if path.name != "README.md"}
     if different := sorted(wanted ^ names):
         sys.exit(f"{wheel.name} and src/ differ in {len(different)} files: {', '.join(different[:10])}")
     print(
