@@ -15,7 +15,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import docstring_parser
 import pytest
 import torch
 import yaml
@@ -44,6 +43,8 @@ from mmmamba.inference.session import save_session
 from mmmamba.model import Mamba2Options, ModelConfig, StackConfig
 from small_run import conversation, make_data, stage_file, write_jsonl
 from videos import write_video
+
+docstring_parser = pytest.importorskip("docstring_parser")
 
 GUIDE, PLAN = ROOT / "docs" / "recipes.md", ROOT / "docs" / "architecture.md"
 DECISIONS = ROOT / "docs" / "decisions.md"

@@ -49,7 +49,9 @@ def targets() -> dict[str, str]:
 def test_every_target_is_phony_and_has_a_line_in_help() -> None:
     [phony] = re.findall(r"^\.PHONY: (.+)$", MAKEFILE, re.MULTILINE)
     assert set(phony.split()) == set(targets())
-    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
+    shown = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    ).stdout
     lines = {line.split()[1]: line for line in shown.splitlines()}
     assert set(lines) == set(targets())
     assert all(len(line.split()) > 4 and len(line) <= 120 for line in lines.values())

@@ -192,7 +192,7 @@ def test_an_interrupt_ends_the_processes_and_says_how_to_go_on(place: Path) -> N
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
     assert process.returncode == cli.INTERRUPTED
-    assert "run the same command to go on" in said and "Traceback" not in said
+    assert "run the same command to continue" in said and "Traceback" not in said
     logged = [path.read_bytes() for path in sorted((place / "out" / "runs").glob("*/*/metrics.jsonl"))]
     time.sleep(1.0)
     assert logged == [path.read_bytes() for path in sorted((place / "out" / "runs").glob("*/*/metrics.jsonl"))]

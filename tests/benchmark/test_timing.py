@@ -76,7 +76,8 @@ def test_on_a_gpu_the_host_is_ahead():
     clock, x = Clock(torch.device("cuda")), torch.ones(8192, 8192, device="cuda")
     waited = clock.time(lambda: x @ x, seconds=1.0)
     ahead = clock.time(lambda: x @ x, seconds=1.0, ahead=8)
-    assert ahead.samples == waited.samples and 0 < ahead.ms < 1.2 * waited.ms
+    assert ahead.samples > 1 and waited.samples > 1
+    assert 0 < ahead.low < 1.2 * waited.low  # the best of each: other tests may share the GPU
 
 
 def test_a_clock_runs_what_it_times():

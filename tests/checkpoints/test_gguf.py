@@ -10,7 +10,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -28,6 +27,8 @@ from mmmamba.data.sample import Turn
 from mmmamba.data.tokenizer import Tokenizer
 from mmmamba.errors import UserError
 from mmmamba.model import Model
+
+gguf = pytest.importorskip("gguf")
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 WORDS = [*SPECIALS, *sorted(ByteLevel.alphabet()), "he", "Ġt"]

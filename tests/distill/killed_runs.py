@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from mmmamba import cli
-from mmmamba.distill import distill, teach
+from mmmamba.distill import distill, train_teacher
 from mmmamba.distill.run_folder import RunFolder
 
-PRELOADED = (distill, teach)
+PRELOADED = (distill, train_teacher)
 
 
 class Killer:
@@ -53,7 +53,7 @@ def run(args: list[str], die: int | None) -> None:
     for owner, name in ((os, "fsync"), (Path, "replace"), (Path, "rename"), (shutil, "rmtree"), (RunFolder, "log")):
         killer.watch(owner, name)
     # The tokenizer is made from fewer texts: it takes most of a tiny teacher's time.
-    teach.corpus_texts = partial(teach.corpus_texts, n=60)  # type: ignore[assignment]
+    train_teacher.corpus_texts = partial(train_teacher.corpus_texts, n=60)  # type: ignore[assignment]
     os._exit(cli.main(args))
 
 

@@ -12,10 +12,13 @@ from torch import nn
 from mmmamba.data.loader import Skipped
 from mmmamba.data.packed_batch import Batch
 from mmmamba.device import pick_device, pick_precision
+from mmmamba.distill.parameters import rules_of
 from mmmamba.distill.run_folder import RunFolder
 from mmmamba.distill.train_config import TrainConfig
 from mmmamba.distill.trainer import train
 from mmmamba.errors import UserError
+from mmmamba.model import MAMBA2
+from tiny import make_config
 
 ROW = Batch(
     input_ids=torch.ones(1, 4, dtype=torch.long),
@@ -52,6 +55,7 @@ class Distance:
             "layers.0.mixer.dt_bias": nn.Parameter(torch.randn(3, generator=random)),
             "text_embeddings.weight": nn.Parameter(torch.randn(2, 2, generator=random)),
         }
+        self.rules = rules_of(self.trained, make_config((MAMBA2,) * 5))
         self.scale = scale
 
     def backward(self, rows: Sequence[Batch], precision: torch.dtype) -> dict[str, torch.Tensor]:

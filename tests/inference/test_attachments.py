@@ -66,7 +66,7 @@ def test_text_is_read_as_lines(tmp_path):
         (b"", "the text file is empty"),
         (b"caf\xe9 au lait", "not UTF-8 text: byte 0xe9 at offset 3"),
         (b"\xef\xbb\xbfab\xff", "not UTF-8 text: byte 0xff at offset 5"),
-        (b"a\nb <image> c\n", "holds '<image>', which stands for a picture"),
+        (b"a\nb <image> c\n", "contains '<image>', which marks a picture in a question"),
     ],
 )
 def test_a_text_that_cannot_be_used_is_named(content, reason, tmp_path):

@@ -162,8 +162,8 @@ class Decoder:
             slots: (b,) int64, no two the same; a negative one marks a row that only fills the batch.
 
         Returns:
-            logits (b, v) after the tokens; those of idle rows mean nothing. A graph's are overwritten by its next
-            replay.
+            logits (b, v) after the tokens; those of idle rows mean nothing. The next step of any batch size may
+            overwrite a graph's: copy what is to be kept.
 
         Raises:
             ValueError: when a sequence would outgrow the capacity.
